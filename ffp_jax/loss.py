@@ -1,0 +1,39 @@
+"""Next-token negative log-likelihood of a masked model, and the reward."""
+
+import jax
+import jax.numpy as jnp
+
+
+def nll(apply, params, tokens_BxT, masks=None):
+  """Mean negative log-likelihood of each window, in nats a token.
+
+  Args:
+    apply: (params, tokens, masks) -> float32 logits [B,T,V].
+    params: what `apply` takes.
+    tokens_BxT: token ids; T - 1 of them are predicted.
+    masks: `Masks` or None for the dense model.
+
+  Returns:
+    float32 [B].
+  """
+  logits = apply(params, tokens_BxT, masks)[:, :-1]
+  target = tokens_BxT[:, 1:, None]
+  picked = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)
+
+
+def reward(dense_nll, pruned_nll, kind):
+  """How little is lost: larger is better, never NaN.
+
+  Args:
+    dense_nll: mean loss of the dense model on the reward tokens, finite.
+    pruned_nll: mean loss of the pruned model on the same tokens.
+    kind: 'ratio' for PPL_dense / PPL_pruned; 'log_ratio' for
+      1 + log(PPL_dense / PPL_pruned), equal to it to first order.
+
+  Returns:
+    The reward; 0 where the pruned loss isn't finite.
+  """
+  gap = dense_nll - pruned_nll
+  value = {'ratio': jnp.exp, 'log_ratio': lambda x: 1.0 + x}[kind](gap)
+  return jnp.where(jnp.isfinite(pruned_nll), value, 0.0)

@@ -1,0 +1,293 @@
+"""The decoder: one flax module for LLaMA, Mistral and OPT.
+
+Shape letters: B batch, T time, D model width, V vocabulary, L layers, F FFN
+channels, K key/value groups, G query heads per group, H head size.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Masks(NamedTuple):
+  """1 keeps a unit, 0 removes it."""
+
+  attention: jax.Array  # [L, K]
+  ffn: jax.Array  # [L, F]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything the decoder needs to know; families differ only in here.
+
+  `kept_groups` and `kept_ffn` hold each layer's units once a model is sliced;
+  both are None for a dense model, whose layers are alike and scanned.
+  """
+
+  vocab: int
+  width: int
+  layers: int
+  groups: int  # K
+  heads_per_group: int  # G
+  head_size: int  # H
+  ffn: int  # F
+  norm: str = 'rms'  # 'rms' or 'layer'
+  norm_eps: float = 1e-5
+  pre_norm: bool = True
+  final_norm: bool = True
+  positions: str = 'rope'  # 'rope' or 'learned'
+  rope_theta: float = 10000.0
+  max_positions: int = 2048
+  position_offset: int = 0
+  activation: str = 'silu'
+  gated: bool = True
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffn_bias: bool = False
+  window: int | None = None
+  tied: bool = False
+  embed_width: int | None = None  # of projected embeddings, else None
+  kept_groups: tuple[int, ...] | None = None
+  kept_ffn: tuple[int, ...] | None = None
+
+  @property
+  def sliced(self) -> bool:
+    return self.kept_ffn is not None
+
+  def widths(self, layer: int) -> tuple[int, int]:
+    """Key/value groups and FFN channels of one layer."""
+    if not self.sliced:
+      return self.groups, self.ffn
+    return self.kept_groups[layer], self.kept_ffn[layer]
+
+
+ACTIVATIONS = {'silu': nn.silu, 'relu': nn.relu, 'gelu': nn.gelu}
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    kind = {'rms': nn.RMSNorm, 'layer': nn.LayerNorm}[self.config.norm]
+    norm = kind(epsilon=self.config.norm_eps, dtype=jnp.float32, name='norm')
+    return norm(x).astype(x.dtype)
+
+
+def rotate(x_BxTxNxH, theta):
+  """Rotary position embedding, halves convention (arXiv 2104.09864)."""
+  half = x_BxTxNxH.shape[-1] // 2
+  inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  time = jnp.arange(x_BxTxNxH.shape[1], dtype=jnp.float32)
+  angle_Tx1xh = (time[:, None] * inverse)[:, None, :]
+  sin, cos = jnp.sin(angle_Tx1xh), jnp.cos(angle_Tx1xh)
+  a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x_BxTxNxH.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention; the mask acts on what enters `out`."""
+
+  config: ModelConfig
+  groups: int
+  capture: Callable | None = None
+
+  @nn.compact
+  def __call__(self, x_BxTxD, mask_K=None):
+    c, K = self.config, self.groups
+    G, H, D = c.heads_per_group, c.head_size, c.width
+    batch, time, _ = x_BxTxD.shape
+
+    def project(name, *shape):
+      y = jnp.tensordot(x_BxTxD, _weight(self, name, D, *shape), 1)
+      return y + _bias(self, f'{name}_bias', *shape) if c.qkv_bias else y
+
+    q = project('query', K, G, H).reshape(batch, time, K * G, H)
+    k, v = project('key', K, H), project('value', K, H)
+    if c.positions == 'rope':
+      q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
+    window = None if c.window is None else (c.window - 1, 0)
+    mixed = jax.nn.dot_product_attention(
+      q, k, v, is_causal=True, local_window_size=window
+    ).reshape(batch, time, K, G, H)
+    _capture(self, mixed)
+    if mask_K is not None:
+      mixed = mixed * mask_K[:, None, None].astype(mixed.dtype)
+    y = jnp.tensordot(mixed, _weight(self, 'out', K, G, H, D), 3)
+    return y + _bias(self, 'out_bias', D) if c.out_bias else y
+
+
+class Ffn(nn.Module):
+  """Gated or plain feed-forward; the mask acts on what enters `down`."""
+
+  config: ModelConfig
+  channels: int
+  capture: Callable | None = None
+
+  @nn.compact
+  def __call__(self, x_BxTxD, mask_F=None):
+    c, F, D = self.config, self.channels, self.config.width
+
+    def project(name):
+      y = x_BxTxD @ _weight(self, name, D, F)
+      return y + _bias(self, f'{name}_bias', F) if c.ffn_bias else y
+
+    act = ACTIVATIONS[c.activation]
+    if c.gated:
+      hidden = act(project('gate')) * project('up')
+    else:
+      hidden = act(project('up'))
+    _capture(self, hidden)
+    if mask_F is not None:
+      hidden = hidden * mask_F.astype(hidden.dtype)
+    y = hidden @ _weight(self, 'down', F, D)
+    return y + _bias(self, 'down_bias', D) if c.ffn_bias else y
+
+
+class Layer(nn.Module):
+  """One decoder layer: attend, then feed, each with its residual."""
+
+  config: ModelConfig
+  groups: int
+  channels: int
+  capture: Callable | None = None
+
+  def setup(self):
+    c = self.config
+    self.attention = Attention(c, self.groups, self.capture)
+    self.ffn = Ffn(c, self.channels, self.capture)
+    self.attention_norm, self.ffn_norm = Norm(c), Norm(c)
+
+  def attend(self, x_BxTxD, mask_K=None):
+    if self.config.pre_norm:
+      return x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask_K)
+    return self.attention_norm(x_BxTxD + self.attention(x_BxTxD, mask_K))
+
+  def feed(self, x_BxTxD, mask_F=None):
+    if self.config.pre_norm:
+      return x_BxTxD + self.ffn(self.ffn_norm(x_BxTxD), mask_F)
+    return self.ffn_norm(x_BxTxD + self.ffn(x_BxTxD, mask_F))
+
+  def __call__(self, x_BxTxD, masks):
+    x = self.attend(x_BxTxD, None if masks is None else masks.attention)
+    return self.feed(x, None if masks is None else masks.ffn), None
+
+
+class Decoder(nn.Module):
+  """Token ids to float32 logits.
+
+  Dense models stack their layers and scan them; sliced models, whose layers
+  differ in width, run them one by one. `capture`, if given, is applied to the
+  inputs of every output projection and sown under 'captured', so statistics
+  never need the activations themselves to be kept.
+  """
+
+  config: ModelConfig
+  capture: Callable | None = None
+  remat: bool = False
+
+  def setup(self):
+    c = self.config
+    embed_width = c.embed_width or c.width
+    self.embed = _Table(c.vocab, embed_width)
+    if c.positions == 'learned':
+      self.position = _Table(c.max_positions + c.position_offset, c.width)
+    if c.embed_width:
+      self.embed_in = _Matrix((c.embed_width, c.width))
+      self.embed_out = _Matrix((c.width, c.embed_width))
+    layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+    if c.sliced:
+      self.layer = [
+        layer(c, *c.widths(i), self.capture) for i in range(c.layers)
+      ]
+    else:
+      self.stack = nn.scan(
+        layer,
+        variable_axes={'params': 0, 'captured': 0},
+        split_rngs={'params': True},
+        in_axes=0,
+        length=c.layers,
+      )(c, c.groups, c.ffn, self.capture)
+    if c.final_norm:
+      self.final_norm = Norm(c)
+    if not c.tied:
+      self.head = _Matrix((embed_width, c.vocab))
+
+  def embed_tokens(self, tokens_BxT):
+    """Token ids [B,T] to the first residual stream [B,T,D]."""
+    x = self.embed()[tokens_BxT]
+    if self.config.embed_width:
+      x = x @ self.embed_in()
+    if self.config.positions == 'learned':
+      at = jnp.arange(tokens_BxT.shape[1]) + self.config.position_offset
+      x = x + self.position()[at]
+    return x
+
+  def unembed(self, x_BxTxD):
+    """Last residual stream [B,T,D] to float32 logits [B,T,V]."""
+    if self.config.final_norm:
+      x_BxTxD = self.final_norm(x_BxTxD)
+    if self.config.embed_width:
+      x_BxTxD = x_BxTxD @ self.embed_out()
+    table = self.embed().T if self.config.tied else self.head()
+    return jnp.matmul(x_BxTxD, table, preferred_element_type=jnp.float32)
+
+  def __call__(self, tokens_BxT, masks: Masks | None = None):
+    x = self.embed_tokens(tokens_BxT)
+    if self.config.sliced:
+      for layer in self.layer:
+        x, _ = layer(x, None)
+    else:
+      x, _ = self.stack(x, masks)
+    return self.unembed(x)
+
+
+class _Matrix(nn.Module):
+  """A bare weight matrix."""
+
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self):
+    return self.param('kernel', nn.initializers.lecun_normal(), self.shape)
+
+
+class _Table(nn.Module):
+  """A bare embedding table."""
+
+  rows: int
+  width: int
+
+  @nn.compact
+  def __call__(self):
+    init = nn.initializers.normal(0.02)
+    return self.param('table', init, (self.rows, self.width))
+
+
+def _weight(module, name, *shape):
+  fan = nn.initializers.variance_scaling(
+    1.0, 'fan_in', 'normal', in_axis=tuple(range(len(shape) - 1))
+  )
+  return module.param(name, fan if len(shape) > 1 else _bias, shape)
+
+
+def _bias(module, name, *shape):
+  return module.param(name, nn.initializers.zeros, shape)
+
+
+def _capture(module, activations):
+  if module.capture is not None:
+    module.sow(
+      'captured',
+      'inputs',
+      module.capture(activations),
+      reduce_fn=lambda _, new: new,
+      init_fn=lambda: None,
+    )
