@@ -123,7 +123,7 @@ def build(out: Path) -> Path:
     # One level down, because TemporaryDirectory is readable by its owner only.
     stage = Path(tmp) / 'model'
     stage.mkdir()
-    _write(stage, gguf.GGUFReader(source))
+    _write(stage, source)
     try:
       stage.rename(target)
     except OSError:
@@ -175,7 +175,8 @@ def _check_hash(path: Path, what: str, remedy: str) -> None:
     )
 
 
-def _write(folder: Path, reader: gguf.GGUFReader) -> None:
+def _write(folder: Path, source: Path) -> None:
+  reader = gguf.GGUFReader(source)
   config = _config(reader)
   _write_json(folder / 'config.json', config)
   ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -184,11 +185,14 @@ def _write(folder: Path, reader: gguf.GGUFReader) -> None:
   )
   _tokenizer(reader).save(str(folder / 'tokenizer.json'))
   _write_json(folder / 'tokenizer_config.json', _tokenizer_config(reader))
+  weights = folder / 'model.safetensors'
   safetensors.numpy.save_file(
     _weights(reader),
-    folder / 'model.safetensors',
+    weights,
     metadata={'format': 'pt'},  # older transformers refuse a file without
   )
+  # safetensors makes its file unreadable to others; treat all files alike.
+  weights.chmod((folder / 'config.json').stat().st_mode & 0o777)
   (folder / _MARKER).write_text(_source())
 
 
@@ -234,9 +238,10 @@ def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
 
   SmolLM2 was trained with every digit cut off before the byte-level split.
   transformers does not know `pre = smollm` and leaves that step out, and so
-  does this. No token holds a digit, so the one difference is a run of two or
-  more white-space characters before a digit: its last character becomes a
-  token of its own here, where the original may keep the run whole.
+  does this. No token holds an ASCII digit, so the ids differ in two places:
+  of two or more white-space characters before a digit the last one becomes a
+  token of its own here, where the original keeps the run whole; and a space
+  may share a token with the first byte of a non-ASCII digit.
   """
   tokens = _field(reader, 'tokenizer.ggml.tokens')
   merges = _field(reader, 'tokenizer.ggml.merges')

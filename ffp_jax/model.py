@@ -106,10 +106,13 @@ class Attention(nn.Module):
     batch, time, _ = x_BxTxD.shape
 
     def project(name, *shape):
-      y = jnp.tensordot(x_BxTxD, _weight(self, name, D, *shape), 1)
-      return y + _bias(self, f'{name}_bias', *shape) if c.qkv_bias else y
+      # As matrices: XLA's backward pass is slow on more axes.
+      y = x_BxTxD @ _weight(self, name, D, *shape).reshape(D, -1)
+      if c.qkv_bias:
+        y = y + _bias(self, f'{name}_bias', *shape).reshape(-1)
+      return y.reshape(batch, time, -1, H)
 
-    q = project('query', K, G, H).reshape(batch, time, K * G, H)
+    q = project('query', K, G, H)
     k, v = project('key', K, H), project('value', K, H)
     if c.positions == 'rope':
       q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
@@ -120,7 +123,8 @@ class Attention(nn.Module):
     _capture(self, mixed)
     if mask_K is not None:
       mixed = mixed * mask_K[:, None, None].astype(mixed.dtype)
-    y = jnp.tensordot(mixed, _weight(self, 'out', K, G, H, D), 3)
+    out = _weight(self, 'out', K, G, H, D).reshape(-1, D)
+    y = mixed.reshape(batch, time, -1) @ out
     return y + _bias(self, 'out_bias', D) if c.out_bias else y
 
 
@@ -275,7 +279,7 @@ def _weight(module, name, *shape):
   fan = nn.initializers.variance_scaling(
     1.0, 'fan_in', 'normal', in_axis=tuple(range(len(shape) - 1))
   )
-  return module.param(name, fan if len(shape) > 1 else _bias, shape)
+  return module.param(name, fan, shape)
 
 
 def _bias(module, name, *shape):
