@@ -65,6 +65,8 @@ class ModelConfig:
     return self.kept_groups[layer], self.kept_ffn[layer]
 
 
+_WEIGHT = nn.initializers.lecun_normal()
+_BIAS = nn.initializers.zeros
 ACTIVATIONS = {'silu': nn.silu, 'relu': nn.relu, 'gelu': nn.gelu}
 
 
@@ -99,33 +101,48 @@ class Attention(nn.Module):
   groups: int
   capture: Callable | None = None
 
-  @nn.compact
-  def __call__(self, x_BxTxD, mask_K=None):
+  def setup(self):
     c, K = self.config, self.groups
     G, H, D = c.heads_per_group, c.head_size, c.width
-    batch, time, _ = x_BxTxD.shape
-
-    def project(name, *shape):
-      # As matrices: XLA's backward pass is slow on more axes.
-      y = x_BxTxD @ _weight(self, name, D, *shape).reshape(D, -1)
+    shapes = {'query': (K, G, H), 'key': (K, H), 'value': (K, H)}
+    for name, shape in shapes.items():
+      setattr(self, name, self.param(name, _WEIGHT, (D, *shape)))
       if c.qkv_bias:
-        y = y + _bias(self, f'{name}_bias', *shape).reshape(-1)
-      return y.reshape(batch, time, -1, H)
+        bias = self.param(f'{name}_bias', _BIAS, shape)
+        setattr(self, f'{name}_bias', bias)
+    self.out = self.param('out', _WEIGHT, (K, G, H, D))
+    if c.out_bias:
+      self.out_bias = self.param('out_bias', _BIAS, (D,))
 
-    q = project('query', K, G, H)
-    k, v = project('key', K, H), project('value', K, H)
+  def inputs(self, x_BxTxD):
+    """What enters `out`, [B,T,K,G,H]."""
+    c = self.config
+
+    def project(name):
+      # As matrices: XLA's backward pass is slow on more axes.
+      y = x_BxTxD @ getattr(self, name).reshape(c.width, -1)
+      if c.qkv_bias:
+        y = y + getattr(self, f'{name}_bias').reshape(-1)
+      return y.reshape(*x_BxTxD.shape[:2], -1, c.head_size)
+
+    q, k, v = project('query'), project('key'), project('value')
     if c.positions == 'rope':
       q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
     window = None if c.window is None else (c.window - 1, 0)
     mixed = jax.nn.dot_product_attention(
       q, k, v, is_causal=True, local_window_size=window
-    ).reshape(batch, time, K, G, H)
+    )
+    shape = (self.groups, c.heads_per_group, c.head_size)
+    mixed = mixed.reshape(*x_BxTxD.shape[:2], *shape)
     _capture(self, mixed)
+    return mixed
+
+  def output(self, mixed, mask_K=None):
     if mask_K is not None:
       mixed = mixed * mask_K[:, None, None].astype(mixed.dtype)
-    out = _weight(self, 'out', K, G, H, D).reshape(-1, D)
-    y = mixed.reshape(batch, time, -1) @ out
-    return y + _bias(self, 'out_bias', D) if c.out_bias else y
+    width = self.config.width
+    y = mixed.reshape(*mixed.shape[:2], -1) @ self.out.reshape(-1, width)
+    return y + self.out_bias if self.config.out_bias else y
 
 
 class Ffn(nn.Module):
@@ -135,28 +152,45 @@ class Ffn(nn.Module):
   channels: int
   capture: Callable | None = None
 
-  @nn.compact
-  def __call__(self, x_BxTxD, mask_F=None):
-    c, F, D = self.config, self.channels, self.config.width
+  def setup(self):
+    c, F = self.config, self.channels
+    for name in ('gate', 'up') if c.gated else ('up',):
+      setattr(self, name, self.param(name, _WEIGHT, (c.width, F)))
+      if c.ffn_bias:
+        bias = self.param(f'{name}_bias', _BIAS, (F,))
+        setattr(self, f'{name}_bias', bias)
+    self.down = self.param('down', _WEIGHT, (F, c.width))
+    if c.ffn_bias:
+      self.down_bias = self.param('down_bias', _BIAS, (c.width,))
+
+  def inputs(self, x_BxTxD):
+    """What enters `down`, [B,T,F]."""
 
     def project(name):
-      y = x_BxTxD @ _weight(self, name, D, F)
-      return y + _bias(self, f'{name}_bias', F) if c.ffn_bias else y
+      y = x_BxTxD @ getattr(self, name)
+      return y + getattr(self, f'{name}_bias') if self.config.ffn_bias else y
 
-    act = ACTIVATIONS[c.activation]
-    if c.gated:
+    act = ACTIVATIONS[self.config.activation]
+    if self.config.gated:
       hidden = act(project('gate')) * project('up')
     else:
       hidden = act(project('up'))
     _capture(self, hidden)
+    return hidden
+
+  def output(self, hidden, mask_F=None):
     if mask_F is not None:
       hidden = hidden * mask_F.astype(hidden.dtype)
-    y = hidden @ _weight(self, 'down', F, D)
-    return y + _bias(self, 'down_bias', D) if c.ffn_bias else y
+    y = hidden @ self.down
+    return y + self.down_bias if self.config.ffn_bias else y
 
 
 class Layer(nn.Module):
-  """One decoder layer: attend, then feed, each with its residual."""
+  """One decoder layer: attend, then feed, each with its residual.
+
+  Each half comes in two steps, so that calibration can change an output
+  projection between them: what enters the projection, and the rest.
+  """
 
   config: ModelConfig
   groups: int
@@ -169,19 +203,28 @@ class Layer(nn.Module):
     self.ffn = Ffn(c, self.channels, self.capture)
     self.attention_norm, self.ffn_norm = Norm(c), Norm(c)
 
-  def attend(self, x_BxTxD, mask_K=None):
-    if self.config.pre_norm:
-      return x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask_K)
-    return self.attention_norm(x_BxTxD + self.attention(x_BxTxD, mask_K))
+  def attention_inputs(self, x_BxTxD):
+    pre = self.config.pre_norm
+    return self.attention.inputs(
+      self.attention_norm(x_BxTxD) if pre else x_BxTxD
+    )
 
-  def feed(self, x_BxTxD, mask_F=None):
-    if self.config.pre_norm:
-      return x_BxTxD + self.ffn(self.ffn_norm(x_BxTxD), mask_F)
-    return self.ffn_norm(x_BxTxD + self.ffn(x_BxTxD, mask_F))
+  def attend(self, x_BxTxD, inputs, mask_K=None):
+    x = x_BxTxD + self.attention.output(inputs, mask_K)
+    return x if self.config.pre_norm else self.attention_norm(x)
 
-  def __call__(self, x_BxTxD, masks):
-    x = self.attend(x_BxTxD, None if masks is None else masks.attention)
-    return self.feed(x, None if masks is None else masks.ffn), None
+  def ffn_inputs(self, x_BxTxD):
+    pre = self.config.pre_norm
+    return self.ffn.inputs(self.ffn_norm(x_BxTxD) if pre else x_BxTxD)
+
+  def feed(self, x_BxTxD, inputs, mask_F=None):
+    x = x_BxTxD + self.ffn.output(inputs, mask_F)
+    return x if self.config.pre_norm else self.ffn_norm(x)
+
+  def __call__(self, x_BxTxD, masks=None):
+    masks = Masks(None, None) if masks is None else masks
+    x = self.attend(x_BxTxD, self.attention_inputs(x_BxTxD), masks.attention)
+    return self.feed(x, self.ffn_inputs(x), masks.ffn), None
 
 
 class Decoder(nn.Module):
@@ -247,7 +290,7 @@ class Decoder(nn.Module):
     x = self.embed_tokens(tokens_BxT)
     if self.config.sliced:
       for layer in self.layer:
-        x, _ = layer(x, None)
+        x, _ = layer(x)
     else:
       x, _ = self.stack(x, masks)
     return self.unembed(x)
@@ -260,7 +303,7 @@ class _Matrix(nn.Module):
 
   @nn.compact
   def __call__(self):
-    return self.param('kernel', nn.initializers.lecun_normal(), self.shape)
+    return self.param('kernel', _WEIGHT, self.shape)
 
 
 class _Table(nn.Module):
@@ -273,17 +316,6 @@ class _Table(nn.Module):
   def __call__(self):
     init = nn.initializers.normal(0.02)
     return self.param('table', init, (self.rows, self.width))
-
-
-def _weight(module, name, *shape):
-  fan = nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'normal', in_axis=tuple(range(len(shape) - 1))
-  )
-  return module.param(name, fan, shape)
-
-
-def _bias(module, name, *shape):
-  return module.param(name, nn.initializers.zeros, shape)
 
 
 def _capture(module, activations):
