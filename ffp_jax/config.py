@@ -1,5 +1,218 @@
 """Every default, and the checks that need no model."""
 
+import json
+import pathlib
+
+import ml_collections
+
+from ffp_jax.sites import Sites
+
 
 class RequestError(ValueError):
   """What was asked for can't be done; one line for the user, exit code 2."""
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Every key a run has, at the value that suits the demo on two cores."""
+  config = ml_collections.ConfigDict()
+  config.model = 'demo'  # 'demo', a Hugging Face directory or a hub id
+  config.data = 'pydoc'  # built-in, or a .txt, .jsonl or .parquet file
+  config.dtype = 'auto'  # float32 on CPU, bfloat16 elsewhere
+  config.seed = 0
+
+  config.text = ml_collections.ConfigDict()
+  config.text.context = 512
+  config.text.calibration_windows = 32  # importance and ridge
+  config.text.validation_windows = 8  # choose the ridge strength
+  config.text.reward_windows = 24
+  config.text.heldout_windows = 32  # from the end of the text
+
+  config.budget = ml_collections.ConfigDict()
+  config.budget.sparsity = 0.2  # removed / prunable parameters
+  config.budget.round_ffn = 8
+  config.budget.round_heads = 1
+
+  config.importance = 'wanda'  # or 'magnitude'
+
+  config.search = ml_collections.ConfigDict()
+  # The curriculum: one entry a stage.
+  config.search.sparsity_shares = (0.5, 1.0)
+  config.search.steps = (5, 25)
+  config.search.windows = (1, 1)  # of text.context, that score a candidate
+  config.search.context = 256  # windows are cut to this; cheaper attention
+  config.search.candidates = 2  # even
+  config.search.block = 1  # candidates scored at once
+  config.search.window = 0.05  # units around a cut, share of the module
+  config.search.reward = 'ratio'  # or 'log_ratio'
+  config.search.lowest_ratio = 0.1
+  config.search.attention_prior = 4.0  # first priority; FFN's is 0
+  config.search.remember = 2  # best candidates that are re-scored
+  config.search.remat = False  # recompute activations: less memory
+
+  config.policy = ml_collections.ConfigDict()
+  config.policy.hidden = (64, 64)
+  config.policy.std = 0.25  # of a priority, at first
+  config.policy.learning_rate = 0.2  # of the free mean and spread
+  config.policy.network_learning_rate = 1e-3
+  config.policy.max_norm = 1.0
+  config.policy.epochs = 1
+  config.policy.clip = 0.2
+  config.policy.score_weight = 0.0
+  config.policy.pathwise_weight = 1.0
+  config.policy.value_weight = 0.5
+  config.policy.entropy_weight = 0.0
+
+  config.calibration = ml_collections.ConfigDict()
+  config.calibration.enabled = True
+  config.calibration.target = 'own'  # or 'dense'
+  config.calibration.strengths = (0.01, 0.1, 1.0)
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 5
+  config.checkpoint.keep = 2
+  return config
+
+
+_CHOICES = {
+  'dtype': ('auto', 'float32', 'bfloat16'),
+  'importance': ('wanda', 'magnitude'),
+  'search.reward': ('ratio', 'log_ratio'),
+  'calibration.target': ('own', 'dense'),
+}
+_POSITIVE = (
+  'text.context',
+  'text.calibration_windows',
+  'text.validation_windows',
+  'text.reward_windows',
+  'text.heldout_windows',
+  'budget.round_ffn',
+  'budget.round_heads',
+  'search.context',
+  'search.candidates',
+  'search.block',
+  'search.remember',
+  'policy.std',
+  'policy.learning_rate',
+  'policy.epochs',
+  'checkpoint.every',
+  'checkpoint.keep',
+)
+
+
+def _get(config, key):
+  for part in key.split('.'):
+    config = config[part]
+  return config
+
+
+def validate(config):
+  """Checks that need neither model nor text.
+
+  Raises:
+    RequestError: naming the key.
+  """
+  if not 0.0 <= config.budget.sparsity < 1.0:
+    raise RequestError(
+      f'budget.sparsity: {config.budget.sparsity} is outside [0, 1)'
+    )
+  for key, allowed in _CHOICES.items():
+    if _get(config, key) not in allowed:
+      raise RequestError(
+        f'{key}: {_get(config, key)!r} is not one of {", ".join(allowed)}'
+      )
+  for key in _POSITIVE:
+    if not _get(config, key) > 0:
+      raise RequestError(f'{key}: {_get(config, key)} must be positive')
+  search = config.search
+  if search.candidates % 2:
+    raise RequestError('search.candidates: must be even (antithetic pairs)')
+  if config.text.context % search.context:
+    raise RequestError(
+      f'search.context: {search.context} does not divide text.context '
+      f'{config.text.context}'
+    )
+  lengths = {
+    len(search.sparsity_shares),
+    len(search.steps),
+    len(search.windows),
+  }
+  if lengths != {len(search.steps)} or not search.steps:
+    raise RequestError(
+      'search.sparsity_shares, search.steps and search.windows need one '
+      'entry a stage each'
+    )
+  if search.sparsity_shares[-1] != 1.0:
+    raise RequestError(
+      'search.sparsity_shares: the last stage must be 1.0, the target'
+    )
+  if (
+    min(search.windows) < 1 or max(search.windows) > config.text.reward_windows
+  ):
+    raise RequestError(
+      'search.windows: each must be from 1 to text.reward_windows'
+    )
+
+
+def check_reachable(sites: Sites, config):
+  """Refuses a sparsity that the floors, or the lowest ratio, rule out.
+
+  Raises:
+    RequestError: with the largest sparsity within reach.
+  """
+  largest = sites.sparsity(sites.floor)
+  if sites.limit(config.budget.sparsity) < sites.kept_cost(sites.floor):
+    raise RequestError(
+      f'budget.sparsity: {config.budget.sparsity} is out of reach; one '
+      f'group and {config.budget.round_ffn} channels a layer leave at most '
+      f'{largest:.4f}'
+    )
+  lowest = config.search.lowest_ratio
+  if lowest >= 1.0 - config.budget.sparsity:
+    raise RequestError(
+      f'search.lowest_ratio: {lowest} keeps more than sparsity '
+      f'{config.budget.sparsity} allows; lower it'
+    )
+
+
+def changed_keys(config, other: dict) -> list[str]:
+  """Keys whose values differ between a config and one read from JSON."""
+  flat = [_flat(json.loads(config.to_json())), _flat(other)]
+  keys = sorted(flat[0].keys() | flat[1].keys())
+  return [key for key in keys if flat[0].get(key, ...) != flat[1].get(key, ...)]
+
+
+def _flat(tree, prefix=''):
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out.update(_flat(value, f'{prefix}{key}.'))
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def claim(workdir: pathlib.Path, config):
+  """Makes the workdir and writes config.json, or finds the same one there.
+
+  Raises:
+    RequestError: the workdir can't be written, or holds another run.
+  """
+  path = workdir / 'config.json'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      differ = changed_keys(config, json.loads(path.read_text()))
+      if differ:
+        raise RequestError(
+          f'workdir: {workdir} holds a run with other {", ".join(differ)}; '
+          'use another --workdir or the same settings'
+        )
+    path.write_text(config.to_json(indent=2) + '\n')
+  except OSError as error:
+    raise RequestError(
+      f'workdir: cannot write to {workdir} ({error.strerror})'
+    ) from error
+  except json.JSONDecodeError as error:
+    raise RequestError(
+      f'workdir: {path} is not valid JSON; use another --workdir'
+    ) from error

@@ -78,9 +78,7 @@ def windows(tokens, context: int) -> np.ndarray:
   return tokens.reshape(count, context)
 
 
-def split(
-  all_WxT, *, calibration, reward, validation, heldout, seed
-) -> Splits:
+def split(all_WxT, *, calibration, reward, validation, heldout, seed) -> Splits:
   """Deals windows out: held-out from the end, the rest shuffled by seed.
 
   Held-out windows are the same for every seed, and not neighbours of the

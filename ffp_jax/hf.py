@@ -261,6 +261,12 @@ def param_shapes(config: ModelConfig, dtype) -> dict:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
+def param_count(config: ModelConfig) -> int:
+  """Parameters of the whole model, tied embeddings once."""
+  leaves = jax.tree.leaves(param_shapes(config, jnp.float32))
+  return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+
 def _split_path(path: tuple[str, ...]) -> tuple[str, int | None]:
   """('layer_3', 'ffn', 'up') to ('ffn/up', 3); the rest have no layer."""
   head, *rest = path

@@ -59,3 +59,4 @@ def magnitude(out_weights, norms=None) -> Masks:
 
 
 SCORES = {'wanda': wanda, 'magnitude': magnitude}
+NEEDS_NORMS = {'wanda': True, 'magnitude': False}

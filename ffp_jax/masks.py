@@ -35,9 +35,7 @@ def from_counts(rank: Masks, count_S) -> Masks:
     float32 Masks [L,K] and [L,F].
   """
   attention_L, ffn_L = jnp.split(count_S, 2)
-  keep = Masks(
-    rank.attention < attention_L[:, None], rank.ffn < ffn_L[:, None]
-  )
+  keep = Masks(rank.attention < attention_L[:, None], rank.ffn < ffn_L[:, None])
   return jax.tree.map(lambda x: x.astype(jnp.float32), keep)
 
 

@@ -119,9 +119,7 @@ def loss(
   ratio_N = jnp.exp(log_prob(proposal, batch.priority_NxS) - batch.log_prob_N)
   advantage_N = normalise(batch.reward_N)
   bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
-  score = -jnp.mean(
-    jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
-  )
+  score = -jnp.mean(jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N))
   moved_NxS = act(proposal, batch.noise_NxS)
   pathwise = -jnp.mean(jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1))
   value = jnp.mean(jnp.square(proposal.value - batch.reward_N))
@@ -151,11 +149,8 @@ def optimizer(*, learning_rate, network_learning_rate, steps, max_norm):
     return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
   def label(params):
-    return {
-      name: jax.tree.map(lambda _: 'free' if free else 'network', tree)
-      for name, tree in params.items()
-      for free in [name in ('mean', 'log_std')]
-    }
+    kind = {'mean': 'free', 'log_std': 'free'}
+    return {name: kind.get(name, 'network') for name in params}
 
   return optax.chain(
     optax.clip_by_global_norm(max_norm),

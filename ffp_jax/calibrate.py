@@ -1,0 +1,232 @@
+"""Ridge recovery: output projections take over what removed inputs carried.
+
+Layers in order, on the stream that the already pruned and calibrated layers
+produce. One Cholesky factorisation a module and strength serves all outputs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffp_jax.model import Decoder, Layer, Masks
+
+_RAISES = 8  # times the strength may grow tenfold for a failing factorisation
+
+
+class Moments(NamedTuple):
+  """Second moments of a module over tokens; I inputs, D outputs."""
+
+  gram_IxI: jax.Array  # inputs of the pruned stream with themselves
+  cross_IxD: jax.Array  # inputs of the pruned stream with the target
+
+
+def ridge(moments: Moments, weight_IxD, mask_I, strength):
+  """The kept rows that come closest to the target, shrunk to the weights.
+
+  Minimises |X M W' - Y|^2 + lambda |W' - W|^2 over the kept rows, lambda =
+  strength * mean diagonal of the kept Gram matrix, raised tenfold until the
+  factorisation succeeds.
+
+  Args:
+    moments: X'X and X'Y over the calibration tokens.
+    weight_IxD: W.
+    mask_I: M, 1 keeps an input.
+    strength: positive.
+
+  Returns:
+    W' [I,D], rows of removed inputs zero.
+  """
+  mask_1 = mask_I[:, None]
+  kept = moments.gram_IxI * mask_1 * mask_I
+  kept_weight = weight_IxD * mask_1
+  miss = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_1
+  mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
+
+  def factor(strength):
+    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
+    return jnp.linalg.cholesky(kept + jnp.diag(ridge_I))
+
+  def failed(carry):
+    tries, _, lower = carry
+    return (tries < _RAISES) & ~jnp.all(jnp.isfinite(lower))
+
+  def retry(carry):
+    tries, strength, _ = carry
+    return tries + 1, strength * 10.0, factor(strength * 10.0)
+
+  strength = jnp.float32(strength)
+  first = (jnp.int32(0), strength, factor(strength))
+  _, _, lower = jax.lax.while_loop(failed, retry, first)
+  change = jax.scipy.linalg.cho_solve((lower, True), miss)
+  return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_1
+
+
+def error(moments: Moments, weight_IxD):
+  """|X W - Y|^2 up to a constant of Y."""
+  fitted = moments.gram_IxI @ weight_IxD - 2.0 * moments.cross_IxD
+  return jnp.sum(weight_IxD * fitted)
+
+
+def choose(fit: Moments, check: Moments, weight_IxD, mask_I, strengths):
+  """The best of no change and `ridge` at each strength, on unseen tokens.
+
+  Args:
+    fit: moments of the calibration tokens.
+    check: moments of the validation tokens.
+    weight_IxD: W.
+    mask_I: 1 keeps an input.
+    strengths: candidates, in any order.
+
+  Returns:
+    (W' [I,D], index of the strength, -1 for no change).
+  """
+  kept = weight_IxD * mask_I[:, None]
+
+  def consider(best, item):
+    index, strength = item
+    weight = ridge(fit, weight_IxD, mask_I, strength)
+    loss = error(check, weight)
+    better = loss < best[0]
+    new = (loss, index, weight)
+    return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, best), None
+
+  start = (error(check, kept), jnp.int32(-1), kept)
+  items = (jnp.arange(len(strengths)), jnp.asarray(strengths, jnp.float32))
+  (_, index, weight), _ = jax.lax.scan(consider, start, items)
+  return weight, index
+
+
+def _moments(inputs_WxBxTxI, target_WxBxTxI, weight_IxD) -> Moments:
+  """Moments over windows.
+
+  Args:
+    inputs_WxBxTxI: what enters the projection in the pruned stream.
+    target_WxBxTxI: what times W is the output to come close to; None for
+      the module's own full output, which takes no second product.
+    weight_IxD: W.
+  """
+  inputs, outputs = weight_IxD.shape
+
+  def add(total, pair):
+    x, y = jax.tree.map(
+      lambda a: a.reshape(-1, inputs).astype(jnp.float32), pair
+    )
+    cross = 0.0 if y is None else x.T @ (y @ weight_IxD)
+    return Moments(total.gram_IxI + x.T @ x, total.cross_IxD + cross), None
+
+  empty = Moments(jnp.zeros((inputs, inputs)), jnp.zeros((inputs, outputs)))
+  total, _ = jax.lax.scan(add, empty, (inputs_WxBxTxI, target_WxBxTxI))
+  if target_WxBxTxI is None:
+    return total._replace(cross_IxD=total.gram_IxI @ weight_IxD)
+  return total
+
+
+class Streams(NamedTuple):
+  """Residual streams [W,B,T,D] of the windows, before one layer."""
+
+  pruned: jax.Array
+  dense: jax.Array | None  # only for the dense target
+
+
+def _half(
+  layer, params, streams, mask, weight_path, inputs, output, fit_on, strengths
+):
+  """Calibrates one half layer and moves the streams past it.
+
+  `inputs` and `output` name the two methods of `Layer`.
+  """
+  module, name = weight_path
+  weight = params[module][name]
+  flat = weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
+  repeat = flat.shape[0] // mask.shape[0]
+  mask_I = jnp.repeat(mask, repeat)
+
+  def run(method, params, *args):
+    return layer.apply({'params': params}, *args, method=method)
+
+  def enter(x_WxBxTxD):
+    return jax.lax.map(lambda x: run(inputs, params, x), x_WxBxTxD)
+
+  def leave(params, x_WxBxTxD, entered, mask):
+    return jax.lax.map(
+      lambda pair: run(output, params, *pair, mask), (x_WxBxTxD, entered)
+    )
+
+  entered = enter(streams.pruned)
+  aim = dense = None
+  if streams.dense is not None:
+    aim = enter(streams.dense)
+    dense = leave(params, streams.dense, aim, None)
+  fit = _moments(*jax.tree.map(lambda x: x[:fit_on], (entered, aim)), flat)
+  check = _moments(*jax.tree.map(lambda x: x[fit_on:], (entered, aim)), flat)
+  best, index = choose(fit, check, flat, mask_I, strengths)
+  best = best.reshape(weight.shape).astype(weight.dtype)
+  params = {**params, module: {**params[module], name: best}}
+  pruned = leave(params, streams.pruned, entered, mask)
+  return params, Streams(pruned, dense), index
+
+
+def calibrate(
+  params, config, keep: Masks, fit_WxBxT, check_WxBxT, *, target, strengths
+):
+  """Calibrates every output projection of a masked model.
+
+  Args:
+    params: of the dense decoder, stacked.
+    config: its `ModelConfig`.
+    keep: the masks.
+    fit_WxBxT: calibration tokens, in W batches.
+    check_WxBxT: validation tokens, which choose the strengths.
+    target: 'own' to match the module's full output on the pruned stream,
+      'dense' to match the dense model's.
+    strengths: candidates for `ridge`.
+
+  Returns:
+    (params with new output projections, chosen strength [2, L] of attention
+    and FFN, 0 where the projection stays as it is).
+  """
+  layer = Layer(config, config.groups, config.ffn)
+  decoder = Decoder(config)
+  tokens = np.concatenate([fit_WxBxT, check_WxBxT])
+
+  @jax.jit
+  def embed(params, tokens):
+    return jax.lax.map(
+      lambda t: decoder.apply({'params': params}, t, method='embed_tokens'),
+      tokens,
+    )
+
+  @jax.jit
+  def one(params, streams, masks):
+    halves = (
+      (('attention', 'out'), 'attention_inputs', 'attend'),
+      (('ffn', 'down'), 'ffn_inputs', 'feed'),
+    )
+    picks = []
+    for mask, half in zip(masks, halves, strict=True):
+      params, streams, index = _half(
+        layer, params, streams, mask, *half, len(fit_WxBxT), strengths
+      )
+      picks.append(index)
+    new = params['attention']['out'], params['ffn']['down']
+    return new, streams, jnp.stack(picks)
+
+  start = embed({k: v for k, v in params.items() if k != 'stack'}, tokens)
+  streams = Streams(start, start if target == 'dense' else None)
+  outs, picks = [], []
+  for i in range(config.layers):
+    at = jax.tree.map(lambda x, i=i: x[i], (params['stack'], keep))
+    new, streams, pick = one(at[0], streams, at[1])
+    outs.append(new)
+    picks.append(pick)
+  out, down = (jnp.stack(x) for x in zip(*outs, strict=True))
+  stack = params['stack']
+  stack = {
+    **stack,
+    'attention': {**stack['attention'], 'out': out},
+    'ffn': {**stack['ffn'], 'down': down},
+  }
+  chosen = np.array([0.0, *strengths])[np.stack(picks, axis=1) + 1]
+  return {**params, 'stack': stack}, chosen

@@ -1,0 +1,111 @@
+"""A masked model to a physically smaller one, and to disk."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+
+from ffp_jax import hf
+from ffp_jax.model import Masks, ModelConfig
+
+# The axis of a layer's parameter that runs over units.
+_UNIT_AXIS = {
+  'attention': {
+    'query': 1,
+    'key': 1,
+    'value': 1,
+    'query_bias': 0,
+    'key_bias': 0,
+    'value_bias': 0,
+    'out': 0,
+  },
+  'ffn': {'gate': 1, 'up': 1, 'gate_bias': 0, 'up_bias': 0, 'down': 0},
+}
+_TOKENIZER_FILES = (
+  'tokenizer*',
+  'special_tokens_map.json',
+  'vocab.*',
+  'merges.txt',
+  'added_tokens.json',
+  'generation_config.json',
+  'chat_template*',
+)
+
+
+def slice_params(params, config: ModelConfig, keep: Masks):
+  """Drops the removed units from the arrays.
+
+  Args:
+    params: of the dense decoder, stacked.
+    config: its `ModelConfig`.
+    keep: masks, [L,K] and [L,F].
+
+  Returns:
+    (params of the sliced decoder, its `ModelConfig`).
+  """
+  kept = Masks(*(np.asarray(mask) > 0 for mask in keep))
+  small = {name: tree for name, tree in params.items() if name != 'stack'}
+  for i in range(config.layers):
+    units = {'attention': kept.attention[i], 'ffn': kept.ffn[i]}
+    small[f'layer_{i}'] = {
+      module: _slice_module(module, tree, i, units.get(module))
+      for module, tree in params['stack'].items()
+    }
+  sliced = dataclasses.replace(
+    config,
+    kept_groups=tuple(int(n) for n in kept.attention.sum(-1)),
+    kept_ffn=tuple(int(n) for n in kept.ffn.sum(-1)),
+  )
+  return small, sliced
+
+
+def _slice_module(module, tree, layer, units):
+  if units is None:  # a norm
+    return {
+      name: {leaf: np.asarray(x[layer]) for leaf, x in inner.items()}
+      for name, inner in tree.items()
+    }
+  index = np.flatnonzero(units)
+  axes = _UNIT_AXIS[module]
+  return {
+    name: np.take(np.asarray(x[layer]), index, axes[name])
+    if name in axes
+    else np.asarray(x[layer])
+    for name, x in tree.items()
+  }
+
+
+def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
+  """Writes a sliced model as a directory that every command can load.
+
+  Written beside `out` and renamed, so `out` is complete or absent.
+
+  Args:
+    params, config: from `slice_params`.
+    source: directory of the dense model, for its config and tokenizer.
+    out: directory to make; one that is there already is replaced.
+
+  Returns:
+    Bytes of the weights file.
+  """
+  description = hf.read_json(source)
+  family = description['model_type']
+  description['ffp_jax'] = {
+    'kept_groups': list(config.kept_groups),
+    'kept_ffn': list(config.kept_ffn),
+  }
+  with tempfile.TemporaryDirectory(dir=out.parent, prefix='.pruned.') as tmp:
+    stage = pathlib.Path(tmp) / 'model'
+    stage.mkdir()
+    size = hf.save_params(params, stage, config, family)
+    (stage / 'config.json').write_text(json.dumps(description, indent=2))
+    for pattern in _TOKENIZER_FILES:
+      for path in source.glob(pattern):
+        shutil.copy(path, stage / path.name)
+    if out.exists():
+      shutil.rmtree(out)
+    stage.rename(out)
+  return size

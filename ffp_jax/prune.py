@@ -1,0 +1,298 @@
+"""The whole run as one readable story."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ffp_jax import calibrate as ridge
+from ffp_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  export,
+  hf,
+  importance,
+  report,
+  search,
+)
+from ffp_jax import config as config_lib
+from ffp_jax import masks as masks_lib
+from ffp_jax import sites as sites_lib
+from ffp_jax.loss import nll
+
+
+def run(config, workdir: pathlib.Path, *, command: str) -> dict:
+  """Prunes `config.model` and leaves everything in `workdir`.
+
+  Args:
+    config: see config.py.
+    workdir: directory of the run; the same one goes on where it stopped.
+    command: how to run this again, for the report.
+
+  Returns:
+    What results.json holds.
+
+  Raises:
+    RequestError: the request can't be met; known before any heavy work.
+  """
+  config_lib.validate(config)
+  book = report.Book(workdir)
+  job = prepare(config)
+  config_lib.claim(workdir, config)
+  if finished := book.read_json('results.json'):
+    logging.info('%s already holds the finished run', workdir)
+    return finished
+
+  with book.timed('load'):
+    dtype = evaluate.dtype_of(config.dtype)
+    params = hf.load_params(job.directory, job.model, dtype)
+    loss = evaluate.Scorer(job.model)
+  with book.timed('dense loss'):
+    dense = loss(params, job.text.reward, job.dense, label='dense loss')
+  with book.timed('importance'):
+    modules = rank_units(config, job, params)
+  with book.timed('search'):
+    finalists, cost = find(config, job, params, modules, book)
+  with book.timed('re-score'):
+    best, cost = rescore(config, job, params, modules, loss, finalists, cost)
+  keep = {
+    'uniform': uniform(config, job, modules),
+    'searched': masks_lib.from_counts(modules.rank, best.counts),
+  }
+  with book.timed('calibrate'):
+    repaired = calibrate(config, job, params, keep)
+  with book.timed('save'):
+    small = export.slice_params(
+      repaired['searched'], job.model, keep['searched']
+    )
+    size = export.save(*small, job.directory, workdir / 'pruned')
+  with book.timed('evaluate'):
+    results = judge(config, job, params, keep, repaired, loss)
+
+  book.write_json('allocation.json', allocation(config, job, best))
+  results |= {
+    'reward': {
+      'dense_ppl': float(np.exp(dense)),
+      'searched_ppl': float(np.exp(best.nll)),
+      'tokens': job.text.reward.size - len(job.text.reward),
+      'context': config.text.context,
+    },
+    **sizes(job, best, dtype, size),
+    **cost,
+    'seconds': book.seconds,
+    'command': command,
+  }
+  book.write_json('results.json', results)
+  report.write(workdir)
+  return results
+
+
+class Job(NamedTuple):
+  """What a run works on, before any weight is read."""
+
+  directory: pathlib.Path
+  model: hf.ModelConfig
+  sites: sites_lib.Sites
+  text: data.Splits
+
+  @property
+  def dense(self):
+    """Masks that remove nothing."""
+    model = self.model
+    return masks_lib.ones(model.layers, model.groups, model.ffn)
+
+
+class Best(NamedTuple):
+  """The winner of the re-scoring."""
+
+  counts: np.ndarray  # [S]
+  priority: np.ndarray  # [S]
+  nll: float  # on the whole reward text
+
+
+def prepare(config) -> Job:
+  """Finds the model, its modules and its text; refuses what can't be."""
+  directory = hf.locate(config.model)
+  model = hf.model_config(directory)
+  if model.sliced:
+    raise config_lib.RequestError(
+      f'model: {config.model!r} is already pruned; give the dense model'
+    )
+  sites = sites_lib.sites(
+    model,
+    round_heads=config.budget.round_heads,
+    round_ffn=config.budget.round_ffn,
+  )
+  config_lib.check_reachable(sites, config)
+  tokens = evaluate.tokenize(directory, data.read_text(config.data))
+  text = data.split(
+    data.windows(tokens, config.text.context),
+    calibration=config.text.calibration_windows,
+    reward=config.text.reward_windows,
+    validation=config.text.validation_windows,
+    heldout=config.text.heldout_windows,
+    seed=config.seed,
+  )
+  return Job(directory, model, sites, text)
+
+
+def rank_units(config, job, params) -> search.Modules:
+  """Scores the units on the calibration text and orders each module's."""
+  norms = None
+  if importance.NEEDS_NORMS[config.importance]:
+    captured = evaluate.captured_of(job.model, importance.square_sum)
+    measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
+    norms = measure(params, job.text.calibration[:, None])
+  weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
+  scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
+  return search.modules(job.sites, masks_lib.rank_all(scores))
+
+
+def find(config, job, params, modules, book):
+  """The search; goes on from its last checkpoint if there is one."""
+  apply = evaluate.apply_of(job.model, remat=config.search.remat)
+  with checkpoint.Checkpoints(
+    book.workdir / 'checkpoints',
+    every=config.checkpoint.every,
+    keep=config.checkpoint.keep,
+  ) as saved:
+    return search.run(
+      config,
+      job.sites,
+      modules,
+      lambda params, tokens, masks: nll(apply, params, tokens, masks),
+      params,
+      job.text.reward,
+      book,
+      saved,
+    )
+
+
+def rescore(config, job, params, modules, loss, finalists, cost):
+  """The finalist with the smallest loss on the whole reward text."""
+  goal = search.target(job.sites, config.budget.sparsity)
+  counts = {
+    tuple(allocate(config, row, goal, modules)): row for row in finalists
+  }
+  tried = [
+    Best(
+      np.array(count),
+      row,
+      loss(
+        params,
+        job.text.reward,
+        masks_lib.from_counts(modules.rank, jnp.array(count)),
+        label='re-score',
+      ),
+    )
+    for count, row in counts.items()
+  ]
+  tokens = cost['tokens_evaluated'] + len(tried) * job.text.reward.size
+  # Not a number sorts last.
+  best = min(tried, key=lambda x: np.nan_to_num(x.nll, nan=np.inf))
+  return best, {**cost, 'tokens_evaluated': tokens}
+
+
+def allocate(config, priority_S, goal, modules) -> np.ndarray:
+  """Priorities to counts at the run's budget."""
+  low = config.search.lowest_ratio
+  return np.asarray(search.allocate(priority_S, goal, modules, low=low))
+
+
+def uniform(config, job, modules):
+  """Masks of the same budget spread evenly."""
+  goal = search.target(job.sites, config.budget.sparsity)
+  even = np.zeros(len(job.sites.units), np.float32)
+  counts = allocate(config, even, goal, modules)
+  return masks_lib.from_counts(modules.rank, jnp.array(counts))
+
+
+def calibrate(config, job, params, keep) -> dict:
+  """Parameters with recovered output projections, for each of `keep`."""
+  if not config.calibration.enabled:
+    return dict.fromkeys(keep, params)
+  repaired = {}
+  for name, masks in keep.items():
+    repaired[name], strengths = ridge.calibrate(
+      params,
+      job.model,
+      masks,
+      job.text.calibration[:, None],
+      job.text.validation[:, None],
+      target=config.calibration.target,
+      strengths=config.calibration.strengths,
+    )
+    logging.info(
+      'calibrate %s: ridge strengths, number of modules: %s',
+      name,
+      dict(zip(*np.unique(strengths, return_counts=True), strict=True)),
+    )
+  return repaired
+
+
+def judge(config, job, params, keep, repaired, loss) -> dict:
+  """Held-out perplexities of the dense model and the pruned ones."""
+  models = {
+    'dense': (params, job.dense),
+    'uniform': (params, keep['uniform']),
+    'searched': (params, keep['searched']),
+  }
+  if config.calibration.enabled:
+    models['uniform_calibrated'] = repaired['uniform'], keep['uniform']
+    models['calibrated'] = repaired['searched'], keep['searched']
+  results = {}
+  for name, (weights, masks) in models.items():
+    mean = loss(weights, job.text.heldout, masks, label=name)
+    results[name] = {'ppl': float(np.exp(mean))}
+    logging.info('held-out perplexity, %s: %.2f', name, results[name]['ppl'])
+  results['protocol'] = {
+    'text': config.data,
+    'split': 'held-out (end of the text)',
+    'context': config.text.context,
+    'windows': len(job.text.heldout),
+    'tokens': job.text.heldout.size - len(job.text.heldout),
+  }
+  return results
+
+
+def allocation(config, job, best) -> dict:
+  """What allocation.json holds."""
+  attention, ffn = np.split(best.counts, 2)
+  total = hf.param_count(job.model)
+  removed = job.sites.total - job.sites.kept_cost(best.counts)
+  return {
+    'sparsity_target': config.budget.sparsity,
+    'sparsity_achieved': job.sites.sparsity(best.counts),
+    'params_dense': total,
+    'params_pruned': total - removed,
+    'layers': [
+      {
+        'layer': i,
+        'attention_kept': int(attention[i]),
+        'attention_total': job.model.groups,
+        'ffn_kept': int(ffn[i]),
+        'ffn_total': job.model.ffn,
+      }
+      for i in range(job.model.layers)
+    ],
+    'seed': config.seed,
+    'priority': best.priority.tolist(),
+  }
+
+
+def sizes(job, best, dtype, size) -> dict:
+  """Parameters and bytes, dense and pruned, at one dtype."""
+  total = hf.param_count(job.model)
+  removed = job.sites.total - job.sites.kept_cost(best.counts)
+  return {
+    'params_dense': total,
+    'params_pruned': total - removed,
+    'params_prunable': job.sites.total,
+    'params_removed': removed,
+    'bytes_dense': total * dtype.itemsize,
+    'bytes_pruned': size,
+  }

@@ -1,0 +1,385 @@
+"""The search: one state, one jitted step, the curriculum.
+
+A step proposes N candidates at the stage's sparsity, scores them on the same
+tokens through masks, and updates the policy. What the loss says about the
+units on both sides of each module's cut reaches the policy as the gradient
+of the reward with respect to the priorities, through the projection.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffp_jax import budget, curriculum, masks, policy
+from ffp_jax.loss import reward as reward_of
+from ffp_jax.model import Masks
+from ffp_jax.sites import Sites
+
+
+class Modules(NamedTuple):
+  """`Sites` as the arrays that run on the device, and the units' ranks."""
+
+  rank: Masks
+  share_S: jax.Array
+  floor_ratio_S: jax.Array
+  units_S: jax.Array
+  cost_S: jax.Array
+  step_S: jax.Array
+  floor_S: jax.Array
+
+
+class Target(NamedTuple):
+  """One sparsity, in the forms that the step needs."""
+
+  sparsity: jax.Array
+  keep: jax.Array  # share of the removable cost
+  limit: jax.Array  # parameters, from `budget.wrap`
+
+
+class Memory(NamedTuple):
+  """The best distinct candidates of the current stage."""
+
+  reward_M: jax.Array  # -inf where empty
+  priority_MxS: jax.Array
+
+
+class SearchState(NamedTuple):
+  """All that a search needs to go on; one pytree."""
+
+  params: dict
+  opt_state: tuple
+  key: jax.Array
+  step: jax.Array
+  memory: Memory
+
+
+def modules(sites: Sites, rank: Masks) -> Modules:
+  """Puts `sites` and the ranks of the units on the device."""
+  removable = sites.units * sites.unit_cost
+  return Modules(
+    rank=rank,
+    share_S=jnp.asarray(removable / removable.sum(), jnp.float32),
+    floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
+    units_S=jnp.asarray(sites.units, jnp.int32),
+    cost_S=jnp.asarray(budget.wrap(sites.unit_cost)),
+    step_S=jnp.asarray(sites.step, jnp.int32),
+    floor_S=jnp.asarray(sites.floor, jnp.int32),
+  )
+
+
+def target(sites: Sites, sparsity: float) -> Target:
+  """The budget of a sparsity."""
+  limit = sites.limit(sparsity) - sites.fixed
+  removable = sites.total - sites.fixed
+  return Target(
+    jnp.float32(sparsity),
+    jnp.float32(limit / removable),
+    jnp.asarray(budget.wrap(limit)),
+  )
+
+
+def allocate(priority_S, target: Target, modules: Modules, *, low):
+  """Priorities to counts [S], the budget met."""
+  ratio_S = project(priority_S, target, modules, low=low)
+  return counts(ratio_S, target, modules)
+
+
+def project(priority_S, target: Target, modules: Modules, *, low):
+  """`budget.project` on these modules."""
+  return budget.project(
+    priority_S,
+    target.keep,
+    share_S=modules.share_S,
+    floor_S=modules.floor_ratio_S,
+    low=low,
+  )
+
+
+def counts(ratio_S, target: Target, modules: Modules):
+  """`budget.to_counts` on these modules."""
+  return budget.to_counts(
+    ratio_S,
+    target.limit,
+    units_S=modules.units_S,
+    cost_S=modules.cost_S,
+    step_S=modules.step_S,
+    floor_S=modules.floor_S,
+  )
+
+
+def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
+  """d loss / d count, from the mask gradients of the units around the cut.
+
+  The masked forward runs removed units too, so both sides are known: the
+  mean over the units whose rank is within `window` of the count.
+
+  Args:
+    mask_gradient: d loss / d mask, [L,K] and [L,F].
+    rank: of the units.
+    count_S: where each module is cut.
+    window: half width, as a share of the module's units; at least one unit.
+
+  Returns:
+    float32 [S].
+  """
+
+  def around(gradient, rank, count_L):
+    half = max(1, round(window * gradient.shape[-1]))
+    cut = count_L[:, None]
+    near = ((rank >= cut - half) & (rank < cut + half)).astype(jnp.float32)
+    return jnp.sum(gradient * near, -1) / jnp.sum(near, -1)
+
+  cuts = jnp.split(count_S, 2)
+  return jnp.concatenate(list(map(around, mask_gradient, rank, cuts)))
+
+
+def score(
+  priority_S, target, modules, loss_of, dense_nll, *, low, window, kind
+):
+  """Reward of one candidate and its gradient.
+
+  Args:
+    priority_S: the proposal.
+    target: the budget.
+    modules: what may be removed.
+    loss_of: Masks -> mean loss on this step's tokens.
+    dense_nll: the dense model's mean loss on the same tokens.
+    low: smallest ratio a priority can ask for.
+    window: of `count_gradient`.
+    kind: of `loss.reward`.
+
+  Returns:
+    (reward, d reward / d priority [S]); zeros where the loss isn't finite.
+  """
+  ratio_S, pull_back = jax.vjp(
+    lambda p: project(p, target, modules, low=low), priority_S
+  )
+  count_S = counts(ratio_S, target, modules)
+  nll, gradient = jax.value_and_grad(loss_of)(
+    masks.from_counts(modules.rank, count_S)
+  )
+  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x, kind))(
+    nll
+  )
+  per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
+  (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
+  known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
+  return reward, jnp.where(known, ascent_S, 0.0)
+
+
+def remember(memory: Memory, reward_N, priority_NxS) -> Memory:
+  """The best of the memory and these candidates."""
+  reward = jnp.concatenate([memory.reward_M, reward_N])
+  priority = jnp.concatenate([memory.priority_MxS, priority_NxS])
+  best, index = jax.lax.top_k(reward, len(memory.reward_M))
+  return Memory(best, priority[index])
+
+
+def forget(state: SearchState) -> SearchState:
+  """Empties the memory: an easier stage must not outlive a harder one."""
+  empty = jnp.full_like(state.memory.reward_M, -jnp.inf)
+  return state._replace(memory=state.memory._replace(reward_M=empty))
+
+
+def init(key, net, optim, prior_S, *, remember: int) -> SearchState:
+  """A search that starts from the priorities `prior_S`.
+
+  Args:
+    key: PRNG key, typed.
+    net: the `policy.Policy`.
+    optim: from `policy.optimizer`.
+    prior_S: the first mean.
+    remember: size of the memory.
+  """
+  key, init_key = jax.random.split(key)
+  params = policy.init(net, init_key, prior_S)
+  memory = Memory(
+    jnp.full((remember,), -jnp.inf, jnp.float32),
+    jnp.zeros((remember, len(prior_S))),
+  )
+  return SearchState(
+    params, optim.init(params), jax.random.key_data(key), jnp.int32(0), memory
+  )
+
+
+def prior(sites: Sites, attention: float) -> np.ndarray:
+  """First priorities: 0 for FFN modules, `attention` for attention modules.
+
+  With few key/value groups, removing a group is dear; a positive number
+  starts close to pruning the FFN alone.
+  """
+  L = sites.layers
+  return np.repeat(np.array([attention, 0.0], np.float32), L)
+
+
+def network(config, sites: Sites):
+  """The policy and its optimiser, as `config` asks for them."""
+  c = config.policy
+  steps = sum(config.search.steps) * c.epochs
+  optim = policy.optimizer(
+    learning_rate=c.learning_rate,
+    network_learning_rate=c.network_learning_rate,
+    steps=max(1, steps),
+    max_norm=c.max_norm,
+  )
+  return policy.Policy(len(sites.units), tuple(c.hidden), c.std), optim
+
+
+def make_step(net, optim, nll: Callable, config) -> Callable:
+  """The jitted search step.
+
+  Args:
+    net, optim: from `network`.
+    nll: (params, tokens [B,T], Masks or None) -> losses [B].
+    config: of the run.
+
+  Returns:
+    (state, model params, tokens [B,T], Target, Modules) ->
+    (state, metrics); compiled once for each shape of the tokens.
+  """
+  c = config.search
+  weights = {
+    name: config.policy[name]
+    for name in (
+      'epochs',
+      'clip',
+      'score_weight',
+      'pathwise_weight',
+      'value_weight',
+      'entropy_weight',
+    )
+  }
+
+  def propose(params, sparsity):
+    return net.apply({'params': params}, sparsity)
+
+  def step(state, model_params, tokens_BxT, target, modules):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    proposal = propose(state.params, target.sparsity)
+    priority, noise = policy.sample(key, proposal, c.candidates)
+    dense = jnp.mean(nll(model_params, tokens_BxT, None))
+
+    def score_one(priority_S):
+      return score(
+        priority_S,
+        target,
+        modules,
+        lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
+        dense,
+        low=c.lowest_ratio,
+        window=c.window,
+        kind=c.reward,
+      )
+
+    reward, gradient = jax.lax.map(score_one, priority, batch_size=c.block)
+    batch = policy.Batch(
+      priority, noise, policy.log_prob(proposal, priority), reward, gradient
+    )
+    params, opt_state, terms = policy.update(
+      state.params,
+      state.opt_state,
+      batch,
+      target.sparsity,
+      apply=propose,
+      optim=optim,
+      **weights,
+    )
+    memory = remember(state.memory, reward, priority)
+    metrics = {
+      'reward_mean': jnp.mean(reward),
+      'reward_max': jnp.max(reward),
+      'best_reward': memory.reward_M[0],
+      **terms,
+    }
+    new = SearchState(params, opt_state, state.key, state.step + 1, memory)
+    return new, metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
+  """The host loop: from the last checkpoint through the curriculum.
+
+  Args:
+    config: of the run.
+    sites, modules: what may be removed.
+    nll: as `make_step` takes it.
+    model_params: of the dense decoder.
+    reward_WxT: reward windows.
+    book: a `report.Book`; gets a line of metrics for every step.
+    saved: a `checkpoint.Checkpoints`.
+
+  Returns:
+    (priorities worth re-scoring [M,S], what the search took).
+  """
+  c = config.search
+  net, optim = network(config, sites)
+  step_fn = make_step(net, optim, nll, config)
+  plan = curriculum.stages(
+    config.budget.sparsity,
+    shares=c.sparsity_shares,
+    steps=c.steps,
+    windows=c.windows,
+  )
+  state = saved.restore(
+    init(
+      jax.random.key(config.seed),
+      net,
+      optim,
+      prior(sites, c.attention_prior),
+      remember=c.remember,
+    )
+  )
+  book.rewind(int(state.step))
+  reward_WxT = reward_WxT.reshape(-1, c.context)
+  each = config.text.context // c.context
+  total = sum(stage.steps for stage in plan)
+  bar = book.progress(total, int(state.step))
+  for step in range(int(state.step), total):
+    begun = time.perf_counter()
+    index, stage, first = curriculum.stage_at(plan, step)
+    tokens = curriculum.draw(
+      reward_WxT, step, windows=stage.windows * each, seed=config.seed
+    )
+    state, metrics = step_fn(
+      forget(state) if first else state,
+      model_params,
+      tokens,
+      target(sites, stage.sparsity),
+      modules,
+    )
+    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    book.append(
+      {
+        'step': step,
+        'stage': index,
+        'sparsity': stage.sparsity,
+        'candidates': c.candidates,
+        'reward_tokens': tokens.size,
+        **metrics,
+        'seconds': round(time.perf_counter() - begun, 3),
+      }
+    )
+    bar.set_postfix(
+      reward=f'{metrics["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.2f}'
+    )
+    bar.update(1)
+    saved.save(step + 1, state, force=step + 1 == total)
+  bar.close()
+  tokens = sum(s.steps * s.windows for s in plan) * config.text.context
+  cost = {
+    'candidates_evaluated': total * c.candidates,
+    # A backward pass counts as two forward ones; the dense model runs too.
+    'tokens_evaluated': tokens * (3 * c.candidates + 1),
+    'compilations': step_fn._cache_size(),
+  }
+  mean_S = net.apply(
+    {'params': state.params}, jnp.float32(config.budget.sparsity)
+  ).mean_S
+  known = np.isfinite(state.memory.reward_M)
+  memory = np.asarray(state.memory.priority_MxS)[known]
+  return np.concatenate([np.asarray(mean_S)[None], memory]), cost

@@ -1,0 +1,230 @@
+"""Tiny random PyTorch models of every family, and the same ones in JAX."""
+
+import copy
+import functools
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+
+from ffp_jax import hf
+from ffp_jax.model import Masks, ModelConfig
+
+# Every width differs from every other, so that no wrong axis goes unseen.
+_ROPE = {
+  'vocab_size': 97,
+  'hidden_size': 48,
+  'intermediate_size': 52,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 6,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 32,
+  'rms_norm_eps': 1e-3,
+}
+_OPT = {
+  'vocab_size': 97,
+  'hidden_size': 48,
+  'ffn_dim': 52,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 3,
+  'max_position_embeddings': 20,
+  'dropout': 0.0,
+}
+# name -> (transformers config class, its arguments)
+CASES = {
+  # Head size 16 is not 48 / 6.
+  'llama_grouped': (
+    transformers.LlamaConfig,
+    _ROPE
+    | {
+      'head_dim': 16,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0},
+    },
+  ),
+  'llama_biased': (
+    transformers.LlamaConfig,
+    _ROPE
+    | {'attention_bias': True, 'mlp_bias': True, 'tie_word_embeddings': True},
+  ),
+  'llama_one': (
+    transformers.LlamaConfig,
+    _ROPE
+    | {
+      'hidden_size': 16,
+      'num_hidden_layers': 1,
+      'num_attention_heads': 1,
+      'num_key_value_heads': 1,
+      'head_dim': 8,
+    },
+  ),
+  'mistral_short_window': (
+    transformers.MistralConfig,
+    _ROPE | {'head_dim': 8, 'sliding_window': 3},
+  ),
+  'mistral_long_window': (
+    transformers.MistralConfig,
+    _ROPE | {'num_key_value_heads': 3, 'sliding_window': 30},
+  ),
+  'mistral_no_window': (
+    transformers.MistralConfig,
+    _ROPE | {'num_key_value_heads': 6, 'sliding_window': None},
+  ),
+  'opt_pre_norm': (transformers.OPTConfig, _OPT),
+  'opt_post_norm_projected': (
+    transformers.OPTConfig,
+    _OPT | {'do_layer_norm_before': False, 'word_embed_proj_dim': 20},
+  ),
+  'opt_no_final_norm': (
+    transformers.OPTConfig,
+    _OPT | {'_remove_final_layer_norm': True, 'tie_word_embeddings': False},
+  ),
+  'opt_plain_gelu': (
+    transformers.OPTConfig,
+    _OPT
+    | {
+      'enable_bias': False,
+      'activation_function': 'gelu',
+      'num_hidden_layers': 1,
+    },
+  ),
+}
+
+
+class Pair(NamedTuple):
+  """One random model, twice."""
+
+  torch: torch.nn.Module
+  config: ModelConfig
+  params: dict
+
+
+def torch_model(name: str, seed: int = 0) -> torch.nn.Module:
+  """A CASES model in float32; no norm or bias is left at 0 or 1."""
+  torch.set_num_threads(1)
+  kind, kwargs = CASES[name]
+  config = kind(**kwargs, attn_implementation='eager')
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  source = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for key, value in model.named_parameters():
+      value.normal_(generator=source)
+      if value.ndim == 2:
+        # Embeddings keep standard deviation 1, as their fan-in is one row.
+        value.mul_(1.0 if 'embed' in key else value.shape[1] ** -0.5)
+      else:
+        value.mul_(0.3).add_('norm' in key and key.endswith('weight'))
+  return model.requires_grad_(False)
+
+
+@functools.cache
+def pair(name: str) -> Pair:
+  """A CASES model, and what `hf` reads of its saved checkpoint."""
+  model = torch_model(name)
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    config = hf.model_config(pathlib.Path(folder))
+    params = hf.load_params(pathlib.Path(folder), config, np.float32)
+    return Pair(model, config, params)
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> np.ndarray:
+  """Random token ids of the CASES vocabulary, int32 [batch, time]."""
+  source = np.random.default_rng(seed)
+  return source.integers(0, 97, (batch, time), np.int32)
+
+
+def random_masks(config: ModelConfig, seed: int = 0) -> Masks:
+  """Random 0/1 masks; every layer has both, unless it has only one unit."""
+  source = np.random.default_rng(seed)
+
+  def half(units):
+    mask_LxU = np.arange(config.layers * units).reshape(-1, units) % 2
+    return source.permuted(mask_LxU, axis=1).astype(np.float32)
+
+  return Masks(half(config.groups), half(config.ffn))
+
+
+def blocks(model) -> list[dict[str, torch.nn.Linear]]:
+  """The linear modules of each layer, under our names."""
+  if hasattr(model.model, 'decoder'):
+    return [
+      {
+        'query': layer.self_attn.q_proj,
+        'key': layer.self_attn.k_proj,
+        'value': layer.self_attn.v_proj,
+        'out': layer.self_attn.out_proj,
+        'up': layer.fc1,
+        'down': layer.fc2,
+      }
+      for layer in model.model.decoder.layers
+    ]
+  return [
+    {
+      'query': layer.self_attn.q_proj,
+      'key': layer.self_attn.k_proj,
+      'value': layer.self_attn.v_proj,
+      'out': layer.self_attn.o_proj,
+      'gate': layer.mlp.gate_proj,
+      'up': layer.mlp.up_proj,
+      'down': layer.mlp.down_proj,
+    }
+    for layer in model.model.layers
+  ]
+
+
+def without_units(pair: Pair, masks: Masks) -> torch.nn.Module:
+  """A copy of the PyTorch model, the weights of masked units zeroed."""
+  model = copy.deepcopy(pair.torch)
+  c = pair.config
+  for block, attention, ffn in zip(blocks(model), *masks, strict=True):
+    keep_of = {
+      'query': np.repeat(attention, c.heads_per_group * c.head_size),
+      'key': np.repeat(attention, c.head_size),
+      'value': np.repeat(attention, c.head_size),
+      'gate': ffn,
+      'up': ffn,
+    }
+    for name, linear in block.items():
+      if name in keep_of:
+        keep = torch.tensor(keep_of[name])
+        linear.weight.mul_(keep[:, None])
+        if linear.bias is not None:
+          linear.bias.mul_(keep)
+    block['out'].weight.mul_(torch.tensor(keep_of['query']))
+    block['down'].weight.mul_(torch.tensor(ffn))
+  return model
+
+
+def output_inputs(pair: Pair, tokens_BxT):
+  """What PyTorch feeds the output projections.
+
+  Returns:
+    float32 (attention [L,B,T,K,G,H], FFN [L,B,T,F]).
+  """
+  seen = {'out': [], 'down': []}
+  handles = [
+    block[name].register_forward_pre_hook(
+      lambda _, inputs, name=name: seen[name].append(inputs[0].numpy())
+    )
+    for block in blocks(pair.torch)
+    for name in seen
+  ]
+  torch_logits(pair.torch, tokens_BxT)
+  for handle in handles:
+    handle.remove()
+  c, lead = pair.config, (pair.config.layers, *tokens_BxT.shape)
+  return (
+    np.stack(seen['out']).reshape(
+      *lead, c.groups, c.heads_per_group, c.head_size
+    ),
+    np.stack(seen['down']).reshape(*lead, c.ffn),
+  )
+
+
+def torch_logits(model, tokens_BxT) -> np.ndarray:
+  """Logits [B,T,V] of a PyTorch model."""
+  with torch.no_grad():
+    return model(torch.tensor(tokens_BxT).long()).logits.numpy()
