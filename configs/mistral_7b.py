@@ -1,0 +1,20 @@
+"""Mistral-7B v0.1, 20% of the prunable parameters, one 80 GB GPU, bfloat16.
+
+Command: python -m ffp_jax.main --config=configs/mistral_7b.py \
+  --config.data=wikitext2-train.txt --workdir=DIR
+Not run yet: no machine with these weights was at hand.
+"""
+
+from ffp_jax.config import defaults
+
+
+def get_config():
+  config = defaults()
+  config.model = 'mistralai/Mistral-7B-v0.1'
+  config.text.context = 2048
+  config.text.calibration_windows = 64
+  config.search.context = 2048
+  config.search.candidates = 4
+  config.search.remat = True
+  config.budget.round_ffn = 64
+  return config

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From a clean clone to a pruned model: installs, fetches, prunes, reports.
+# Usage: bash launch/demo.sh [WORKDIR] [--config.budget.sparsity=0.3 ...]
+source "$(dirname "$0")/venv.sh"
+make_venv
+workdir=runs/demo
+if [ $# -gt 0 ] && [[ $1 != --* ]]; then
+  workdir=$1
+  shift
+fi
+.venv/bin/python -m ffp_jax.demo_model
+.venv/bin/python -m ffp_jax.main \
+  --config=configs/llama.py --workdir="$workdir" "$@"
