@@ -41,6 +41,7 @@ def main(argv):
   del argv
   # Imported here, so that a wrong flag is refused at once.
   from ffp_jax import prune, report
+  from ffp_jax.book import Book
   from ffp_jax.config import RequestError
 
   logging.set_verbosity(logging.INFO)
@@ -52,9 +53,7 @@ def main(argv):
     results = prune.run(_CONFIG.value, workdir, command=command)
   except RequestError as error:
     refuse(error)
-  print(
-    report.summary(results, report.Book(workdir).read_json('allocation.json'))
-  )
+  print(report.summary(results, Book(workdir).read_json('allocation.json')))
 
 
 if __name__ == '__main__':

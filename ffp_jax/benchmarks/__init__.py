@@ -1,0 +1,1 @@
+"""Measurements, printed beside the alternative; never asserted in tests."""

@@ -1,0 +1,128 @@
+"""What a candidate costs, beside one dense forward of PyTorch.
+
+    python -m ffp_jax.benchmarks.search_step --model=demo --tokens=512
+
+Prints medians over repeats that take turns, so that a machine whose speed
+drifts treats all alike. PyTorch's row needs torch, which is no requirement.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from ffp_jax import evaluate, hf, masks, search, sites
+from ffp_jax.config import defaults
+from ffp_jax.loss import nll
+
+
+def torch_forward(directory, tokens):
+  """A dense forward with loss in PyTorch transformers, or None."""
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    return None
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=torch.float32
+  ).eval()
+  ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
+
+  def run():
+    with torch.no_grad():
+      return model(ids, labels=ids).loss.item()
+
+  return run
+
+
+def search_steps(config, job_sites, model, params, tokens):
+  """One search step of the model, and the same step with a free loss."""
+  apply = evaluate.apply_of(model)
+  rank = masks.Masks(
+    jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
+    jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
+  )
+  modules = search.modules(job_sites, rank)
+  goal = search.target(job_sites, config.budget.sparsity)
+  net, optim = search.network(config, job_sites)
+  prior = search.prior(job_sites, config.search.attention_prior)
+
+  def real(params, tokens, masks):
+    return nll(apply, params, tokens, masks)
+
+  def free(params, tokens, masks):
+    if masks is None:
+      return jnp.ones(len(tokens))
+    return sum(jnp.mean(x) for x in masks) * jnp.ones(len(tokens))
+
+  def stepper(loss):
+    step = search.make_step(net, optim, loss, config)
+    key = jax.random.key(0)
+    holder = [
+      search.init(key, net, optim, prior, remember=config.search.remember)
+    ]
+
+    def run():
+      holder[0], metrics = step(holder[0], params, tokens, goal, modules)
+      jax.block_until_ready(metrics)
+
+    return run
+
+  return stepper(real), stepper(free)
+
+
+def medians(runs: dict, repeats: int) -> dict:
+  """Median seconds of each, taking turns, after one warm-up each."""
+  spent = {name: [] for name in runs}
+  for i in range(repeats + 1):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      if i:
+        spent[name].append(time.perf_counter() - start)
+  return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def main(argv):
+  del argv
+  args = flags.FLAGS
+  config = defaults()
+  directory = hf.locate(args.model)
+  model = hf.model_config(directory)
+  where = sites.sites(model, round_heads=1, round_ffn=config.budget.round_ffn)
+  params = hf.load_params(directory, model, evaluate.dtype_of('auto'))
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, model.vocab, (1, args.tokens), dtype=np.int32)
+  short = tokens.reshape(-1, min(args.tokens, config.search.context))
+  scorer = evaluate.Scorer(model)
+  ones = masks.ones(model.layers, model.groups, model.ffn)
+  full, free = search_steps(config, where, model, params, short)
+  runs = {
+    'masked forward, JAX': lambda: scorer(params, tokens, ones),
+    'search step': full,
+    'search step outside the model': free,
+  }
+  if reference := torch_forward(directory, tokens):
+    runs['dense forward, PyTorch'] = reference
+  found = medians(runs, args.repeats)
+  step, forward = found['search step'], found['masked forward, JAX']
+  found['outside the model, share of a step'] = (
+    found['search step outside the model'] / step
+  )
+  if reference:
+    found['masked JAX / dense PyTorch'] = (
+      forward / found['dense forward, PyTorch']
+    )
+  found['candidates a step'] = config.search.candidates
+  print(json.dumps({'device': jax.devices()[0].device_kind, **found}, indent=2))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
+  flags.DEFINE_integer('tokens', 512, 'Tokens a candidate is scored on.')
+  flags.DEFINE_integer('repeats', 7, 'Timed repeats.')
+  app.run(main)

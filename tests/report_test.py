@@ -1,0 +1,402 @@
+import io
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest
+from matplotlib import image
+
+from ffp_jax import book, report
+from ffp_jax.book import Book
+
+_PLOTS = ('plot_kept.png', 'plot_search.png', 'plot_perplexity.png')
+
+
+def _config():
+  return {
+    'model': 'some/model',
+    'data': 'pydoc',
+    'seed': 7,
+    'budget': {'sparsity': 0.2},
+  }
+
+
+def _allocation(layers=4):
+  return {
+    'sparsity_target': 0.2,
+    'sparsity_achieved': 0.19998,
+    'params_dense': 1000000,
+    'params_pruned': 850000,
+    'layers': [
+      {
+        'layer': i,
+        'attention_kept': 2,
+        'attention_total': 3,
+        'ffn_kept': 1000 + i,
+        'ffn_total': 1536,
+      }
+      for i in range(layers)
+    ],
+    'seed': 7,
+    'priority': np.zeros(2 * layers, np.float32),
+  }
+
+
+def _results(**changes):
+  return {
+    'dense': {'ppl': 16.58},
+    'uniform': {'ppl': 24.57},
+    'uniform_calibrated': {'ppl': 21.03},
+    'searched': {'ppl': 21.25},
+    'calibrated': {'ppl': 19.65},
+    'protocol': {
+      'text': 'pydoc',
+      'split': 'held-out (end of the text)',
+      'context': 512,
+      'windows': 32,
+      'tokens': 16352,
+    },
+    'reward': {
+      'dense_ppl': 15.0,
+      'searched_ppl': 20.0,
+      'tokens': 12264,
+      'context': 512,
+    },
+    'params_dense': 1000000,
+    'params_pruned': 850000,
+    'params_prunable': 750000,
+    'params_removed': 150000,
+    'bytes_dense': 4000000,
+    'bytes_pruned': 3400000,
+    'seconds': {'load': 1.5, 'search': 30.25},
+    'candidates_evaluated': 12,
+    'tokens_evaluated': 3060,
+    'compilations': 2,
+    'command': 'python -m ffp_jax.main --workdir=/tmp/x',
+    **changes,
+  }
+
+
+def _line(step, **changes):
+  return {
+    'step': step,
+    'stage': step // 3,
+    'sparsity': 0.1 + 0.1 * (step // 3),
+    'candidates': 2,
+    'reward_tokens': 255,
+    'reward_mean': np.float32(0.5 + 0.01 * step),
+    'reward_max': 0.6 + 0.01 * step,
+    **changes,
+  }
+
+
+def _without(results, *keys):
+  return {key: value for key, value in results.items() if key not in keys}
+
+
+def _strict(text):
+  def refuse(constant):
+    raise ValueError(f'{constant} is not JSON')
+
+  return json.loads(text, parse_constant=refuse)
+
+
+class _Folder(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.workdir = pathlib.Path(folder.name) / 'made' / 'later'
+    self.book = Book(self.workdir)
+    self.metrics = self.workdir / 'metrics.jsonl'
+
+  def lines(self):
+    return [_strict(line) for line in self.metrics.read_text().splitlines()]
+
+
+class BookTest(_Folder):
+  def test_construction_writes_nothing(self):
+    self.assertFalse(self.workdir.exists())
+
+  def test_append_writes_strict_json_at_once(self):
+    line = {'step': np.int32(3), 'a': np.float32(0.5), 'ok': np.bool_(True)}
+    self.book.append({**line, 'nan': np.nan, 'inf': np.float32(-np.inf)})
+    self.assertEqual(
+      self.lines(),
+      [{'step': 3, 'a': 0.5, 'ok': True, 'nan': None, 'inf': None}],
+    )
+    self.book.append({'step': 4})
+    self.assertLen(self.lines(), 2)
+    self.assertEndsWith(self.metrics.read_text(), '\n')
+
+  def test_rewind_drops_the_step_and_all_after_it(self):
+    for step in range(5):
+      self.book.append({'step': step, 'x': math.pi})
+    self.book.rewind(3)
+    self.assertEqual(
+      self.lines(), [{'step': step, 'x': math.pi} for step in range(3)]
+    )
+    self.book.rewind(0)
+    self.assertEqual(self.metrics.read_text(), '')
+
+  def test_rewind_drops_a_torn_line(self):
+    for torn in (b'{"st', b'{"step": 1, "x": "\xc3'):
+      self.book.append({'step': 0})
+      with open(self.metrics, 'ab') as file:
+        file.write(torn)
+      self.book.rewind(1)
+      self.book.append({'step': 1})
+      self.assertEqual(self.lines(), [{'step': 0}, {'step': 1}])
+      self.metrics.unlink()
+
+  def test_rewind_keeps_a_last_line_that_lacks_only_its_end(self):
+    self.book.append({'step': 0})
+    self.metrics.write_text('{"step": 0}')
+    self.book.rewind(1)
+    self.book.append({'step': 1})
+    self.assertEqual(self.lines(), [{'step': 0}, {'step': 1}])
+
+  def test_rewind_without_metrics(self):
+    self.book.rewind(0)
+    self.assertFalse(self.metrics.exists())
+
+  def test_json_round_trip(self):
+    content = {'a': np.arange(3), 'b': [np.nan, {'c': (np.float64(2), 'x')}]}
+    self.book.write_json('a.json', content)
+    text = (self.workdir / 'a.json').read_text()
+    expected = {'a': [0, 1, 2], 'b': [None, {'c': [2.0, 'x']}]}
+    self.assertEqual(_strict(text), expected)
+    self.assertEqual(self.book.read_json('a.json'), expected)
+    self.assertStartsWith(text, '{\n  "a"')
+    self.assertIsNone(self.book.read_json('b.json'))
+
+  def test_a_crash_leaves_the_old_file_whole(self):
+    self.book.write_json('a.json', {'x': 1})
+    self.book.append({'step': 0})
+    with mock.patch.object(os, 'replace', side_effect=OSError):
+      with self.assertRaises(OSError):
+        self.book.write_json('a.json', {'x': 2})
+      with self.assertRaises(OSError):
+        self.book.rewind(0)
+    self.assertEqual(self.book.read_json('a.json'), {'x': 1})
+    self.assertEqual(self.lines(), [{'step': 0}])
+    self.book.write_json('a.json', {'x': 3})
+    self.assertCountEqual(
+      os.listdir(self.workdir),
+      ['a.json', 'metrics.jsonl', '.metrics.jsonl.tmp'],
+    )
+
+  def test_timed_adds_up_in_order(self):
+    clock = iter([0.0, 1.25, 10.0, 10.5, 20.0, 20.0004])
+    with (
+      mock.patch.object(time, 'perf_counter', lambda: next(clock)),
+      self.assertLogs('absl', 'INFO') as logs,
+    ):
+      for stage in ('b', 'a', 'b'):
+        with self.book.timed(stage):
+          pass
+    self.assertEqual(list(self.book.seconds.items()), [('b', 1.25), ('a', 0.5)])
+    messages = [record.getMessage() for record in logs.records]
+    self.assertEqual(messages[:3], ['b: start', 'b: 1.2 s', 'a: start'])
+
+  def test_importing_it_imports_neither_jax_nor_matplotlib(self):
+    code = (
+      'import sys, ffp_jax.report as _\n'
+      'assert not {"jax", "matplotlib"} & set(sys.modules)'
+    )
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, '-c', code], cwd=root, check=True)
+
+
+class ProgressTest(_Folder):
+  def watch(self, seconds, steps=4):
+    """Lines logged by a search of `steps` more steps after 10."""
+    with (
+      mock.patch.object(book, '_LOG_SECONDS', seconds),
+      mock.patch.object(sys, 'stderr', io.StringIO()) as stderr,
+      self.assertLogs('absl', 'INFO') as logs,
+    ):
+      bar = self.book.progress(10 + steps, 10)
+      for step in range(steps):
+        bar.set_postfix(reward=np.float32(0.5 + step / 10), sparsity='20%')
+        bar.update(1)
+      bar.close()
+    self.assertEqual(stderr.getvalue(), '')
+    return [record.getMessage() for record in logs.records]
+
+  def test_log_lines_are_rare(self):
+    first, last = self.watch(seconds=100)
+    self.assertStartsWith(first, 'search 10/14')
+    self.assertStartsWith(last, 'search 14/14, reward=0.8, sparsity=20%, ')
+    self.assertEndsWith(last, ' left')
+
+  def test_each_step_is_logged_when_slow(self):
+    lines = self.watch(seconds=0)
+    counts = [line.split(',')[0].split()[1] for line in lines]
+    self.assertEqual(counts, ['10/14', '11/14', '12/14', '13/14', '14/14'])
+    self.assertIn('reward=0.6', lines[2])
+
+  def test_a_terminal_gets_a_bar(self):
+    class Terminal(io.StringIO):
+      def isatty(self):
+        return True
+
+    with mock.patch.object(sys, 'stderr', Terminal()) as stderr:
+      bar = self.book.progress(3, 0)
+      bar.set_postfix(reward=0.5, sparsity='20%')
+      bar.update(3)
+      bar.close()
+    self.assertIn('search 3/3, reward=0.5, sparsity=20%', stderr.getvalue())
+
+
+class WriteTest(_Folder):
+  def write(self, results, lines):
+    self.book.write_json('config.json', _config())
+    self.book.write_json('allocation.json', _allocation())
+    self.book.write_json('results.json', results)
+    self.metrics.touch()
+    for line in lines:
+      self.book.append(line)
+    report.write(self.workdir)
+    return (self.workdir / 'report.md').read_text()
+
+  def assert_drawn(self, *names):
+    self.assertCountEqual(
+      [path.name for path in self.workdir.glob('*.png')], names
+    )
+    for name in names:
+      pixels = image.imread(self.workdir / name)
+      self.assertGreater(pixels.shape[1], 1000)
+      self.assertGreater(pixels[..., :3].std(), 0.05, name)
+
+  def test_report_holds_what_was_found(self):
+    text = self.write(_results(), [_line(step) for step in range(6)])
+    self.assert_drawn(*_PLOTS)
+    for part in (
+      'some/model',
+      '- seed: 7',
+      'python -m ffp_jax.main --workdir=/tmp/x',
+      '| dense | 16.58 | 1.00 |',
+      '| uniform + calibration | 21.03 | 1.27 |',
+      '| searched + calibration | 19.65 | 1.19 |',
+      'Text: pydoc; split: held-out (end of the text); 32 windows of 512 '
+      'tokens, 16,352 tokens scored.',
+      '| reward | 512 | 12,264 | 15.00 | 20.00 | 0.750 |',
+      '| held-out | 512 | 16,352 | 16.58 | 21.25 | 0.780 |',
+      'Sparsity 20.000% asked, 19.998% achieved',
+      '15.00% of all parameters',
+      '| parameters, all | 1,000,000 | 850,000 | -15.0% |',
+      '| parameters, prunable | 750,000 | 600,000 | -20.0% |',
+      '| weights, bytes | 4,000,000 | 3,400,000 | -15.0% |',
+      '- candidates evaluated: 12\n- tokens evaluated: 3,060, a backward pass counted as two forward ones\n',
+      '- compilations of the search step: 2',
+      '| search | 30.2 |',
+      '| **all** | **31.8** |',
+      '| 3 | 2 / 3 (67%) | 1,003 / 1,536 (65%) |',
+      *(f']({name})' for name in _PLOTS),
+    ):
+      self.assertIn(part, text)
+
+  def test_tables_are_whole(self):
+    text = self.write(_results(), [_line(0)])
+    for table in text.split('\n\n'):
+      if table.startswith('|'):
+        bars = {line.count('|') for line in table.splitlines()}
+        self.assertLen(bars, 1, table)
+
+  def test_without_a_search(self):
+    text = self.write(_results(candidates_evaluated=0), [])
+    self.assert_drawn('plot_kept.png', 'plot_perplexity.png')
+    self.assertNotIn('plot_search.png', text)
+    self.assertIn('No search steps', text)
+    self.metrics.unlink()
+    report.write(self.workdir)
+
+  def test_without_calibration_or_command(self):
+    results = _without(
+      _results(), 'uniform_calibrated', 'calibrated', 'command'
+    )
+    text = self.write(results, [_line(0)])
+    self.assert_drawn(*_PLOTS)
+    self.assertNotIn('+ calibration', text)
+    self.assertNotIn('```', text)
+
+  def test_broken_models_and_odd_paths(self):
+    protocol = {**_results()['protocol'], 'text': '/data/$a_$b.txt'}
+    results = _results(
+      uniform={'ppl': np.inf}, searched={'ppl': 3e7}, protocol=protocol
+    )
+    lines = [_line(0, reward_mean=np.nan), _line(1, reward_max=np.nan)]
+    text = self.write(results, lines)
+    self.assert_drawn(*_PLOTS)
+    self.assertIn('| uniform | not finite | - |', text)
+    self.assertIn('| searched | 3.00e+07 |', text)
+    self.assertIn('/data/$a_$b.txt', text)
+
+  def test_a_torn_line_does_not_stop_the_report(self):
+    self.write(_results(), [_line(step) for step in range(4)])
+    with open(self.metrics, 'a') as file:
+      file.write('{"step": 4, "sta')
+    report.write(self.workdir)
+    self.assert_drawn(*_PLOTS)
+
+
+class SummaryTest(absltest.TestCase):
+  def check(self, results):
+    text = report.summary(results, _allocation())
+    self.assertLess(len(text.splitlines()), 15)
+    self.assertLessEqual(max(map(len, text.splitlines())), 80)
+    return text
+
+  def test_it_holds_the_findings(self):
+    text = self.check(_results())
+    for name, ppl in (
+      ('dense', '16.58'),
+      ('uniform', '24.57'),
+      ('uniform + calibration', '21.03'),
+      ('searched', '21.25'),
+      ('searched + calibration', '19.65'),
+    ):
+      self.assertRegex(text, rf'(?m)^{name.replace("+", "[+]")} +{ppl} ')
+    for part in ('16,352 tokens', '19.998%', '1,000,000 -> 850,000', '4.0 MB'):
+      self.assertIn(part, text)
+
+  def test_without_calibration(self):
+    results = _without(_results(), 'uniform_calibrated', 'calibrated')
+    self.assertNotIn('+ calibration', self.check(results))
+
+  def test_it_fits_when_all_is_large_or_broken(self):
+    large = 999_999_999_999
+    protocol = {
+      'text': '/a/long/path' * 20 + '/wiki.txt',
+      'split': 'held-out (end of the text)',
+      'context': 131072,
+      'windows': 99999,
+      'tokens': large,
+    }
+    text = self.check(
+      _results(
+        uniform={'ppl': math.inf},
+        uniform_calibrated={'ppl': 1e300},
+        searched={'ppl': math.nan},
+        calibrated={'ppl': None},
+        protocol=protocol,
+        params_dense=large,
+        params_pruned=large // 2,
+        bytes_dense=4 * large,
+        bytes_pruned=2 * large,
+      )
+    )
+    self.assertEqual(text.count('not finite'), 3)
+    self.assertIn('/wiki.txt', text)
+
+
+if __name__ == '__main__':
+  absltest.main()

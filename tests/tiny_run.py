@@ -1,0 +1,122 @@
+"""A random three-layer LLaMA on disk, a text, and runs that take seconds."""
+
+import json
+import pathlib
+import pydoc_data.topics
+
+import flax.traverse_util
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tokenizers
+
+from ffp_jax import hf
+from ffp_jax.config import defaults
+from ffp_jax.model import ModelConfig
+
+VOCAB = 300
+HF_CONFIG = {
+  'model_type': 'llama',
+  'vocab_size': VOCAB,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 64,
+  'tie_word_embeddings': True,
+}
+
+
+def params(config: ModelConfig, seed: int = 0) -> dict:
+  """Random parameters under which every unit, norm and bias matters.
+
+  Not those of `Decoder.init`, which takes ten seconds to compile and draws
+  embeddings, norms and biases that hide wrong ones.
+
+  Args:
+    config: dense.
+    seed: of all of them.
+  """
+  source = np.random.default_rng(seed)
+
+  def draw(path, spec):
+    noise = source.standard_normal(spec.shape).astype(np.float32)
+    if path[-1] == 'table':
+      return 0.4 * noise  # no wider than what the layers add
+    if path[-1] == 'scale' or path[-1].endswith('bias'):
+      return 0.3 * noise + (path[-1] == 'scale')
+    stacked = path[0] == 'stack'
+    inputs = np.prod(spec.shape[stacked:]) / config.width
+    if path[-1] not in ('out', 'down'):
+      inputs = spec.shape[stacked]
+    return (1.5 if stacked else 1.0) * noise / np.sqrt(inputs)
+
+  flat = flax.traverse_util.flatten_dict(hf.param_shapes(config, np.float32))
+  return flax.traverse_util.unflatten_dict(
+    {path: jnp.asarray(draw(path, x), jnp.float32) for path, x in flat.items()}
+  )
+
+
+def text(topics: int = 12) -> str:
+  """Some of Python's language reference."""
+  topics_of = pydoc_data.topics.topics
+  return '\n'.join(topics_of[key] for key in sorted(topics_of)[:topics])
+
+
+def write_model(directory: pathlib.Path, seed: int = 0, **changes):
+  """Makes a model directory that every command can load.
+
+  Args:
+    directory: to make.
+    seed: of the weights.
+    **changes: to HF_CONFIG.
+  """
+  directory.mkdir(parents=True)
+  description = HF_CONFIG | changes
+  (directory / 'config.json').write_text(json.dumps(description))
+  config = hf.model_config(directory)
+  family = description['model_type']
+  hf.save_params(params(config, seed), directory, config, family)
+  write_tokenizer(directory)
+
+
+def write_tokenizer(directory: pathlib.Path):
+  """Byte-level BPE of VOCAB tokens."""
+  level = tokenizers.pre_tokenizers.ByteLevel
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = level(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=VOCAB, initial_alphabet=level.alphabet(), show_progress=False
+  )
+  tokenizer.train_from_iterator([text()], trainer)
+  tokenizer.save(str(directory / 'tokenizer.json'))
+  (directory / 'tokenizer_config.json').write_text(
+    json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'})
+  )
+
+
+def config(**overrides) -> ml_collections.ConfigDict:
+  """The settings of a run of seconds; `model` and `data` still to be set.
+
+  Args:
+    **overrides: by dotted key, such as `**{'budget.sparsity': 0.3}`.
+  """
+  config = defaults()
+  small = {
+    'dtype': 'float32',
+    'text.context': 32,
+    'text.calibration_windows': 6,
+    'text.validation_windows': 3,
+    'text.reward_windows': 4,
+    'text.heldout_windows': 5,
+    'budget.sparsity': 0.25,
+    'search.context': 16,
+    'search.steps': (2, 4),
+    'search.windows': (1, 1),
+    'policy.hidden': (8,),
+    'checkpoint.every': 2,
+  }
+  config.update_from_flattened_dict(small | overrides)
+  return config
