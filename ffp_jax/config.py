@@ -38,8 +38,8 @@ def defaults() -> ml_collections.ConfigDict:
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
   config.search.steps = (5, 25)
-  config.search.windows = (1, 1)  # of text.context, that score a candidate
-  config.search.context = 256  # windows are cut to this; cheaper attention
+  config.search.rows = (2, 2)  # of search.context tokens, a candidate
+  config.search.context = 256  # short: attention is cheaper
   config.search.candidates = 2  # even
   config.search.block = 1  # candidates scored at once
   config.search.window = 0.05  # units around a cut, share of the module
@@ -134,22 +134,24 @@ def validate(config):
   lengths = {
     len(search.sparsity_shares),
     len(search.steps),
-    len(search.windows),
+    len(search.rows),
   }
   if lengths != {len(search.steps)} or not search.steps:
     raise RequestError(
-      'search.sparsity_shares, search.steps and search.windows need one '
+      'search.sparsity_shares, search.steps and search.rows need one '
       'entry a stage each'
     )
   if search.sparsity_shares[-1] != 1.0:
     raise RequestError(
       'search.sparsity_shares: the last stage must be 1.0, the target'
     )
-  if (
-    min(search.windows) < 1 or max(search.windows) > config.text.reward_windows
-  ):
+  available = config.text.reward_windows * (
+    config.text.context // search.context
+  )
+  if not 1 <= min(search.rows) <= max(search.rows) <= available:
     raise RequestError(
-      'search.windows: each must be from 1 to text.reward_windows'
+      f'search.rows: each must be from 1 to {available}, the reward text in '
+      'rows of search.context'
     )
 
 

@@ -10,34 +10,34 @@ class Stage(NamedTuple):
 
   sparsity: float
   steps: int
-  windows: int  # reward windows that score a candidate
+  rows: int  # reward windows of the search's context, a candidate
 
 
-def stages(sparsity, *, shares, steps, windows) -> list[Stage]:
-  """The curriculum: shares of the target sparsity, each with its fidelity."""
-  zipped = zip(shares, steps, windows, strict=True)
-  return [Stage(sparsity * share, n, w) for share, n, w in zipped]
+def plan(config) -> list[Stage]:
+  """The stages that `config.search` asks for; the last has the target."""
+  c = config.search
+  zipped = zip(c.sparsity_shares, c.steps, c.rows, strict=True)
+  return [Stage(config.budget.sparsity * s, n, r) for s, n, r in zipped]
 
 
-def stage_at(stages: list[Stage], step: int) -> tuple[int, Stage, bool]:
+def stage_at(plan: list[Stage], step: int) -> tuple[int, Stage, bool]:
   """The stage of a step: its index, itself, whether the step is its first."""
-  ends = np.cumsum([stage.steps for stage in stages])
+  ends = np.cumsum([stage.steps for stage in plan])
   index = int(np.searchsorted(ends, step, side='right'))
-  return index, stages[index], step == ends[index] - stages[index].steps
+  return index, plan[index], bool(step == ends[index] - plan[index].steps)
 
 
-def draw(reward_WxT, step: int, *, windows: int, seed: int) -> np.ndarray:
-  """The reward windows of a step, [windows,T], known from step and seed.
+def draw(rows_RxT, step: int, rows: int, seed: int) -> np.ndarray:
+  """The reward rows of a step, [rows,T], known from step and seed.
 
-  Passes over the reward text in a new order each time, so every window is
-  used before any is used again.
+  Goes through the text in a new order on each pass; within a stage every row
+  is used before any is used again.
   """
-  total = len(reward_WxT)
-  places = step * windows + np.arange(windows)
-  rows = [
+  total = len(rows_RxT)
+  picked = [
     np.random.default_rng((seed, place // total)).permutation(total)[
       place % total
     ]
-    for place in places
+    for place in range(step * rows, (step + 1) * rows)
   ]
-  return reward_WxT[np.array(rows)]
+  return rows_RxT[np.array(picked)]

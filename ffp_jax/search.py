@@ -310,76 +310,69 @@ def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
     nll: as `make_step` takes it.
     model_params: of the dense decoder.
     reward_WxT: reward windows.
-    book: a `report.Book`; gets a line of metrics for every step.
-    saved: a `checkpoint.Checkpoints`.
+    book: a `Book`; gets a line of metrics for every step.
+    saved: a `Checkpoints`.
 
   Returns:
     (priorities worth re-scoring [M,S], what the search took).
   """
-  c = config.search
   net, optim = network(config, sites)
   step_fn = make_step(net, optim, nll, config)
-  plan = curriculum.stages(
-    config.budget.sparsity,
-    shares=c.sparsity_shares,
-    steps=c.steps,
-    windows=c.windows,
-  )
-  state = saved.restore(
-    init(
-      jax.random.key(config.seed),
-      net,
-      optim,
-      prior(sites, c.attention_prior),
-      remember=c.remember,
-    )
-  )
-  book.rewind(int(state.step))
-  reward_WxT = reward_WxT.reshape(-1, c.context)
-  each = config.text.context // c.context
+  plan = curriculum.plan(config)
   total = sum(stage.steps for stage in plan)
+  first = prior(sites, config.search.attention_prior)
+  key, size = jax.random.key(config.seed), config.search.remember
+  state = saved.restore(init(key, net, optim, first, remember=size))
+  book.rewind(int(state.step))
+  rows_RxT = reward_WxT.reshape(-1, config.search.context)
   bar = book.progress(total, int(state.step))
   for step in range(int(state.step), total):
     begun = time.perf_counter()
-    index, stage, first = curriculum.stage_at(plan, step)
-    tokens = curriculum.draw(
-      reward_WxT, step, windows=stage.windows * each, seed=config.seed
-    )
+    index, stage, starts = curriculum.stage_at(plan, step)
+    tokens = curriculum.draw(rows_RxT, step, stage.rows, config.seed)
     state, metrics = step_fn(
-      forget(state) if first else state,
+      forget(state) if starts else state,
       model_params,
       tokens,
       target(sites, stage.sparsity),
       modules,
     )
-    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
-    book.append(
-      {
-        'step': step,
-        'stage': index,
-        'sparsity': stage.sparsity,
-        'candidates': c.candidates,
-        'reward_tokens': tokens.size,
-        **metrics,
-        'seconds': round(time.perf_counter() - begun, 3),
-      }
-    )
+    line = {
+      'step': step,
+      'stage': index,
+      'sparsity': stage.sparsity,
+      'candidates': config.search.candidates,
+      'reward_tokens': tokens.size,
+      **{name: x.item() for name, x in jax.device_get(metrics).items()},
+    }
+    book.append({**line, 'seconds': round(time.perf_counter() - begun, 3)})
     bar.set_postfix(
-      reward=f'{metrics["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.2f}'
+      reward=f'{line["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.1%}'
     )
     bar.update(1)
     saved.save(step + 1, state, force=step + 1 == total)
   bar.close()
-  tokens = sum(s.steps * s.windows for s in plan) * config.text.context
-  cost = {
-    'candidates_evaluated': total * c.candidates,
-    # A backward pass counts as two forward ones; the dense model runs too.
+  taken = {**cost(config, plan), 'compilations': step_fn._cache_size()}
+  return finalists(state, net, config.budget.sparsity), taken
+
+
+def cost(config, plan) -> dict:
+  """What a whole search takes.
+
+  A backward pass counts as two forward ones, and every step runs the dense
+  model too.
+  """
+  c = config.search
+  tokens = sum(stage.steps * stage.rows for stage in plan) * c.context
+  return {
+    'candidates_evaluated': c.candidates * sum(stage.steps for stage in plan),
     'tokens_evaluated': tokens * (3 * c.candidates + 1),
-    'compilations': step_fn._cache_size(),
   }
-  mean_S = net.apply(
-    {'params': state.params}, jnp.float32(config.budget.sparsity)
-  ).mean_S
+
+
+def finalists(state: SearchState, net, sparsity: float) -> np.ndarray:
+  """Priorities worth re-scoring: the policy's mean and the memory, [M,S]."""
+  proposal = net.apply({'params': state.params}, jnp.float32(sparsity))
   known = np.isfinite(state.memory.reward_M)
-  memory = np.asarray(state.memory.priority_MxS)[known]
-  return np.concatenate([np.asarray(mean_S)[None], memory]), cost
+  memory_MxS = np.asarray(state.memory.priority_MxS)[known]
+  return np.concatenate([np.asarray(proposal.mean_S)[None], memory_MxS])

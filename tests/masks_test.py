@@ -11,7 +11,8 @@ def _numpy_ranks(score):
   """Place of each unit of a row, written as a loop."""
   rank = np.empty(score.shape, np.int32)
   for row in np.ndindex(score.shape[:-1]):
-    best_first = sorted(range(score.shape[-1]), key=lambda u: (-score[row][u], u))
+    units = range(score.shape[-1])
+    best_first = sorted(units, key=lambda u, row=row: (-score[row][u], u))
     for place, unit in enumerate(best_first):
       rank[row][unit] = place
   return rank
