@@ -71,23 +71,12 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     small = export.slice_params(
       repaired['searched'], job.model, keep['searched']
     )
-    size = export.save(*small, job.directory, workdir / 'pruned')
+    export.save(*small, job.directory, workdir / 'pruned')
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
-
   book.write_json('allocation.json', allocation(config, job, best))
-  results |= {
-    'reward': {
-      'dense_ppl': float(np.exp(dense)),
-      'searched_ppl': float(np.exp(best.nll)),
-      'tokens': job.text.reward.size - len(job.text.reward),
-      'context': config.text.context,
-    },
-    **sizes(job, best, dtype, size),
-    **cost,
-    'seconds': book.seconds,
-    'command': command,
-  }
+  results |= rewards(job, dense, best) | sizes(job, best, dtype, workdir)
+  results |= cost | {'seconds': book.seconds, 'command': command}
   book.write_json('results.json', results)
   report.write(workdir)
   return results
@@ -231,7 +220,7 @@ def calibrate(config, job, params, keep) -> dict:
     logging.info(
       'calibrate %s: ridge strengths, number of modules: %s',
       name,
-      dict(zip(*np.unique(strengths, return_counts=True), strict=True)),
+      {f'{k:g}': int(np.sum(strengths == k)) for k in np.unique(strengths)},
     )
   return repaired
 
@@ -286,7 +275,20 @@ def allocation(config, job, best) -> dict:
   }
 
 
-def sizes(job, best, dtype, size) -> dict:
+def rewards(job, dense, best) -> dict:
+  """Perplexities on the reward text, beside which to read the held-out."""
+  windows = job.text.reward
+  return {
+    'reward': {
+      'dense_ppl': float(np.exp(dense)),
+      'searched_ppl': float(np.exp(best.nll)),
+      'tokens': windows.size - len(windows),
+      'context': windows.shape[1],
+    }
+  }
+
+
+def sizes(job, best, dtype, workdir) -> dict:
   """Parameters and bytes, dense and pruned, at one dtype."""
   total = hf.param_count(job.model)
   removed = job.sites.total - job.sites.kept_cost(best.counts)
@@ -296,5 +298,7 @@ def sizes(job, best, dtype, size) -> dict:
     'params_prunable': job.sites.total,
     'params_removed': removed,
     'bytes_dense': total * dtype.itemsize,
-    'bytes_pruned': size,
+    'bytes_pruned': sum(
+      path.stat().st_size for path in (workdir / 'pruned').glob('*.safetensors')
+    ),
   }
