@@ -24,7 +24,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.text.context = 512
   config.text.calibration_windows = 32  # importance and ridge
   config.text.validation_windows = 8  # choose the ridge strength
-  config.text.reward_windows = 24
+  config.text.reward_windows = 16
   config.text.heldout_windows = 32  # from the end of the text
 
   config.budget = ml_collections.ConfigDict()
@@ -37,7 +37,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.search = ml_collections.ConfigDict()
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
-  config.search.steps = (5, 25)
+  config.search.steps = (4, 26)
   config.search.rows = (2, 2)  # of search.context tokens, a candidate
   config.search.context = 256  # short: attention is cheaper
   config.search.candidates = 2  # even
@@ -54,6 +54,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.policy.std = 0.25  # of a priority, at first
   config.policy.learning_rate = 0.2  # of the free mean and spread
   config.policy.network_learning_rate = 1e-3
+  config.policy.adam_decay = 0.95
   config.policy.max_norm = 1.0
   config.policy.epochs = 1
   config.policy.clip = 0.2

@@ -139,14 +139,15 @@ def loss(
   return total, terms
 
 
-def optimizer(*, learning_rate, network_learning_rate, steps, max_norm):
+def optimizer(*, learning_rate, network_learning_rate, decay, steps, max_norm):
   """Adam; the free mean and spread learn faster than the network.
 
-  Both rates fall to zero over `steps` updates along a cosine.
+  Both rates fall to zero over `steps` updates along a cosine. `decay` is
+  Adam's second, short because a search has tens of updates, not thousands.
   """
 
   def adam(rate):
-    return optax.adam(optax.cosine_decay_schedule(rate, steps))
+    return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=decay)
 
   def label(params):
     kind = {'mean': 'free', 'log_std': 'free'}

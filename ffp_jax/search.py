@@ -223,6 +223,7 @@ def network(config, sites: Sites):
   optim = policy.optimizer(
     learning_rate=c.learning_rate,
     network_learning_rate=c.network_learning_rate,
+    decay=c.adam_decay,
     steps=max(1, steps),
     max_norm=c.max_norm,
   )

@@ -22,17 +22,12 @@ _OPT = {
 }
 _CASES = {
   'llama_grouped': {'num_attention_heads': 6, 'head_dim': 8},
-  'llama_biased': {
-    'num_hidden_layers': 2,
-    'attention_bias': True,
-    'mlp_bias': True,
-    'tie_word_embeddings': False,
-  },
   'mistral': {
     'model_type': 'mistral',
     'num_attention_heads': 8,
     'num_key_value_heads': 4,
     'sliding_window': 3,
+    'tie_word_embeddings': False,
   },
   'opt_pre_norm': _OPT,
   'opt_post_norm': _OPT
