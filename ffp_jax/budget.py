@@ -58,9 +58,10 @@ def to_counts(ratio_S, limit, *, units_S, cost_S, step_S, floor_S):
 
   Args:
     ratio_S: kept shares, [S].
-    limit: parameters that may be kept, from `wrap`.
+    limit: cost that may be kept, from `wrap`.
     units_S: units of the dense modules, int32 [S].
-    cost_S: parameters of one unit, from `wrap`, int32 [S].
+    cost_S: cost of one unit, from `wrap`, int32 [S], in any unit of cost with
+      step_S @ cost_S below 2**31.
     step_S: rounding multiples, int32 [S]; keeping all units is always
       allowed, a multiple or not.
     floor_S: fewest units to keep, int32 [S].
@@ -74,8 +75,9 @@ def to_counts(ratio_S, limit, *, units_S, cost_S, step_S, floor_S):
   count_S = jnp.clip(steps_S * step_S, floor_S, units_S)
   count_S = jnp.where(wish_S > units_S - 0.5e-4 * step_S, units_S, count_S)
   order_S = jnp.argsort(count_S / step_S - wish_S / step_S, stable=True)
-  # Sums may pass 2**31, but the slack, which decides, never does: int32
-  # arithmetic wraps around, so the slack itself comes out exact.
+  # Sums may pass 2**31, but the slack, which decides, stays below one step of
+  # every module (`Sites` sees to 2**31 there): int32 arithmetic wraps around,
+  # so the slack itself comes out exact.
   slack = limit - jnp.sum(count_S * cost_S)
 
   def bigger(s, count):

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import ml_collections
+import numpy as np
 
 from ffp_jax.sites import Sites
 
@@ -162,18 +163,24 @@ def check_reachable(sites: Sites, config):
   Raises:
     RequestError: with the largest sparsity within reach.
   """
-  largest = sites.sparsity(sites.floor)
-  if sites.limit(config.budget.sparsity) < sites.kept_cost(sites.floor):
+  if sites.step @ sites.unit_cost // sites.scale >= 2**31:
     raise RequestError(
-      f'budget.sparsity: {config.budget.sparsity} is out of reach; one '
-      f'group and {config.budget.round_ffn} channels a layer leave at most '
-      f'{largest:.4f}'
+      'budget.round_heads, budget.round_ffn: one step of every module is more '
+      'than 2**31 units of cost; use finer steps'
     )
-  lowest = config.search.lowest_ratio
-  if lowest >= 1.0 - config.budget.sparsity:
+  sparsity = config.budget.sparsity
+  if sites.limit(sparsity) < sites.kept_cost(sites.floor):
     raise RequestError(
-      f'search.lowest_ratio: {lowest} keeps more than sparsity '
-      f'{config.budget.sparsity} allows; lower it'
+      f'budget.sparsity: {sparsity} is out of reach; the floors of '
+      f'{config.budget.round_heads} group(s) and {config.budget.round_ffn} '
+      f'channels a layer leave at most {sites.sparsity(sites.floor):.4f}'
+    )
+  low = config.search.lowest_ratio
+  lowest = np.maximum(low * sites.units, sites.floor) @ sites.unit_cost
+  if lowest + sites.fixed > sites.limit(sparsity):
+    raise RequestError(
+      f'search.lowest_ratio: {low} keeps more than sparsity {sparsity} '
+      'allows; lower it'
     )
 
 

@@ -32,7 +32,7 @@ def _parquet(path) -> str:
 
 
 def _jsonl(path) -> str:
-  lines = path.read_text(encoding='utf-8').splitlines()
+  lines = path.read_text(encoding='utf-8').split('\n')
   return '\n\n'.join(json.loads(x)['text'] for x in lines if x.strip())
 
 

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from ffp_jax import demo_model
 from ffp_jax.config import RequestError
-from ffp_jax.model import Decoder, ModelConfig
+from ffp_jax.model import ACTIVATIONS, Decoder, ModelConfig
 
 _HUB_FILES = ('*.json', '*.safetensors', 'tokenizer*', '*.txt', '*.jinja')
 
@@ -106,7 +106,7 @@ def _tensor_of(path: str, family: str, layer: int | None) -> Tensor:
 
 
 def _rope_config(hf: dict) -> ModelConfig:
-  """LLaMA and Mistral."""
+  """LLaMA, and all of Mistral but its window."""
   rope = hf.get('rope_parameters') or {}
   scaling = hf.get('rope_scaling') or {}
   kind = {**scaling, **rope}
@@ -137,9 +137,14 @@ def _rope_config(hf: dict) -> ModelConfig:
     qkv_bias=attention_bias,
     out_bias=attention_bias,
     ffn_bias=hf.get('mlp_bias', False),
-    window=hf.get('sliding_window'),
     tied=hf.get('tie_word_embeddings', False),
   )
+
+
+def _mistral_config(hf: dict) -> ModelConfig:
+  # transformers' default where the key is absent; null means no window.
+  window = hf.get('sliding_window', 4096)
+  return dataclasses.replace(_rope_config(hf), window=window)
 
 
 def _opt_config(hf: dict) -> ModelConfig:
@@ -181,7 +186,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
   'llama': Family(_rope_config, _ROPE_FAMILY),
-  'mistral': Family(_rope_config, _ROPE_FAMILY),
+  'mistral': Family(_mistral_config, _ROPE_FAMILY),
   'opt': Family(_opt_config, _OPT),
 }
 
@@ -243,6 +248,11 @@ def model_config(directory: pathlib.Path) -> ModelConfig:
     raise RequestError(
       f'{directory / "config.json"}: {error.args[0]!r} is missing'
     ) from error
+  if config.activation not in ACTIVATIONS:
+    raise RequestError(
+      f'{directory / "config.json"}: activation {config.activation!r} is not '
+      f'supported; use one of {", ".join(ACTIVATIONS)}'
+    )
   if 'ffp_jax' in hf:
     kept = hf['ffp_jax']
     config = dataclasses.replace(
@@ -304,7 +314,10 @@ def _open_all(directory: pathlib.Path) -> dict:
   """Tensor name to an open safetensors file that holds it."""
   index = directory / 'model.safetensors.index.json'
   if index.exists():
-    names = set(json.loads(index.read_text())['weight_map'].values())
+    try:
+      names = set(json.loads(index.read_text())['weight_map'].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise RequestError(f'{index}: not an index ({error})') from error
   else:
     names = {'model.safetensors'}
   where = {}

@@ -28,12 +28,17 @@ def reward(dense_nll, pruned_nll, kind):
   Args:
     dense_nll: mean loss of the dense model on the reward tokens, finite.
     pruned_nll: mean loss of the pruned model on the same tokens.
-    kind: 'ratio' for PPL_dense / PPL_pruned; 'log_ratio' for
-      1 + log(PPL_dense / PPL_pruned), equal to it to first order.
+    kind: 'ratio' for PPL_dense / PPL_pruned = exp(-gap), gap the loss added;
+      'log_ratio' for 1 / (1 + gap), the same to first order, but not flat
+      where the model is broken.
 
   Returns:
     The reward; 0 where the pruned loss isn't finite.
   """
-  gap = dense_nll - pruned_nll
-  value = {'ratio': jnp.exp, 'log_ratio': lambda x: 1.0 + x}[kind](gap)
+  gap = pruned_nll - dense_nll
+  if kind == 'ratio':
+    value = jnp.exp(-gap)
+  else:
+    # A pruned model may be a little better: stay linear there.
+    value = jnp.where(gap > 0, 1.0 / (1.0 + jnp.abs(gap)), 1.0 - gap)
   return jnp.where(jnp.isfinite(pruned_nll), value, 0.0)

@@ -5,6 +5,7 @@ channels, K key/value groups, G query heads per group, H head size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,7 +68,11 @@ class ModelConfig:
 
 _WEIGHT = nn.initializers.lecun_normal()
 _BIAS = nn.initializers.zeros
-ACTIVATIONS = {'silu': nn.silu, 'relu': nn.relu, 'gelu': nn.gelu}
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'relu': nn.relu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+}
 
 
 class Norm(nn.Module):

@@ -56,7 +56,7 @@ def sample(key, proposal: Proposal, candidates: int):
   Returns:
     (priorities [N,S], the standard noise behind them [N,S]).
   """
-  shape = (candidates // 2, proposal.mean_S.shape[0])
+  shape = (max(candidates // 2, 1), proposal.mean_S.shape[0])
   half = jax.random.normal(key, shape)
   noise_NxS = jnp.concatenate([half, -half])
   return act(proposal, noise_NxS), noise_NxS
@@ -81,7 +81,8 @@ def entropy(proposal: Proposal):
 
 def normalise(advantage_N):
   """To mean 0 and standard deviation 1 over a step's candidates."""
-  centred = advantage_N - jnp.mean(advantage_N)
+  shifted = advantage_N - advantage_N[0]
+  centred = shifted - jnp.mean(shifted)
   return centred / (jnp.std(centred) + 1e-8)
 
 

@@ -37,11 +37,11 @@ class Target(NamedTuple):
 
   sparsity: jax.Array
   keep: jax.Array  # share of the removable cost
-  limit: jax.Array  # parameters, from `budget.wrap`
+  limit: jax.Array  # in units of `Sites.scale`, from `budget.wrap`
 
 
 class Memory(NamedTuple):
-  """The best distinct candidates of the current stage."""
+  """The best candidates of the current stage."""
 
   reward_M: jax.Array  # -inf where empty
   priority_MxS: jax.Array
@@ -65,7 +65,7 @@ def modules(sites: Sites, rank: Masks) -> Modules:
     share_S=jnp.asarray(removable / removable.sum(), jnp.float32),
     floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
     units_S=jnp.asarray(sites.units, jnp.int32),
-    cost_S=jnp.asarray(budget.wrap(sites.unit_cost)),
+    cost_S=jnp.asarray(budget.wrap(sites.unit_cost // sites.scale)),
     step_S=jnp.asarray(sites.step, jnp.int32),
     floor_S=jnp.asarray(sites.floor, jnp.int32),
   )
@@ -78,7 +78,7 @@ def target(sites: Sites, sparsity: float) -> Target:
   return Target(
     jnp.float32(sparsity),
     jnp.float32(limit / removable),
-    jnp.asarray(budget.wrap(limit)),
+    jnp.asarray(budget.wrap(limit // sites.scale)),
   )
 
 

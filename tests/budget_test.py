@@ -126,9 +126,7 @@ class ProjectTest(parameterized.TestCase):
   def test_adding_a_constant_changes_nothing(self, constant):
     problems = _problems(6, 2.0)
     moved = problems._replace(priority=problems.priority + np.float32(constant))
-    np.testing.assert_allclose(
-      _project(*moved), _project(*problems), atol=1e-5
-    )
+    np.testing.assert_allclose(_project(*moved), _project(*problems), atol=1e-5)
 
   @parameterized.parameters(1e3, 1e4)
   def test_extreme_priorities(self, spread):
@@ -205,9 +203,7 @@ class ProjectTest(parameterized.TestCase):
           numeric = _numpy_project(up, *one[1:]) - _numpy_project(
             down, *one[1:]
           )
-          np.testing.assert_allclose(
-            got[:, s], numeric / (2 * step), atol=1e-8
-          )
+          np.testing.assert_allclose(got[:, s], numeric / (2 * step), atol=1e-8)
 
   def test_derivative_spends_nothing_and_spares_the_floors(self):
     problems = _problems(12, 2.0)
@@ -221,9 +217,7 @@ class ProjectTest(parameterized.TestCase):
 
   def test_vmap_equals_loop(self):
     problems = _problems(13, 2.0, 8)
-    one_by_one = [
-      _jitted_project(*(x[i] for x in problems)) for i in range(8)
-    ]
+    one_by_one = [_jitted_project(*(x[i] for x in problems)) for i in range(8)]
     np.testing.assert_allclose(
       _project(*problems), np.stack(one_by_one), atol=2e-6
     )
@@ -318,8 +312,7 @@ def _reference(ratio, limit, units, cost, step, floor):
       if spent() > limit:
         count[s] = max((count[s] - 1) // step[s] * step[s], floor[s])
   while any(
-    bigger(s) > count[s]
-    and spent() + (bigger(s) - count[s]) * cost[s] <= limit
+    bigger(s) > count[s] and spent() + (bigger(s) - count[s]) * cost[s] <= limit
     for s in S
   ):
     for s in order:
@@ -484,7 +477,11 @@ class ToCountsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     # About 2**31 and about 2**32, where int32 changes sign.
-    (2**31, 1), (2**31 - 1, 1), (2**31 + 1, 1), (2**32, 1), (2**32 + 7, 1)
+    (2**31, 1),
+    (2**31 - 1, 1),
+    (2**31 + 1, 1),
+    (2**32, 1),
+    (2**32 + 7, 1),
   )
   def test_limits_around_the_sign(self, limit, step):
     units, cost = np.full(8, 5000), np.full(8, 2**18)
@@ -495,13 +492,14 @@ class ToCountsTest(parameterized.TestCase):
     self.assert_valid(problem, got)
     self.assertEqual(int(got.sum()), limit // 2**18)
 
-  def test_a_rounding_larger_than_31_bits(self):
+  def test_costs_in_units_of_their_common_divisor(self):
     # 80 layers that each round off 0.9 of 4 groups of LLaMA-2 70B.
     layers, units = 80, np.repeat([8, 28672], 80)
     cost, step = np.repeat([18874368, 24576], 80), np.repeat([4, 64], 80)
     ratio = np.full(2 * layers, 0.95)
-    limit = np.int64(0.95 * (units @ cost))
-    problem = Roundings(ratio, limit, units, cost, step, step)
+    scale = np.gcd.reduce(cost)
+    limit = np.int64(0.95 * (units @ cost)) // scale
+    problem = Roundings(ratio, limit, units, cost // scale, step, step)
     got = np.asarray(_jitted_one(*_device(problem)))
     self.assert_valid(problem, got)
 
@@ -545,9 +543,7 @@ class ToCountsTest(parameterized.TestCase):
     problems = _roundings(10)
     counts = _to_counts(problems)
     by = np.random.default_rng(0).permutation(_S)
-    permuted = Roundings(
-      *(x if x.ndim == 1 else x[:, by] for x in problems)
-    )
+    permuted = Roundings(*(x if x.ndim == 1 else x[:, by] for x in problems))
     # Ties break by index, so only they may depend on the order; modules that
     # can't move have none.
     steps = problems.ratio * problems.units / problems.step

@@ -42,12 +42,11 @@ _ERROR = jax.jit(calibrate.error)
 
 
 def setUpModule():
-  # Tiny models: compiling them takes far longer than running them.
-  jax.config.update('jax_disable_most_optimizations', True)
+  tiny_run.compile_quickly(True)
 
 
 def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
+  tiny_run.compile_quickly(False)
 
 
 def _lstsq(x, y, weight, mask, strength):

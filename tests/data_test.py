@@ -20,9 +20,7 @@ _SIZES = {'calibration': 5, 'reward': 4, 'validation': 3, 'heldout': 6}
 class _TestCase(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(
-      self.enterContext(tempfile.TemporaryDirectory())
-    )
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   def file(self, name, content) -> str:
     path = self.folder / name

@@ -37,12 +37,11 @@ _HEADER = 20_000  # bytes; what a safetensors file of few tensors may add
 
 
 def setUpModule():
-  # Tiny models: compiling them takes far longer than running them.
-  jax.config.update('jax_disable_most_optimizations', True)
+  tiny_run.compile_quickly(True)
 
 
 def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
+  tiny_run.compile_quickly(False)
 
 
 def _masks(config, seed=0):

@@ -146,9 +146,7 @@ class RoundTripTest(_TestCase):
     testing.pair(name).torch.config.save_pretrained(folder)
     self.edit(
       folder / 'config.json',
-      lambda x: x.update(
-        ffp_jax={'kept_groups': [1, 2], 'kept_ffn': [7, 50]}
-      ),
+      lambda x: x.update(ffp_jax={'kept_groups': [1, 2], 'kept_ffn': [7, 50]}),
     )
     self.assertEqual(hf.model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)

@@ -16,9 +16,7 @@ def _captured_apply(name):
   decoder = Decoder(testing.pair(name).config, importance.square_sum)
 
   def apply(params, tokens):
-    _, variables = decoder.apply(
-      {'params': params}, tokens, mutable='captured'
-    )
+    _, variables = decoder.apply({'params': params}, tokens, mutable='captured')
     stack = variables['captured']['stack']
     return stack['attention']['inputs'], stack['ffn']['inputs']
 

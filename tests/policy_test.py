@@ -19,7 +19,6 @@ _WEIGHTS = {
 }
 
 
-
 def setUpModule():
   # Tiny arrays: compiling takes far longer than running.
   jax.config.update('jax_disable_most_optimizations', True)
@@ -230,9 +229,7 @@ class LossTest(parameterized.TestCase):
   def test_random_batches_lie_on_both_sides_of_the_clip(self):
     # Else the test above would not see the clip at all.
     proposal, batch = _proposal(0), _batch(0)
-    ratio = np.exp(
-      _log_prob(proposal, batch.priority_NxS) - batch.log_prob_N
-    )
+    ratio = np.exp(_log_prob(proposal, batch.priority_NxS) - batch.log_prob_N)
     self.assertGreater((np.abs(ratio - 1.0) > 0.2).sum(), 1)
     self.assertGreater((np.abs(ratio - 1.0) < 0.2).sum(), 1)
 
@@ -256,9 +253,7 @@ class LossTest(parameterized.TestCase):
   def test_score_gradient_at_the_proposing_policy_is_reinforce(self):
     # There the ratio is 1 and its gradient that of the log density.
     proposal, batch = _proposal(3), _batch(3)
-    batch = batch._replace(
-      log_prob_N=_log_prob(proposal, batch.priority_NxS)
-    )
+    batch = batch._replace(log_prob_N=_log_prob(proposal, batch.priority_NxS))
     got = _loss_gradient(proposal, batch, _WEIGHTS | {'value_weight': 0.0})
     reward = np.asarray(batch.reward_N, np.float64)
     advantage = ((reward - reward.mean()) / reward.std())[:, None]
@@ -300,6 +295,7 @@ def _solve(weights, *, updates, candidates, epochs, rate):
   optim = policy.optimizer(
     learning_rate=rate,
     network_learning_rate=1e-2,
+    decay=0.99,
     steps=updates * epochs,
     max_norm=1.0,
   )
@@ -363,7 +359,11 @@ def _update(reward_N, gradient, weights, epochs):
   """Initial parameters at the target, those after one update, its terms."""
   _, params, apply = _initial(_TARGET)
   optim = policy.optimizer(
-    learning_rate=0.1, network_learning_rate=0.1, steps=10, max_norm=1.0
+    learning_rate=0.1,
+    network_learning_rate=0.1,
+    decay=0.99,
+    steps=10,
+    max_norm=1.0,
   )
   sparsity = jnp.float32(0.2)
   proposal = apply(params, sparsity)
@@ -433,7 +433,11 @@ class UpdateTest(parameterized.TestCase):
   def test_free_parameters_and_network_have_their_own_rates(self):
     _, params, _ = _initial(_TARGET)
     optim = policy.optimizer(
-      learning_rate=0.5, network_learning_rate=0.01, steps=4, max_norm=1e9
+      learning_rate=0.5,
+      network_learning_rate=0.01,
+      decay=0.99,
+      steps=4,
+      max_norm=1e9,
     )
     ones = jax.tree.map(jnp.ones_like, params)
     update = jax.jit(optim.update)

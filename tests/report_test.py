@@ -295,7 +295,8 @@ class WriteTest(_Folder):
       '| parameters, all | 1,000,000 | 850,000 | -15.0% |',
       '| parameters, prunable | 750,000 | 600,000 | -20.0% |',
       '| weights, bytes | 4,000,000 | 3,400,000 | -15.0% |',
-      '- candidates evaluated: 12\n- tokens evaluated: 3,060, a backward pass counted as two forward ones\n',
+      '- candidates evaluated: 12\n- tokens evaluated: 3,060, a backward '
+      'pass counted as two forward ones\n',
       '- compilations of the search step: 2',
       '| search | 30.2 |',
       '| **all** | **31.8** |',

@@ -3,18 +3,22 @@
 import json
 import pathlib
 import pydoc_data.topics
+import tempfile
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tokenizers
+from jax.experimental.compilation_cache import compilation_cache
 
 from ffp_jax import hf
 from ffp_jax.config import defaults
 from ffp_jax.model import ModelConfig
 
 VOCAB = 300
+_COMPILED = tempfile.TemporaryDirectory()  # gone at exit
 HF_CONFIG = {
   'model_type': 'llama',
   'vocab_size': VOCAB,
@@ -26,6 +30,22 @@ HF_CONFIG = {
   'max_position_embeddings': 64,
   'tie_word_embeddings': True,
 }
+
+
+def compile_quickly(on: bool):
+  """Compiles without most optimisations, and the same code only once.
+
+  Compiling a tiny model takes far longer than running it, and every run
+  makes new jitted functions of the same code. For setUpModule; switched off
+  in tearDownModule.
+  """
+  jax.config.update('jax_disable_most_optimizations', on)
+  jax.config.update('jax_compilation_cache_dir', _COMPILED.name if on else None)
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs', 0.0 if on else 1.0
+  )
+  # Whether there is a cache is only looked at once.
+  compilation_cache.reset_cache()
 
 
 def params(config: ModelConfig, seed: int = 0) -> dict:
@@ -114,7 +134,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     'budget.sparsity': 0.25,
     'search.context': 16,
     'search.steps': (2, 4),
-    'search.windows': (1, 1),
+    'search.rows': (1, 1),
     'policy.hidden': (8,),
     'checkpoint.every': 2,
   }

@@ -1,0 +1,512 @@
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import curriculum, loss, masks, search
+from ffp_jax import sites as sites_lib
+from ffp_jax.book import Book
+from ffp_jax.config import defaults
+from ffp_jax.model import Decoder, Masks, ModelConfig
+from tests import tiny_run
+
+_L, _K, _F = 3, 200, 400
+# Only its shapes matter; many units, so that rounding hardly does.
+_WIDE = ModelConfig(
+  vocab=10,
+  width=4,
+  layers=_L,
+  groups=_K,
+  heads_per_group=1,
+  head_size=2,
+  ffn=_F,
+)
+_SITES = sites_lib.sites(_WIDE, round_heads=1, round_ffn=1)
+# What removing the whole of a module would cost, in nats.
+_HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+def _config(**overrides):
+  config = defaults()
+  small = {
+    'budget.sparsity': 0.4,
+    'search.sparsity_shares': (0.5, 1.0),
+    'search.steps': (10, 50),
+    'search.rows': (1, 1),
+    'search.context': 8,
+    'search.candidates': 4,
+    'search.attention_prior': 0.0,
+    'policy.hidden': (8,),
+  }
+  config.update_from_flattened_dict(small | overrides)
+  return config
+
+
+def _rank(config=_WIDE, seed=0):
+  source = np.random.default_rng(seed)
+  shapes = Masks((config.layers, config.groups), (config.layers, config.ffn))
+  return masks.rank_all(Masks(*(source.random(shape) for shape in shapes)))
+
+
+@functools.cache
+def _modules():
+  return search.modules(_SITES, _rank())
+
+
+def _harm(kept_S, xp=np):
+  """The synthetic loss, a function of the kept shares alone."""
+  return 1.0 + xp.sum(_HARM_S * xp.square(1.0 - kept_S))
+
+
+def _nll(cliff, tokens_BxT, masks):
+  """`_harm` in the place of a model's loss; NaN where an FFN keeps more."""
+  if masks is None:
+    return jnp.ones(len(tokens_BxT))
+  kept_S = jnp.concatenate([mask.mean(-1) for mask in masks])
+  value = jnp.where(kept_S[_L] > cliff, jnp.nan, _harm(kept_S, jnp))
+  return jnp.full(len(tokens_BxT), value)
+
+
+def _optimum(sparsity, low):
+  """Kept shares [S] that lose least, by bisection on the multiplier."""
+  share_S = _SITES.units * _SITES.unit_cost / _SITES.total
+
+  def kept(multiplier):
+    return np.clip(1.0 - multiplier * share_S / (2.0 * _HARM_S), low, 1.0)
+
+  below, above = 0.0, 1e4
+  for _ in range(200):
+    middle = 0.5 * (below + above)
+    less = share_S @ kept(middle) < 1.0 - sparsity
+    below, above = (below, middle) if less else (middle, above)
+  return kept(below)
+
+
+class _NotSaved:
+  """Stands in for `Checkpoints`."""
+
+  def restore(self, state):
+    return state
+
+  def save(self, step, state, *, force):
+    pass
+
+
+def _run(config, cliff=2.0):
+  """(finalists [M,S], what it took, lines of metrics) of a whole search."""
+  with tempfile.TemporaryDirectory() as folder:
+    book = Book(pathlib.Path(folder))
+    rows = np.arange(96).reshape(3, 32) % 10
+    found, taken = search.run(
+      config, _SITES, _modules(), _nll, cliff, rows, book, _NotSaved()
+    )
+    return found, taken, (book.workdir / 'metrics.jsonl').read_text()
+
+
+def _counts(priority_S, sparsity, low):
+  goal = search.target(_SITES, sparsity)
+  return np.asarray(search.allocate(priority_S, goal, _modules(), low=low))
+
+
+class CountGradientTest(parameterized.TestCase):
+  @parameterized.parameters(*range(6))
+  def test_against_a_loop(self, seed):
+    source = np.random.default_rng(seed)
+    shapes = Masks((2, 5), (2, 24))
+    gradient = Masks(
+      *(source.standard_normal(shape).astype(np.float32) for shape in shapes)
+    )
+    rank = masks.rank_all(Masks(*(source.random(shape) for shape in shapes)))
+    # Every edge is met: cuts at either end, windows of a unit and of all.
+    window = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)[seed]
+    count_S = np.concatenate(
+      [source.integers(0, 6, 2), [source.integers(0, 25), 24 * (seed % 2)]]
+    )
+    ours = search.count_gradient(
+      gradient, rank, jnp.asarray(count_S), window=window
+    )
+    theirs = []
+    for module in range(2):
+      units = shapes[module][1]
+      half = max(1, round(window * units))
+      for layer in range(2):
+        cut = count_S[2 * module + layer]
+        place = np.asarray(rank[module][layer])
+        near = [
+          gradient[module][layer][unit]
+          for unit in range(units)
+          if cut - half <= place[unit] < cut + half
+        ]
+        theirs.append(np.mean(near))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    self.assertEqual(ours.dtype, jnp.float32)
+
+  def test_sees_the_next_and_the_last_unit(self):
+    rank = Masks(jnp.array([[2, 0, 1, 3]]), jnp.array([[2, 0, 1, 3]]))
+    slopes = Masks(
+      jnp.array([[7.0, 90.0, 5.0, 90.0]]), jnp.array([[7.0, 9.0, 90.0, 90.0]])
+    )
+    # Kept, then removed next: ranks 1 and 2; and only rank 0 to lose.
+    got = search.count_gradient(slopes, rank, jnp.array([2, 0]), window=0.1)
+    np.testing.assert_allclose(got, [6.0, 9.0])
+
+
+class AllocateTest(parameterized.TestCase):
+  @parameterized.product(
+    sparsity=(0.0, 0.1, 0.37, 0.8),
+    rounds=((1, 1), (2, 8), (3, 32)),
+    spread=(0.3, 10.0),
+  )
+  def test_budget_is_met_within_a_step(self, sparsity, rounds, spread):
+    table = sites_lib.sites(
+      dataclasses.replace(_WIDE, qkv_bias=True, out_bias=True, ffn_bias=True),
+      round_heads=rounds[0],
+      round_ffn=rounds[1],
+    )
+    source = np.random.default_rng(0)
+    goal = search.target(table, sparsity)
+    modules = search.modules(table, _rank())
+    for _ in range(3):
+      priority_S = np.float32(spread * source.standard_normal(2 * _L))
+      count_S = np.asarray(
+        _ALLOCATE(priority_S, goal, modules, low=0.05), np.int64
+      )
+      slack = table.limit(sparsity) - table.kept_cost(count_S)
+      self.assertGreaterEqual(slack, 0)
+      self.assertGreaterEqual(table.sparsity(count_S), sparsity - 1e-9)
+      self.assertTrue((count_S >= table.floor).all())
+      self.assertTrue((count_S <= table.units).all())
+      whole = (count_S % table.step == 0) | (count_S == table.units)
+      self.assertTrue(whole.all())
+      grown = np.minimum((count_S // table.step + 1) * table.step, table.units)
+      price = ((grown - count_S) * table.unit_cost)[grown > count_S]
+      if len(price):
+        self.assertLess(slack, price.min())
+      else:
+        self.assertEqual(sparsity, 0.0)
+
+  def test_equal_priorities_are_uniform(self):
+    goal = search.target(_SITES, 0.25)
+    count_S = _ALLOCATE(jnp.full(2 * _L, 3.0), goal, _modules(), low=0.1)
+    np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
+
+  def test_projection_meets_the_kept_share(self):
+    goal = search.target(_SITES, 0.3)
+    source = np.random.default_rng(0)
+    priority_S = np.float32(2.0 * source.standard_normal(2 * _L))
+    ratio_S = search.project(priority_S, goal, _modules(), low=0.1)
+    kept = np.asarray(ratio_S, np.float64) @ (_SITES.units * _SITES.unit_cost)
+    self.assertAlmostEqual(kept / _SITES.total, 0.7, places=5)
+    np.testing.assert_array_equal(np.argsort(ratio_S), np.argsort(priority_S))
+
+  def test_target_leaves_out_what_cannot_go(self):
+    biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
+    table = sites_lib.sites(biased, round_heads=1, round_ffn=1)
+    goal = search.target(table, 0.5)
+    self.assertEqual(goal.limit, table.limit(0.5) - table.fixed)
+    removable = table.total - table.fixed
+    self.assertAlmostEqual(float(goal.keep), int(goal.limit) / removable)
+
+
+_ALLOCATE = jax.jit(search.allocate, static_argnames='low')
+
+
+@functools.partial(jax.jit, static_argnames=('kind', 'steep'))
+def _score(priority_S, factor=1.0, kind='ratio', steep=False):
+  """(reward, gradient) of `factor` times the synthetic loss."""
+
+  def loss_of(masks):
+    value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
+    # The root adds nothing, with a slope that isn't a number.
+    return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
+
+  return search.score(
+    jnp.asarray(priority_S, jnp.float32),
+    search.target(_SITES, 0.4),
+    _modules(),
+    loss_of,
+    jnp.float32(1.0),
+    low=0.1,
+    window=0.05,
+    kind=kind,
+  )
+
+
+class ScoreTest(parameterized.TestCase):
+  @parameterized.parameters(np.nan, np.inf, -np.inf)
+  def test_not_finite(self, factor):
+    reward, gradient = _score(np.zeros(2 * _L), factor)
+    self.assertEqual(reward, 0.0)
+    np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
+
+  def test_gradient_not_finite(self):
+    reward, gradient = _score(np.zeros(2 * _L), steep=True)
+    self.assertEqual(reward, _score(np.zeros(2 * _L))[0])
+    np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
+
+  @parameterized.parameters('ratio', 'log_ratio')
+  def test_reward_and_gradient_against_finite_differences(self, kind):
+    source = np.random.default_rng(0)
+    priority_S = source.standard_normal(2 * _L)
+    share_S = _SITES.units * _SITES.unit_cost / _SITES.total
+
+    def smooth(priority_S):
+      """The reward without rounding, in float64."""
+      below, above = -50.0, 50.0
+      for _ in range(100):
+        shift = 0.5 * (below + above)
+        kept = 0.1 + 0.9 / (1.0 + np.exp(-priority_S - shift))
+        less = share_S @ kept < 0.6
+        below, above = (shift, above) if less else (below, shift)
+      gap = 1.0 - _harm(kept)
+      return np.exp(gap) if kind == 'ratio' else 1.0 + gap
+
+    theirs = np.array(
+      [
+        (smooth(priority_S + step) - smooth(priority_S - step)) / 2e-4
+        for step in 1e-4 * np.eye(2 * _L)
+      ]
+    )
+    reward, ours = _score(priority_S, kind=kind)
+    self.assertAlmostEqual(float(reward), smooth(priority_S), delta=0.03)
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
+    # Up for the module that hurts most, down for the one that hurts least.
+    self.assertGreater(ours[2], 0.0)
+    self.assertLess(ours[0], 0.0)
+    # A priority common to all changes nothing.
+    self.assertAlmostEqual(float(ours.sum()), 0.0, delta=1e-4)
+
+
+class MemoryTest(absltest.TestCase):
+  def _state(self, reward_M):
+    size = len(reward_M)
+    memory = search.Memory(
+      jnp.array(reward_M, jnp.float32), 1.0 * jnp.arange(size)[:, None]
+    )
+    return search.SearchState({}, (), None, jnp.int32(0), memory)
+
+  def test_keeps_the_best(self):
+    memory = self._state([5.0, 2.0, -np.inf]).memory
+    new = search.remember(
+      memory, jnp.array([1.0, 6.0, 3.0]), jnp.array([[10.0], [20.0], [30.0]])
+    )
+    np.testing.assert_array_equal(new.reward_M, [6.0, 5.0, 3.0])
+    np.testing.assert_array_equal(new.priority_MxS, [[20.0], [0.0], [30.0]])
+    worse = search.remember(new, jnp.array([0.0]), jnp.array([[40.0]]))
+    jax.tree.map(np.testing.assert_array_equal, worse, new)
+
+  def test_forget(self):
+    state = search.forget(self._state([5.0, 2.0]))
+    np.testing.assert_array_equal(state.memory.reward_M, [-np.inf, -np.inf])
+    new = search.remember(state.memory, jnp.array([-3.0]), jnp.array([[9.0]]))
+    np.testing.assert_array_equal(new.reward_M, [-3.0, -np.inf])
+    np.testing.assert_array_equal(new.priority_MxS[0], [9.0])
+
+
+class CurriculumTest(parameterized.TestCase):
+  def test_plan(self):
+    plan = curriculum.plan(
+      _config(
+        **{
+          'budget.sparsity': 0.3,
+          'search.sparsity_shares': (0.5, 0.75, 1.0),
+          'search.steps': (2, 1, 3),
+          'search.rows': (1, 2, 4),
+        }
+      )
+    )
+    self.assertEqual([stage.steps for stage in plan], [2, 1, 3])
+    self.assertEqual([stage.rows for stage in plan], [1, 2, 4])
+    np.testing.assert_allclose(
+      [stage.sparsity for stage in plan], [0.15, 0.225, 0.3]
+    )
+    self.assertEqual(plan[-1].sparsity, 0.3)
+
+  def test_stage_at(self):
+    plan = [curriculum.Stage(0.1, 2, 1), curriculum.Stage(0.2, 3, 4)]
+    got = [curriculum.stage_at(plan, step) for step in range(5)]
+    self.assertEqual([index for index, _, _ in got], [0, 0, 1, 1, 1])
+    self.assertEqual(
+      [first for _, _, first in got], [True, False] * 2 + [False]
+    )
+    for index, stage, _ in got:
+      self.assertEqual(stage, plan[index])
+
+  def test_a_stage_without_steps_is_passed_over(self):
+    plan = [curriculum.Stage(0.1, 0, 1), curriculum.Stage(0.2, 1, 1)]
+    self.assertEqual(curriculum.stage_at(plan, 0), (1, plan[1], True))
+
+  @parameterized.parameters(1, 2, 3, 6, 7)
+  def test_every_row_before_any_again(self, rows):
+    text = 10 * np.arange(6)[:, None] + np.arange(4)
+    drawn = np.concatenate(
+      [curriculum.draw(text, step, rows, 0) for step in range(12)]
+    )
+    self.assertEqual(drawn.shape, (12 * rows, 4))
+    np.testing.assert_array_equal(
+      drawn - drawn[:, :1], np.arange(4) + 0 * drawn
+    )
+    passes = drawn[:, 0].reshape(-1, 6) // 10
+    for one in passes:
+      self.assertEqual(sorted(one), list(range(6)))
+    self.assertGreater(len({tuple(one) for one in passes}), 1)
+
+  def test_known_from_step_and_seed(self):
+    text = np.arange(20)[:, None]
+    # In any order: a resumed search asks for a late step first.
+    late = curriculum.draw(text, 7, 3, 5)
+    for step in range(8):
+      again = curriculum.draw(text, step, 3, 5)
+    np.testing.assert_array_equal(again, late)
+    self.assertFalse(np.array_equal(late, curriculum.draw(text, 7, 3, 6)))
+
+
+@functools.cache
+def _searched():
+  return _run(_config())
+
+
+class SyntheticSearchTest(absltest.TestCase):
+  """Where the best allocation is known."""
+
+  def _assert_close_to_best(self, found, low=0.1):
+    best = _harm(_optimum(0.4, low))
+    even = _harm(_counts(np.zeros(2 * _L, np.float32), 0.4, low) / _SITES.units)
+    self.assertGreater(even - best, 0.1)
+    for priority_S in found:
+      count_S = _counts(priority_S, 0.4, low)
+      self.assertLessEqual(_SITES.kept_cost(count_S), _SITES.limit(0.4))
+      got = _harm(count_S / _SITES.units)
+      self.assertGreater(got, best - 1e-3)  # rounding
+      self.assertLess(got - best, 0.1 * (even - best))
+
+  def test_comes_close_to_the_best_allocation(self):
+    found, _, _ = _searched()
+    self._assert_close_to_best(found)
+
+  def test_comes_close_by_the_score_function_alone(self):
+    many = {'search.candidates': 64, 'search.block': 64}
+    weights = {'policy.pathwise_weight': 0.0, 'policy.score_weight': 1.0}
+    found, _, _ = _run(_config(**many, **weights))
+    self._assert_close_to_best(found)
+
+  def test_moves_units_to_where_they_matter(self):
+    found, _, _ = _searched()
+    kept_S = _counts(found[0], 0.4, 0.1) / _SITES.units
+    np.testing.assert_allclose(kept_S, _optimum(0.4, 0.1), atol=0.15)
+
+  def test_repeats_bit_for_bit(self):
+    first, again = _searched(), _run(_config())
+    np.testing.assert_array_equal(first[0], again[0])
+    self.assertEqual(_without_seconds(first[2]), _without_seconds(again[2]))
+
+  def test_counts_what_it_takes(self):
+    _, taken, lines = _searched()
+    self.assertEqual(taken['compilations'], 1)
+    self.assertLen(_read(lines), 60)
+    self.assertEqual(taken['candidates_evaluated'], 60 * 4)
+    # Three forward passes' worth a candidate, one for the dense model.
+    self.assertEqual(taken['tokens_evaluated'], 60 * 8 * (3 * 4 + 1))
+
+  def test_survives_losses_that_are_not_finite(self):
+    found, taken, lines = _run(_config(**{'search.rows': (1, 2)}), cliff=0.6)
+    self.assertTrue(np.isfinite(found).all())
+    self.assertNotIn('null', lines)
+    self.assertIn('"reward_mean": 0.0', lines)
+    # Once for each shape of the tokens.
+    self.assertEqual(taken['compilations'], 2)
+    tokens = [line['reward_tokens'] for line in _read(lines)]
+    self.assertEqual(tokens, [8] * 10 + [16] * 50)
+
+  def test_an_easier_stage_is_forgotten(self):
+    # The first stage removes nothing, at a reward of 1 that can't be met.
+    _, _, lines = _run(_config(**{'search.sparsity_shares': (0.0, 1.0)}))
+    best = [line['best_reward'] for line in _read(lines)]
+    self.assertEqual(set(best[:10]), {1.0})
+    self.assertLess(max(best[10:]), 0.9)
+    self.assertEqual(best[10:], sorted(best[10:]))
+
+
+def _read(lines):
+  return [json.loads(line) for line in lines.splitlines()]
+
+
+def _without_seconds(lines):
+  return [line | {'seconds': None} for line in _read(lines)]
+
+
+_TINY = ModelConfig(
+  vocab=30, width=16, layers=2, groups=2, heads_per_group=2, head_size=4, ffn=24
+)
+
+
+class ModelSearchTest(absltest.TestCase):
+  def test_reward_improves_over_the_prior(self):
+    params = tiny_run.params(_TINY)
+    config = _config(**{'search.candidates': 2})
+
+    def apply(params, tokens, masks):
+      return Decoder(_TINY).apply({'params': params}, tokens, masks)
+
+    def nll(params, tokens, masks):
+      return loss.nll(apply, params, tokens, masks)
+
+    table = sites_lib.sites(_TINY, round_heads=1, round_ffn=1)
+    modules = search.modules(table, _rank(_TINY))
+    goal = search.target(table, 0.3)
+    net, optim = search.network(config, table)
+    state = search.init(
+      jax.random.key(0), net, optim, search.prior(table, 0.0), remember=2
+    )
+    tokens = _own_tokens(lambda t: apply(params, t, None), 4, 16)
+    step = search.make_step(net, optim, nll, config)
+
+    @jax.jit
+    def reward(priority_S):
+      count_S = search.allocate(priority_S, goal, modules, low=0.1)
+      keep = masks.from_counts(modules.rank, count_S)
+      pruned = nll(params, tokens, keep).mean()
+      return jnp.exp(nll(params, tokens, None).mean() - pruned)
+
+    before = float(reward(search.prior(table, 0.0)))
+    for _ in range(25):
+      state, metrics = step(state, params, tokens, goal, modules)
+    self.assertEqual(step._cache_size(), 1)
+    mean_S = net.apply({'params': state.params}, jnp.float32(0.3)).mean_S
+    self.assertLess(before, 0.9)
+    self.assertGreater(float(reward(mean_S)), before + 0.02)
+    # The memory holds what it says.
+    best = float(reward(state.memory.priority_MxS[0]))
+    self.assertAlmostEqual(best, float(state.memory.reward_M[0]), places=4)
+    self.assertEqual(float(metrics['best_reward']), state.memory.reward_M[0])
+    self.assertGreater(best, before + 0.02)
+
+
+def _own_tokens(apply, batch, time):
+  """Text by the model itself, so that it has something to lose."""
+  apply = jax.jit(apply)
+  tokens = np.zeros((batch, time), np.int32)
+  source = np.random.default_rng(0)
+  for t in range(1, time):
+    logits = np.asarray(apply(tokens))[:, t - 1]
+    noise = source.gumbel(size=logits.shape)
+    tokens[:, t] = np.argmax(logits + noise, axis=-1)
+  return tokens
+
+
+if __name__ == '__main__':
+  absltest.main()
