@@ -1,6 +1,6 @@
 """Command line: flags, logging, one call.
 
-python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
+    python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
 """
 
 import pathlib
@@ -10,31 +10,34 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file('config')
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 
 
-def parse(argv):
-  """Flags, or one line and exit code 2."""
-  try:
-    flags.FLAGS(argv)
-    flags.mark_flags_as_required(['config', 'workdir'])
-  except (
-    flags.Error,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    OSError,
-  ) as error:
-    refuse(error)
-  return argv[:1]
-
-
-def refuse(error):
-  line = ' '.join(str(error).split())
-  print(f'ffp_jax: {line}', file=sys.stderr)
+def refuse(problem):
+  """One line on stderr, exit code 2."""
+  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
   sys.exit(2)
+
+
+def parse(argv):
+  """Reads the flags; refuses what isn't one, before any heavy import."""
+  try:
+    rest = flags.FLAGS(argv)
+    if flags.FLAGS['config'].present:
+      _ = _CONFIG.value.model  # a file that didn't load fails here
+  except (AttributeError, KeyError) as error:
+    key = str(error).strip('"\'')
+    refuse(f'--config: no key {key!r}; see ffp_jax/config.py')
+  except (flags.Error, OSError, TypeError, ValueError) as error:
+    refuse(error)
+  if not flags.FLAGS['config'].present:
+    refuse('--config is missing; give a file such as configs/llama.py')
+  if not _WORKDIR.value:
+    refuse('--workdir is missing; give the directory of the run')
+  if len(rest) > 1:
+    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  return rest
 
 
 def main(argv):
@@ -54,6 +57,8 @@ def main(argv):
   except RequestError as error:
     refuse(error)
   print(report.summary(results, Book(workdir).read_json('allocation.json')))
+  print(f'\nmodel       {workdir / "pruned"}')
+  print(f'report      {workdir / "report.md"}')
 
 
 if __name__ == '__main__':
