@@ -23,10 +23,10 @@ def defaults() -> ml_collections.ConfigDict:
 
   config.text = ml_collections.ConfigDict()
   config.text.context = 512
-  config.text.calibration_windows = 32  # importance and ridge
+  config.text.calibration_windows = 16  # importance and ridge
   config.text.validation_windows = 8  # choose the ridge strength
   config.text.reward_windows = 16
-  config.text.heldout_windows = 32  # from the end of the text
+  config.text.heldout_windows = 24  # from the end of the text
 
   config.budget = ml_collections.ConfigDict()
   config.budget.sparsity = 0.2  # removed / prunable parameters
@@ -38,7 +38,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.search = ml_collections.ConfigDict()
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
-  config.search.steps = (4, 26)
+  config.search.steps = (4, 22)
   config.search.rows = (2, 2)  # of search.context tokens, a candidate
   config.search.context = 256  # short: attention is cheaper
   config.search.candidates = 2  # even

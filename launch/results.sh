@@ -10,6 +10,7 @@ run() {
   local name=$1
   shift
   .venv/bin/python -m ffp_jax.main --config=configs/llama.py \
+    --config.text.heldout_windows=32 \
     --workdir="$workdir/$name" --config.data="$text" "$@"
 }
 for sparsity in 0.2 0.3; do

@@ -132,6 +132,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     'text.reward_windows': 4,
     'text.heldout_windows': 5,
     'budget.sparsity': 0.25,
+    'budget.round_ffn': 2,
     'search.context': 16,
     'search.steps': (2, 4),
     'search.rows': (1, 1),

@@ -1,0 +1,447 @@
+import functools
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from unittest import mock
+
+import numpy as np
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from ffp_jax import data, evaluate, export, hf, prune
+from ffp_jax.book import Book
+from ffp_jax.config import RequestError
+from tests import tiny_run
+
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
+_MODELS = ('dense', 'uniform', 'uniform_calibrated', 'searched', 'calibrated')
+_STEPS = 6
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+@functools.cache
+def _model() -> pathlib.Path:
+  path = pathlib.Path(_FOLDER.name) / 'model'
+  tiny_run.write_model(path)
+  return path
+
+
+@functools.cache
+def _text() -> pathlib.Path:
+  path = pathlib.Path(_FOLDER.name) / 'text.txt'
+  path.write_text(tiny_run.text(2))
+  return path
+
+
+def _config(**overrides):
+  common = {'model': str(_model()), 'data': str(_text())}
+  return tiny_run.config(**(common | overrides))
+
+
+def _run(workdir, **overrides):
+  return prune.run(_config(**overrides), workdir, command='how to run it')
+
+
+def _read(path):
+  return json.loads(path.read_text())
+
+
+def _metrics(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _outcome(workdir):
+  """What has to be the same, bit for bit."""
+  metrics = [line | {'seconds': None} for line in _metrics(workdir)]
+  weights = (workdir / 'pruned' / 'model.safetensors').read_bytes()
+  allocation = (workdir / 'allocation.json').read_bytes()
+  results = _read(workdir / 'results.json')
+  return metrics, allocation, weights, {k: results[k] for k in _MODELS}
+
+
+@functools.cache
+def _finished():
+  """(workdir, what `run` returned) of a run that nothing disturbed."""
+  workdir = pathlib.Path(_FOLDER.name) / 'runs' / 'finished'
+  return workdir, _run(workdir)
+
+
+class _TestCase(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.workdir = self.folder / 'run'
+
+
+class FinishedTest(_TestCase):
+  def test_files(self):
+    workdir, _ = _finished()
+    names = {path.name for path in workdir.iterdir()}
+    self.assertContainsSubset(
+      {
+        'config.json',
+        'metrics.jsonl',
+        'allocation.json',
+        'results.json',
+        'report.md',
+        'checkpoints',
+        'pruned',
+      },
+      names,
+    )
+    self.assertFalse([name for name in names if name.startswith('.')])
+    self.assertNotEmpty(list((workdir / 'checkpoints').iterdir()))
+    report = (workdir / 'report.md').read_text()
+    plots = re.findall(r'!\[[^]]+\]\(([^)]+)\)', report)
+    self.assertGreaterEqual(len(plots), 3)
+    for name in plots:
+      self.assertStartsWith(
+        (workdir / name).read_bytes().hex(), b'\x89PNG'.hex()
+      )
+    self.assertIn('how to run it', report)
+
+  def test_config(self):
+    workdir, _ = _finished()
+    self.assertEqual(
+      _read(workdir / 'config.json'), json.loads(_config().to_json())
+    )
+
+  def test_metrics(self):
+    lines = _metrics(_finished()[0])
+    self.assertEqual([line['step'] for line in lines], list(range(_STEPS)))
+    numbers = (
+      'sparsity',
+      'reward_tokens',
+      'reward_mean',
+      'reward_max',
+      'best_reward',
+      'loss_score',
+      'loss_pathwise',
+      'loss_value',
+      'entropy',
+      'seconds',
+    )
+    for line in lines:
+      for key in numbers:
+        self.assertTrue(np.isfinite(line[key]), key)
+      self.assertLessEqual(line['reward_mean'], line['reward_max'])
+      self.assertLessEqual(line['reward_max'], line['best_reward'])
+      self.assertEqual(line['reward_tokens'], 16)
+    sparsity = [line['sparsity'] for line in lines]
+    self.assertEqual(sparsity, [0.125] * 2 + [0.25] * 4)
+
+  def test_allocation(self):
+    workdir, _ = _finished()
+    got = _read(workdir / 'allocation.json')
+    kept = 0
+    for i, layer in enumerate(got['layers']):
+      self.assertEqual(layer['layer'], i)
+      self.assertEqual(layer['attention_total'], 2)
+      self.assertEqual(layer['ffn_total'], 48)
+      self.assertBetween(layer['attention_kept'], 1, 2)
+      self.assertBetween(layer['ffn_kept'], 2, 48)
+      self.assertEqual(layer['ffn_kept'] % 2, 0)
+      # Two query heads of 8, a key and a value head; gate, up and down.
+      kept += layer['attention_kept'] * 32 * 8 * (2 + 2 + 2)
+      kept += layer['ffn_kept'] * 32 * 3
+    self.assertLen(got['layers'], 3)
+    prunable = 3 * (2 * 32 * 8 * 6 + 48 * 32 * 3)
+    self.assertEqual(got['sparsity_target'], 0.25)
+    self.assertAlmostEqual(got['sparsity_achieved'], 1 - kept / prunable)
+    # Never above the budget, short of it by less than a step.
+    self.assertLessEqual(kept, 0.75 * prunable)
+    self.assertGreater(kept, 0.75 * prunable - 2 * 32 * 3)
+    self.assertEqual(
+      got['params_dense'] - got['params_pruned'], prunable - kept
+    )
+    self.assertEqual(got['seed'], 0)
+
+  def test_results(self):
+    workdir, results = _finished()
+    self.assertEqual(_read(workdir / 'results.json'), results)
+    for name in _MODELS:
+      self.assertBetween(results[name]['ppl'], 1.0, np.inf)
+    self.assertLen({results[name]['ppl'] for name in _MODELS}, len(_MODELS))
+    self.assertEqual(results['protocol']['text'], str(_text()))
+    self.assertIn('held-out', results['protocol']['split'])
+    self.assertEqual(results['protocol']['context'], 32)
+    self.assertEqual(results['protocol']['windows'], 5)
+    self.assertEqual(results['protocol']['tokens'], 5 * 31)
+    self.assertEqual(results['candidates_evaluated'], _STEPS * 2)
+    self.assertEqual(results['compilations'], 1)
+    allocation = _read(workdir / 'allocation.json')
+    for key in ('params_dense', 'params_pruned'):
+      self.assertEqual(results[key], allocation[key])
+    file = workdir / 'pruned' / 'model.safetensors'
+    self.assertEqual(results['bytes_pruned'], file.stat().st_size)
+
+  def test_weights_are_those_that_were_counted(self):
+    workdir, results = _finished()
+    file = workdir / 'pruned' / 'model.safetensors'
+    stored = safetensors.numpy.load_file(file)
+    size = sum(x.size for x in stored.values())
+    self.assertEqual(size, results['params_pruned'])
+    self.assertBetween(file.stat().st_size - 4 * size, 0, 20_000)
+    allocation = _read(workdir / 'allocation.json')
+    for i, layer in enumerate(allocation['layers']):
+      down = stored[f'model.layers.{i}.mlp.down_proj.weight']
+      self.assertEqual(down.shape, (32, layer['ffn_kept']))
+      out = stored[f'model.layers.{i}.self_attn.o_proj.weight']
+      self.assertEqual(out.shape, (32, 16 * layer['attention_kept']))
+
+  @parameterized.parameters(('pruned', 'calibrated'), ('model', 'dense'))
+  def test_reloaded_has_the_perplexity_reported(self, folder, name):
+    workdir, results = _finished()
+    directory = workdir / folder if folder == 'pruned' else _model()
+    tokens = evaluate.tokenize(directory, _text().read_text())
+    np.testing.assert_array_equal(
+      tokens, evaluate.tokenize(_model(), _text().read_text())
+    )
+    held = data.windows(tokens, 32)[-5:].reshape(-1)
+    with mock.patch.object(evaluate, 'tokenize', return_value=held):
+      got = evaluate.evaluate(str(directory), str(_text()), context=32)
+    self.assertEqual(got['tokens'], results['protocol']['tokens'])
+    expected = results[name]['ppl']
+    self.assertLess(abs(got['ppl'] / expected - 1), 1e-5)
+
+  def test_again_is_no_work(self):
+    workdir, results = _finished()
+    before = {
+      path: path.read_bytes()
+      for path in workdir.rglob('*')
+      if path.is_file() and path.suffix not in ('.png', '.md')
+    }
+    with mock.patch.object(hf, 'load_params', _unexpected):
+      self.assertEqual(_run(workdir), results)
+    for path, content in before.items():
+      self.assertEqual(path.read_bytes(), content, path)
+
+  def test_other_settings_are_refused(self):
+    workdir, _ = _finished()
+    before = _outcome(workdir), (workdir / 'config.json').read_bytes()
+    with mock.patch.object(hf, 'load_params', _unexpected):
+      with self.assertRaisesRegex(
+        RequestError, r'\A[^\n]*budget.sparsity, seed;[^\n]*\Z'
+      ):
+        _run(workdir, **{'seed': 5, 'budget.sparsity': 0.3})
+    after = _outcome(workdir), (workdir / 'config.json').read_bytes()
+    self.assertEqual(before, after)
+
+
+def _unexpected(*_, **__):
+  raise AssertionError('weights were loaded')
+
+
+class _Killed(Exception):
+  pass
+
+
+class RepeatTest(_TestCase):
+  def test_same_seed_however_often_it_is_saved(self):
+    _run(self.workdir, **{'checkpoint.every': 1})
+    self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
+
+  def test_interrupted_is_uninterrupted(self):
+    real = Book.append
+
+    def killed_at(step):
+      def append(book, line):
+        real(book, line)
+        if line['step'] == step:
+          raise _Killed
+
+      return mock.patch.object(Book, 'append', append)
+
+    # Before the first checkpoint, after it, and after the search.
+    for step in (0, 3):
+      with killed_at(step), self.assertRaises(_Killed):
+        _run(self.workdir)
+      self.assertLen(_metrics(self.workdir), step + 1)
+    with open(self.workdir / 'metrics.jsonl', 'a') as file:
+      file.write('{"step": 4, "sta')  # torn
+    with mock.patch.object(export, 'save', side_effect=_Killed):
+      with self.assertRaises(_Killed):
+        _run(self.workdir)
+    self.assertFalse((self.workdir / 'results.json').exists())
+    with mock.patch.object(Book, 'append', _unexpected):
+      _run(self.workdir)
+    self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
+
+  def test_report_that_a_crash_prevented(self):
+    workdir, _ = _finished()
+    shutil.copytree(workdir, self.workdir)
+    (self.workdir / 'report.md').unlink()
+    (self.workdir / 'plot_kept.png').unlink()
+    _run(self.workdir)
+    self.assertTrue((self.workdir / 'report.md').exists())
+    self.assertTrue((self.workdir / 'plot_kept.png').exists())
+
+  def test_neither_search_nor_calibration(self):
+    results = _run(
+      self.workdir,
+      **{'search.steps': (0, 0), 'calibration.enabled': False},
+    )
+    self.assertNotIn('calibrated', results)
+    self.assertNotIn('uniform_calibrated', results)
+    self.assertEqual(results['candidates_evaluated'], 0)
+    # The first priorities: attention is spared.
+    layers = _read(self.workdir / 'allocation.json')['layers']
+    self.assertEqual([x['attention_kept'] for x in layers], [2, 2, 2])
+    self.assertTrue((self.workdir / 'report.md').exists())
+    small = hf.model_config(self.workdir / 'pruned')
+    self.assertEqual(small.kept_ffn, tuple(x['ffn_kept'] for x in layers))
+
+
+class RefusedTest(_TestCase):
+  """Every wrong request is one line, and leaves nothing behind."""
+
+  def _refused(self, pattern, *, workdir=None, **overrides):
+    workdir = workdir or self.workdir
+    before = sorted(self.folder.rglob('*'))
+    with (
+      mock.patch.object(evaluate, 'Scorer', _unexpected),
+      self.assertRaisesRegex(RequestError, rf'\A[^\n]*{pattern}[^\n]*\Z'),
+    ):
+      _run(workdir, **overrides)
+    self.assertEqual(sorted(self.folder.rglob('*')), before)
+
+  def _refused_early(self, pattern, **overrides):
+    with mock.patch.object(hf, 'load_params', _unexpected):
+      self._refused(pattern, **overrides)
+
+  def _model_with(self, *, missing=(), **changes):
+    """A copy of the model with another config.json."""
+    path = self.folder / 'model'
+    shutil.copytree(_model(), path)
+    description = _read(path / 'config.json') | changes
+    for key in missing:
+      del description[key]
+    (path / 'config.json').write_text(json.dumps(description))
+    return path
+
+  @parameterized.parameters(-0.1, 1.0, 2.0)
+  def test_sparsity_outside_its_range(self, value):
+    self._refused_early(
+      rf'budget.sparsity: {value} is outside', **{'budget.sparsity': value}
+    )
+
+  def test_unreachable_sparsity(self):
+    self._refused_early('budget.sparsity: 0.95', **{'budget.sparsity': 0.95})
+
+  def test_text_missing(self):
+    self._refused_early('data: .*nowhere.txt', data='/nowhere.txt')
+
+  def test_text_of_unknown_kind(self):
+    self._refused_early('data: .*wikitext', data='wikitext')
+
+  def test_text_empty(self):
+    path = self.folder / 'empty.txt'
+    path.write_text(' \n')
+    self._refused_early('data: .* is empty', data=str(path))
+
+  def test_text_short(self):
+    path = self.folder / 'short.txt'
+    path.write_text(tiny_run.text()[:500])
+    self._refused_early('data: .* windows of 32', data=str(path))
+
+  def test_text_not_utf8(self):
+    path = self.folder / 'latin.txt'
+    path.write_bytes(b'caf\xe9\n')
+    self._refused_early('data: .*latin.txt', data=str(path))
+
+  def test_jsonl_without_text(self):
+    path = self.folder / 'x.jsonl'
+    path.write_text('{"body": "no text"}\n')
+    self._refused_early('data: .*x.jsonl', data=str(path))
+
+  @parameterized.parameters('/nowhere/model', './model', 'model')
+  def test_model_missing(self, model):
+    self._refused_early(f'model: .*{model}', model=model)
+
+  def test_not_a_model(self):
+    path = self.folder / 'empty'
+    path.mkdir()
+    self._refused_early(f'{path}.* no config.json', model=str(path))
+
+  def test_model_type(self):
+    path = self._model_with(model_type='gpt2')
+    self._refused_early("'gpt2' is not supported", model=str(path))
+
+  def test_model_config_incomplete(self):
+    path = self._model_with(missing=['hidden_size'])
+    self._refused_early("'hidden_size' is missing", model=str(path))
+
+  def test_activation(self):
+    path = self._model_with(hidden_act='swish2')
+    self._refused_early('swish2', model=str(path))
+
+  def test_tokenizer_missing(self):
+    path = self._model_with()
+    for file in path.glob('tokenizer*'):
+      file.unlink()
+    self._refused_early('tokenizer', model=str(path))
+
+  def test_model_already_pruned(self):
+    path = _finished()[0] / 'pruned'
+    self._refused_early('already pruned', model=str(path))
+
+  def test_context_beyond_learned_positions(self):
+    path = self.folder / 'model'
+    tiny_run.write_model(
+      path, model_type='opt', ffn_dim=48, max_position_embeddings=16
+    )
+    self._refused_early('text.context', model=str(path))
+
+  def test_shard_missing(self):
+    path = self._model_with()
+    (path / 'model.safetensors').unlink()
+    self._refused('model.safetensors: missing', model=str(path))
+
+  def test_second_shard_missing(self):
+    path = self._model_with()
+    stored = safetensors.numpy.load_file(path / 'model.safetensors')
+    (path / 'model.safetensors').unlink()
+    names = [f'model-0000{i}-of-00002.safetensors' for i in (1, 2)]
+    files = {key: names[i % 2] for i, key in enumerate(sorted(stored))}
+    first = {key: stored[key] for key in stored if files[key] == names[0]}
+    safetensors.numpy.save_file(first, path / names[0])
+    index = path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': files}))
+    self._refused(f'{names[1]}: missing', model=str(path))
+
+  def test_shard_truncated(self):
+    path = self._model_with()
+    file = path / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+    self._refused('model.safetensors: truncated', model=str(path))
+
+  def test_tensor_missing(self):
+    path = self._model_with(attention_bias=True)
+    self._refused('k_proj.bias is missing', model=str(path))
+
+  def test_tensor_of_wrong_shape(self):
+    path = self._model_with(intermediate_size=40)
+    self._refused(
+      r'down_proj.weight has shape \(32, 48\), .* \(32, 40\)', model=str(path)
+    )
+
+  def test_workdir_not_writable(self):
+    # Under a regular file: for root, permissions forbid nothing.
+    file = self.folder / 'file'
+    file.write_text('')
+    for workdir in (file, file / 'run'):
+      self._refused_early('workdir: ', workdir=workdir)
+
+
+if __name__ == '__main__':
+  absltest.main()
