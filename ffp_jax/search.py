@@ -6,6 +6,7 @@ units on both sides of each module's cut reaches the policy as the gradient
 of the reward with respect to the priorities, through the projection.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -185,6 +186,7 @@ def forget(state: SearchState) -> SearchState:
   return state._replace(memory=state.memory._replace(reward_M=empty))
 
 
+@functools.partial(jax.jit, static_argnames=('net', 'optim', 'remember'))
 def init(key, net, optim, prior_S, *, remember: int) -> SearchState:
   """A search that starts from the priorities `prior_S`.
 

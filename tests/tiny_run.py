@@ -19,6 +19,13 @@ from ffp_jax.model import ModelConfig
 
 VOCAB = 300
 _COMPILED = tempfile.TemporaryDirectory()  # gone at exit
+# `compile_quickly` for another process.
+ENVIRONMENT = {
+  'JAX_COMPILATION_CACHE_DIR': _COMPILED.name,
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  'JAX_PLATFORMS': 'cpu',
+}
 HF_CONFIG = {
   'model_type': 'llama',
   'vocab_size': VOCAB,
