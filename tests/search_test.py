@@ -217,32 +217,35 @@ class AllocateTest(parameterized.TestCase):
     biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
     table = sites_lib.sites(biased, round_heads=1, round_ffn=1)
     goal = search.target(table, 0.5)
-    self.assertEqual(goal.limit, table.limit(0.5) - table.fixed)
+    limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
-    self.assertAlmostEqual(float(goal.keep), int(goal.limit) / removable)
+    self.assertGreater(table.fixed, 0)
+    self.assertAlmostEqual(float(goal.keep), limit / removable)
+    self.assertEqual(goal.limit, limit // table.scale)
 
 
 _ALLOCATE = jax.jit(search.allocate, static_argnames='low')
 
 
 @functools.partial(jax.jit, static_argnames=('kind', 'steep'))
-def _score(priority_S, factor=1.0, kind='ratio', steep=False):
-  """(reward, gradient) of `factor` times the synthetic loss."""
-
+def _score_at(priority_S, factor, target, modules, kind, steep):
   def loss_of(masks):
     value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
     # The root adds nothing, with a slope that isn't a number.
     return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
 
+  dense = jnp.float32(1.0)
+  limits = {'low': 0.1, 'window': 0.05}
   return search.score(
-    jnp.asarray(priority_S, jnp.float32),
-    search.target(_SITES, 0.4),
-    _modules(),
-    loss_of,
-    jnp.float32(1.0),
-    low=0.1,
-    window=0.05,
-    kind=kind,
+    priority_S, target, modules, loss_of, dense, **limits, kind=kind
+  )
+
+
+def _score(priority_S, factor=1.0, kind='ratio', steep=False):
+  """(reward, gradient) of `factor` times the synthetic loss."""
+  goal = search.target(_SITES, 0.4)
+  return _score_at(
+    np.float32(priority_S), factor, goal, _modules(), kind, steep
   )
 
 
@@ -272,8 +275,8 @@ class ScoreTest(parameterized.TestCase):
         kept = 0.1 + 0.9 / (1.0 + np.exp(-priority_S - shift))
         less = share_S @ kept < 0.6
         below, above = (shift, above) if less else (below, shift)
-      gap = 1.0 - _harm(kept)
-      return np.exp(gap) if kind == 'ratio' else 1.0 + gap
+      gap = _harm(kept) - 1.0
+      return np.exp(-gap) if kind == 'ratio' else 1.0 / (1.0 + gap)
 
     theirs = np.array(
       [
