@@ -4,6 +4,7 @@ Layers in order, on the stream that the already pruned and calibrated layers
 produce. One Cholesky factorisation a module and strength serves all outputs.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -108,13 +109,19 @@ def _moments(inputs_WxBxTxI, target_WxBxTxI, weight_IxD) -> Moments:
     weight_IxD: W.
   """
   inputs, outputs = weight_IxD.shape
+  # Accelerators would round float32 products to fewer digits.
+  product = functools.partial(
+    jnp.einsum, 'ni,nj->ij', precision=jax.lax.Precision.HIGHEST
+  )
 
   def add(total, pair):
     x, y = jax.tree.map(
       lambda a: a.reshape(-1, inputs).astype(jnp.float32), pair
     )
-    cross = 0.0 if y is None else x.T @ (y @ weight_IxD)
-    return Moments(total.gram_IxI + x.T @ x, total.cross_IxD + cross), None
+    cross = 0.0 if y is None else product(x, y @ weight_IxD)
+    return Moments(
+      total.gram_IxI + product(x, x), total.cross_IxD + cross
+    ), None
 
   empty = Moments(jnp.zeros((inputs, inputs)), jnp.zeros((inputs, outputs)))
   total, _ = jax.lax.scan(add, empty, (inputs_WxBxTxI, target_WxBxTxI))
@@ -168,6 +175,40 @@ def _half(
   return params, Streams(pruned, dense), index
 
 
+@functools.partial(jax.jit, static_argnames='config')
+def _embed(params, tokens_WxBxT, *, config):
+  """The first residual streams, [W,B,T,D]."""
+
+  def embed(tokens):
+    return Decoder(config).apply(
+      {'params': params}, tokens, method='embed_tokens'
+    )
+
+  return jax.lax.map(embed, tokens_WxBxT)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
+def _layer(params, streams, masks, *, config, fit_on, strengths):
+  """Calibrates both halves of a layer, attention first.
+
+  Returns:
+    (attention out, ffn down), the streams behind the layer, strength indices.
+  """
+  layer = Layer(config, config.groups, config.ffn)
+  halves = (
+    (('attention', 'out'), 'attention_inputs', 'attend'),
+    (('ffn', 'down'), 'ffn_inputs', 'feed'),
+  )
+  picks = []
+  for mask, half in zip(masks, halves, strict=True):
+    params, streams, index = _half(
+      layer, params, streams, mask, *half, fit_on, strengths
+    )
+    picks.append(index)
+  new = params['attention']['out'], params['ffn']['down']
+  return new, streams, jnp.stack(picks)
+
+
 def calibrate(
   params, config, keep: Masks, fit_WxBxT, check_WxBxT, *, target, strengths
 ):
@@ -187,38 +228,21 @@ def calibrate(
     (params with new output projections, chosen strength [2, L] of attention
     and FFN, 0 where the projection stays as it is).
   """
-  layer = Layer(config, config.groups, config.ffn)
-  decoder = Decoder(config)
   tokens = np.concatenate([fit_WxBxT, check_WxBxT])
-
-  @jax.jit
-  def embed(params, tokens):
-    return jax.lax.map(
-      lambda t: decoder.apply({'params': params}, t, method='embed_tokens'),
-      tokens,
-    )
-
-  @jax.jit
-  def one(params, streams, masks):
-    halves = (
-      (('attention', 'out'), 'attention_inputs', 'attend'),
-      (('ffn', 'down'), 'ffn_inputs', 'feed'),
-    )
-    picks = []
-    for mask, half in zip(masks, halves, strict=True):
-      params, streams, index = _half(
-        layer, params, streams, mask, *half, len(fit_WxBxT), strengths
-      )
-      picks.append(index)
-    new = params['attention']['out'], params['ffn']['down']
-    return new, streams, jnp.stack(picks)
-
-  start = embed({k: v for k, v in params.items() if k != 'stack'}, tokens)
+  ends = {name: tree for name, tree in params.items() if name != 'stack'}
+  start = _embed(ends, tokens, config=config)
   streams = Streams(start, start if target == 'dense' else None)
   outs, picks = [], []
   for i in range(config.layers):
     at = jax.tree.map(lambda x, i=i: x[i], (params['stack'], keep))
-    new, streams, pick = one(at[0], streams, at[1])
+    new, streams, pick = _layer(
+      at[0],
+      streams,
+      at[1],
+      config=config,
+      fit_on=len(fit_WxBxT),
+      strengths=tuple(strengths),
+    )
     outs.append(new)
     picks.append(pick)
   out, down = (jnp.stack(x) for x in zip(*outs, strict=True))

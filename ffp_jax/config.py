@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from ffp_jax.sites import Sites
+from ffp_jax import book
 
 
 class RequestError(ValueError):
@@ -82,14 +82,12 @@ _CHOICES = {
   'calibration.target': ('own', 'dense'),
 }
 _POSITIVE = (
-  'text.context',
   'text.calibration_windows',
   'text.validation_windows',
   'text.reward_windows',
   'text.heldout_windows',
   'budget.round_ffn',
   'budget.round_heads',
-  'search.context',
   'search.candidates',
   'search.block',
   'search.remember',
@@ -126,6 +124,22 @@ def validate(config):
     if not _get(config, key) > 0:
       raise RequestError(f'{key}: {_get(config, key)} must be positive')
   search = config.search
+  for key in ('text.context', 'search.context'):
+    if _get(config, key) < 2:
+      raise RequestError(f'{key}: {_get(config, key)} predicts no token')
+  if not all(isinstance(n, int) and n >= 0 for n in search.steps):
+    raise RequestError('search.steps: each must be an integer, 0 or more')
+  if not all(isinstance(n, int) for n in search.rows):
+    raise RequestError('search.rows: each must be an integer')
+  if not all(0.0 <= share <= 1.0 for share in search.sparsity_shares):
+    raise RequestError('search.sparsity_shares: each must be from 0 to 1')
+  if not 0.0 <= search.lowest_ratio < 1.0:
+    raise RequestError(
+      f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'
+    )
+  strengths = config.calibration.strengths
+  if not strengths or not all(s > 0 for s in strengths):
+    raise RequestError('calibration.strengths: each must be positive')
   if search.candidates % 2:
     raise RequestError('search.candidates: must be even (antithetic pairs)')
   if config.text.context % search.context:
@@ -157,7 +171,7 @@ def validate(config):
     )
 
 
-def check_reachable(sites: Sites, config):
+def check_reachable(sites, config):
   """Refuses a sparsity that the floors, or the lowest ratio, rule out.
 
   Raises:
@@ -211,13 +225,19 @@ def claim(workdir: pathlib.Path, config):
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      differ = changed_keys(config, json.loads(path.read_text()))
+      other = json.loads(path.read_text())
+      if not isinstance(other, dict):
+        raise RequestError(
+          f'workdir: {path} is not a configuration; use another --workdir'
+        )
+      differ = changed_keys(config, other)
       if differ:
         raise RequestError(
           f'workdir: {workdir} holds a run with other {", ".join(differ)}; '
           'use another --workdir or the same settings'
         )
-    path.write_text(config.to_json(indent=2) + '\n')
+    else:
+      book.replace(path, config.to_json(indent=2) + '\n')
   except OSError as error:
     raise RequestError(
       f'workdir: cannot write to {workdir} ({error.strerror})'

@@ -30,14 +30,13 @@ def stage_at(plan: list[Stage], step: int) -> tuple[int, Stage, bool]:
 def draw(rows_RxT, step: int, rows: int, seed: int) -> np.ndarray:
   """The reward rows of a step, [rows,T], known from step and seed.
 
-  Goes through the text in a new order on each pass; within a stage every row
-  is used before any is used again.
+  Goes through the text in a new order on each pass; a pass ends when fewer
+  than `rows` rows are left, so a step never holds a row twice. `rows` is at
+  most R, as config.py makes sure.
   """
-  total = len(rows_RxT)
-  picked = [
-    np.random.default_rng((seed, place // total)).permutation(total)[
-      place % total
-    ]
-    for place in range(step * rows, (step + 1) * rows)
-  ]
-  return rows_RxT[np.array(picked)]
+  steps = len(rows_RxT) // rows
+  order = np.random.default_rng((seed, step // steps)).permutation(
+    len(rows_RxT)
+  )
+  at = step % steps * rows
+  return rows_RxT[order[at : at + rows]]

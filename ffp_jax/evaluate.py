@@ -83,6 +83,24 @@ def tokenize(directory: pathlib.Path, text: str) -> np.ndarray:
   return np.asarray(tokenizer(text, verbose=False)['input_ids'], np.int32)
 
 
+def check_tokens(config: ModelConfig, tokens, context: int):
+  """Refuses what a lookup would clamp in silence.
+
+  Raises:
+    RequestError: an id beyond the vocabulary, or positions beyond the table.
+  """
+  if len(tokens) and tokens.max() >= config.vocab:
+    raise RequestError(
+      f'model: the tokenizer gives id {tokens.max()}, the embedding has '
+      f'{config.vocab} rows; the two do not belong together'
+    )
+  if config.positions == 'learned' and context > config.max_positions:
+    raise RequestError(
+      f'text.context: {context} is more than the {config.max_positions} '
+      'positions of this model'
+    )
+
+
 def dtype_of(name: str):
   """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators."""
   if name == 'auto':
@@ -106,6 +124,7 @@ def evaluate(model, source, *, context, max_windows=None) -> dict:
   directory = hf.locate(model)
   config = hf.model_config(directory)
   tokens = tokenize(directory, data.read_text(source))
+  check_tokens(config, tokens, context)
   windows = data.windows(tokens, context)[:max_windows]
   if not len(windows):
     raise RequestError(
@@ -131,6 +150,26 @@ def evaluate(model, source, *, context, max_windows=None) -> dict:
   }
 
 
+def refuse(problem):
+  """One line on stderr, exit code 2."""
+  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
+  sys.exit(2)
+
+
+def parse(argv):
+  """Reads the flags; refuses what isn't one."""
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    refuse(error)
+  if len(rest) > 1:
+    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  out = flags.FLAGS.out
+  if out and not pathlib.Path(out).resolve().parent.is_dir():
+    refuse(f'--out: no directory for {out!r}')
+  return rest
+
+
 def main(argv):
   del argv
   args = flags.FLAGS
@@ -141,20 +180,20 @@ def main(argv):
       context=args.context,
       max_windows=args.max_windows,
     )
-  except RequestError as error:
-    print(f'ffp_jax: {error}', file=sys.stderr)
-    return 2
-  line = json.dumps(result, indent=2)
+    line = json.dumps(result, indent=2)
+    if args.out:
+      pathlib.Path(args.out).write_text(line + '\n')
+  except (RequestError, OSError) as error:
+    refuse(error)
   print(line)
-  if args.out:
-    pathlib.Path(args.out).write_text(line + '\n')
-  return 0
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
   flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
-  flags.DEFINE_integer('max_windows', None, 'First windows only.')
+  flags.DEFINE_integer(
+    'max_windows', None, 'First windows only.', lower_bound=1
+  )
   flags.DEFINE_string('out', None, 'JSON file to write.')
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -5,6 +5,7 @@ The only file that knows family names: it turns config.json into a
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -118,6 +119,8 @@ def _rope_config(hf: dict) -> ModelConfig:
     )
   heads = hf['num_attention_heads']
   groups = hf.get('num_key_value_heads') or heads
+  if heads % groups:
+    raise ValueError(f'{heads} heads on {groups} key/value heads')
   attention_bias = hf.get('attention_bias', False)
   return ModelConfig(
     vocab=hf['vocab_size'],
@@ -248,21 +251,34 @@ def model_config(directory: pathlib.Path) -> ModelConfig:
     raise RequestError(
       f'{directory / "config.json"}: {error.args[0]!r} is missing'
     ) from error
+  except (TypeError, ValueError, ZeroDivisionError) as error:
+    raise RequestError(
+      f'{directory / "config.json"}: sizes that make no model ({error})'
+    ) from error
+  if not (config.layers > 0 and config.ffn > 0 and config.heads_per_group > 0):
+    raise RequestError(
+      f'{directory / "config.json"}: layers, FFN width and heads must be '
+      'positive, and heads a multiple of key/value heads'
+    )
   if config.activation not in ACTIVATIONS:
     raise RequestError(
       f'{directory / "config.json"}: activation {config.activation!r} is not '
       f'supported; use one of {", ".join(ACTIVATIONS)}'
     )
   if 'ffp_jax' in hf:
-    kept = hf['ffp_jax']
-    config = dataclasses.replace(
-      config,
-      kept_groups=tuple(kept['kept_groups']),
-      kept_ffn=tuple(kept['kept_ffn']),
-    )
+    try:
+      kept = (tuple(hf['ffp_jax'][k]) for k in ('kept_groups', 'kept_ffn'))
+      groups, ffn = kept
+    except (KeyError, TypeError) as error:
+      raise RequestError(
+        f'{directory / "config.json"}: ffp_jax must give kept_groups and '
+        'kept_ffn, one number a layer'
+      ) from error
+    config = dataclasses.replace(config, kept_groups=groups, kept_ffn=ffn)
   return config
 
 
+@functools.cache
 def param_shapes(config: ModelConfig, dtype) -> dict:
   """Shapes and dtypes of the decoder's parameters, nothing allocated."""
   init = Decoder(config).init
@@ -348,6 +364,22 @@ def _check(where: dict, wanted, directory: pathlib.Path):
       )
 
 
+def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
+  """Opens a model's weights and compares names and shapes, reading none.
+
+  Returns:
+    (tensor name to open file, what `tensors` yields).
+
+  Raises:
+    RequestError: a file or tensor is missing, truncated or of a wrong shape.
+  """
+  family = read_json(directory)['model_type']
+  where = _open_all(directory)
+  wanted = list(tensors(config, family, dtype))
+  _check(where, wanted, directory)
+  return where, wanted
+
+
 def load_params(directory: pathlib.Path, config: ModelConfig, dtype) -> dict:
   """The decoder's parameters, streamed tensor by tensor.
 
@@ -363,10 +395,7 @@ def load_params(directory: pathlib.Path, config: ModelConfig, dtype) -> dict:
     RequestError: a file or tensor is missing, truncated or of a wrong shape;
       found before any tensor is read.
   """
-  family = read_json(directory)['model_type']
-  where = _open_all(directory)
-  wanted = list(tensors(config, family, dtype))
-  _check(where, wanted, directory)
+  where, wanted = check_files(directory, config, dtype)
   flat = flax.traverse_util.flatten_dict(param_shapes(config, dtype))
   arrays = {path: np.empty(x.shape, x.dtype) for path, x in flat.items()}
   for tensor, path, i, shape in wanted:
@@ -394,4 +423,5 @@ def save_params(params, directory: pathlib.Path, config, family: str):
     out[tensor.name] = np.ascontiguousarray(value.reshape(stored))
   path = directory / 'model.safetensors'
   safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
+  path.chmod(0o644)  # safetensors makes it its owner's alone
   return path.stat().st_size

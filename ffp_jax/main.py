@@ -1,6 +1,6 @@
 """Command line: flags, logging, one call.
 
-    python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
+python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
 """
 
 import pathlib

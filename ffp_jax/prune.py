@@ -119,7 +119,9 @@ def prepare(config) -> Job:
     round_ffn=config.budget.round_ffn,
   )
   config_lib.check_reachable(sites, config)
+  hf.check_files(directory, model, evaluate.dtype_of(config.dtype))
   tokens = evaluate.tokenize(directory, data.read_text(config.data))
+  evaluate.check_tokens(model, tokens, config.text.context)
   text = data.split(
     data.windows(tokens, config.text.context),
     calibration=config.text.calibration_windows,
@@ -188,10 +190,13 @@ def rescore(config, job, params, modules, loss, finalists, cost):
   return best, {**cost, 'tokens_evaluated': tokens}
 
 
+_allocate = jax.jit(search.allocate, static_argnames='low')
+
+
 def allocate(config, priority_S, goal, modules) -> np.ndarray:
   """Priorities to counts at the run's budget."""
   low = config.search.lowest_ratio
-  return np.asarray(search.allocate(priority_S, goal, modules, low=low))
+  return np.asarray(_allocate(priority_S, goal, modules, low=low))
 
 
 def uniform(config, job, modules):

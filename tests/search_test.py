@@ -353,7 +353,14 @@ class CurriculumTest(parameterized.TestCase):
     plan = [curriculum.Stage(0.1, 0, 1), curriculum.Stage(0.2, 1, 1)]
     self.assertEqual(curriculum.stage_at(plan, 0), (1, plan[1], True))
 
-  @parameterized.parameters(1, 2, 3, 6, 7)
+  @parameterized.parameters(4, 5)
+  def test_no_step_holds_a_row_twice(self, rows):
+    text = np.arange(6)[:, None]
+    for step in range(12):
+      drawn = curriculum.draw(text, step, rows, 0)[:, 0]
+      self.assertLen(set(drawn.tolist()), rows)
+
+  @parameterized.parameters(1, 2, 3, 6)
   def test_every_row_before_any_again(self, rows):
     text = 10 * np.arange(6)[:, None] + np.arange(4)
     drawn = np.concatenate(
