@@ -142,7 +142,8 @@ def rank_units(config, job, params) -> search.Modules:
     norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
-  return search.modules(job.sites, masks_lib.rank_all(scores))
+  modules = search.modules(job.sites, masks_lib.rank_all(scores))
+  return jax.block_until_ready(modules)  # for an honest clock
 
 
 def find(config, job, params, modules, book):
