@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import ml_collections
 import numpy as np
@@ -11,6 +12,12 @@ from ffp_jax import book
 
 class RequestError(ValueError):
   """What was asked for can't be done; one line for the user, exit code 2."""
+
+
+def refuse(problem):
+  """One line on stderr, exit code 2."""
+  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
+  sys.exit(2)
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -123,10 +130,17 @@ def validate(config):
   for key in _POSITIVE:
     if not _get(config, key) > 0:
       raise RequestError(f'{key}: {_get(config, key)} must be positive')
-  search = config.search
   for key in ('text.context', 'search.context'):
     if _get(config, key) < 2:
       raise RequestError(f'{key}: {_get(config, key)} predicts no token')
+  strengths = config.calibration.strengths
+  if not strengths or not all(s > 0 for s in strengths):
+    raise RequestError('calibration.strengths: each must be positive')
+  _validate_search(config)
+
+
+def _validate_search(config):
+  search = config.search
   if not all(isinstance(n, int) and n >= 0 for n in search.steps):
     raise RequestError('search.steps: each must be an integer, 0 or more')
   if not all(isinstance(n, int) for n in search.rows):
@@ -137,9 +151,6 @@ def validate(config):
     raise RequestError(
       f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'
     )
-  strengths = config.calibration.strengths
-  if not strengths or not all(s > 0 for s in strengths):
-    raise RequestError('calibration.strengths: each must be positive')
   if search.candidates % 2:
     raise RequestError('search.candidates: must be even (antithetic pairs)')
   if config.text.context % search.context:

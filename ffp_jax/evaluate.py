@@ -15,7 +15,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from ffp_jax import data, hf
-from ffp_jax.config import RequestError
+from ffp_jax.config import RequestError, refuse
 from ffp_jax.loss import nll
 from ffp_jax.model import Decoder, ModelConfig
 
@@ -148,12 +148,6 @@ def evaluate(model, source, *, context, max_windows=None) -> dict:
     'seconds': round(seconds, 3),
     'tokens_per_second': round(scored / seconds, 1),
   }
-
-
-def refuse(problem):
-  """One line on stderr, exit code 2."""
-  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
-  sys.exit(2)
 
 
 def parse(argv):

@@ -10,14 +10,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ffp_jax.config import RequestError, refuse
+
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
-
-
-def refuse(problem):
-  """One line on stderr, exit code 2."""
-  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
-  sys.exit(2)
 
 
 def parse(argv):
@@ -45,7 +41,6 @@ def main(argv):
   # Imported here, so that a wrong flag is refused at once.
   from ffp_jax import prune, report
   from ffp_jax.book import Book
-  from ffp_jax.config import RequestError
 
   logging.set_verbosity(logging.INFO)
   # Ours alone: orbax and others speak through absl too.

@@ -71,11 +71,11 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     small = export.slice_params(
       repaired['searched'], job.model, keep['searched']
     )
-    export.save(*small, job.directory, workdir / 'pruned')
+    size = export.save(*small, job.directory, workdir / 'pruned')
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
   book.write_json('allocation.json', allocation(config, job, best))
-  results |= rewards(job, dense, best) | sizes(job, best, dtype, workdir)
+  results |= rewards(job, dense, best) | sizes(job, best, dtype, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
   book.write_json('results.json', results)
   report.write(workdir)
@@ -294,7 +294,7 @@ def rewards(job, dense, best) -> dict:
   }
 
 
-def sizes(job, best, dtype, workdir) -> dict:
+def sizes(job, best, dtype, size) -> dict:
   """Parameters and bytes, dense and pruned, at one dtype."""
   total = hf.param_count(job.model)
   removed = job.sites.total - job.sites.kept_cost(best.counts)
@@ -304,7 +304,5 @@ def sizes(job, best, dtype, workdir) -> dict:
     'params_prunable': job.sites.total,
     'params_removed': removed,
     'bytes_dense': total * dtype.itemsize,
-    'bytes_pruned': sum(
-      path.stat().st_size for path in (workdir / 'pruned').glob('*.safetensors')
-    ),
+    'bytes_pruned': size,
   }

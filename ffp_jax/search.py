@@ -20,6 +20,16 @@ from ffp_jax.loss import reward as reward_of
 from ffp_jax.model import Masks
 from ffp_jax.sites import Sites
 
+# What `policy.update` takes by name, straight from the configuration.
+_UPDATE_KEYS = (
+  'epochs',
+  'clip',
+  'score_weight',
+  'pathwise_weight',
+  'value_weight',
+  'entropy_weight',
+)
+
 
 class Modules(NamedTuple):
   """`Sites` as the arrays that run on the device, and the units' ranks."""
@@ -245,17 +255,7 @@ def make_step(net, optim, nll: Callable, config) -> Callable:
     (state, metrics); compiled once for each shape of the tokens.
   """
   c = config.search
-  weights = {
-    name: config.policy[name]
-    for name in (
-      'epochs',
-      'clip',
-      'score_weight',
-      'pathwise_weight',
-      'value_weight',
-      'entropy_weight',
-    )
-  }
+  weights = {name: config.policy[name] for name in _UPDATE_KEYS}
 
   def propose(params, sparsity):
     return net.apply({'params': params}, sparsity)
