@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import data, hf
+from ffp_jax import data, files, hf, hub
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.loss import nll
 from ffp_jax.model import Decoder, ModelConfig
@@ -121,7 +121,7 @@ def evaluate(model, source, *, context, max_windows=None) -> dict:
     dict of ppl, tokens (scored), windows, seconds, tokens_per_second, and
     the model, text and context they belong to.
   """
-  directory = hf.locate(model)
+  directory = hub.locate(model)
   config = hf.model_config(directory)
   tokens = tokenize(directory, data.read_text(source))
   check_tokens(config, tokens, context)
@@ -131,7 +131,7 @@ def evaluate(model, source, *, context, max_windows=None) -> dict:
       f'data: {source!r} has {len(tokens)} tokens, fewer than one window; '
       'give more text or a smaller --context'
     )
-  params = hf.load_params(directory, config, dtype_of('auto'))
+  params = files.load_params(directory, config, dtype_of('auto'))
   scorer = Scorer(config)
   scorer(params, windows[:1])  # compiles
   start = time.perf_counter()

@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from ffp_jax import hf
+from ffp_jax import files, hf
 from ffp_jax.model import Masks, ModelConfig
 
 # The axis of a layer's parameter that runs over units.
@@ -100,7 +100,7 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
   with tempfile.TemporaryDirectory(dir=out.parent, prefix='.pruned.') as tmp:
     stage = pathlib.Path(tmp) / 'model'
     stage.mkdir()
-    size = hf.save_params(params, stage, config, family)
+    size = files.save_params(params, stage, config, family)
     (stage / 'config.json').write_text(json.dumps(description, indent=2))
     for pattern in _TOKENIZER_FILES:
       for path in source.glob(pattern):

@@ -14,16 +14,9 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 
-from ffp_jax import demo_model
 from ffp_jax.config import RequestError
 from ffp_jax.model import ACTIVATIONS, Decoder, ModelConfig
-
-_HUB_FILES = ('*.json', '*.safetensors', 'tokenizer*', '*.txt', '*.jinja')
 
 
 class Tensor(NamedTuple):
@@ -194,30 +187,6 @@ FAMILIES = {
 }
 
 
-def locate(model: str) -> pathlib.Path:
-  """The local directory of 'demo', a directory, or a hub id.
-
-  Raises:
-    RequestError: there is no such model and it can't be fetched.
-  """
-  if model == 'demo':
-    return demo_model.cached()
-  path = pathlib.Path(model).expanduser()
-  if path.is_dir():
-    return path
-  if path.is_absolute() or model.startswith(('.', '~')) or '/' not in model:
-    raise RequestError(f'model: no directory {model!r}; check the path')
-  try:
-    return pathlib.Path(
-      snapshot_download(model, allow_patterns=list(_HUB_FILES))
-    )
-  except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
-    raise RequestError(
-      f'model: {model!r} is neither a directory nor to be had from the hub '
-      f'({type(error).__name__}); give a local directory'
-    ) from error
-
-
 def read_json(directory: pathlib.Path) -> dict:
   """config.json of a model directory, with a `model_type` we know."""
   path = directory / 'config.json'
@@ -318,110 +287,9 @@ def tensors(config: ModelConfig, family: str, dtype):
       yield _tensor_of(name, family, layer), path, None, spec.shape
 
 
-def _stored_shape(tensor: Tensor, shape) -> tuple[int, ...]:
+def stored_shape(tensor: Tensor, shape) -> tuple[int, ...]:
   """Shape in the checkpoint of a parameter with this shape here."""
   if not tensor.inputs:
     return (int(np.prod(shape)),) if '.bias' in tensor.name else tuple(shape)
   split = len(shape) - 1 if tensor.inputs == 3 else tensor.inputs
   return int(np.prod(shape[split:])), int(np.prod(shape[:split]))
-
-
-def _open_all(directory: pathlib.Path) -> dict:
-  """Tensor name to an open safetensors file that holds it."""
-  index = directory / 'model.safetensors.index.json'
-  if index.exists():
-    try:
-      names = set(json.loads(index.read_text())['weight_map'].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise RequestError(f'{index}: not an index ({error})') from error
-  else:
-    names = {'model.safetensors'}
-  where = {}
-  for name in sorted(names):
-    path = directory / name
-    try:
-      file = safetensors.safe_open(path, framework='np')
-    except FileNotFoundError as error:
-      raise RequestError(f'{path}: missing; fetch the model again') from error
-    except (safetensors.SafetensorError, OSError) as error:
-      raise RequestError(
-        f'{path}: truncated or not safetensors ({error}); fetch it again'
-      ) from error
-    where.update(dict.fromkeys(file.keys(), file))
-  return where
-
-
-def _check(where: dict, wanted, directory: pathlib.Path):
-  for tensor, _, _, shape in wanted:
-    if tensor.name not in where:
-      raise RequestError(f'{directory}: tensor {tensor.name} is missing')
-    found = tuple(where[tensor.name].get_slice(tensor.name).get_shape())
-    expected = _stored_shape(tensor, shape)
-    if found != expected:
-      raise RequestError(
-        f'{directory}: tensor {tensor.name} has shape {found}, '
-        f'config.json asks for {expected}'
-      )
-
-
-def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
-  """Opens a model's weights and compares names and shapes, reading none.
-
-  Returns:
-    (tensor name to open file, what `tensors` yields).
-
-  Raises:
-    RequestError: a file or tensor is missing, truncated or of a wrong shape.
-  """
-  family = read_json(directory)['model_type']
-  where = _open_all(directory)
-  wanted = list(tensors(config, family, dtype))
-  _check(where, wanted, directory)
-  return where, wanted
-
-
-def load_params(directory: pathlib.Path, config: ModelConfig, dtype) -> dict:
-  """The decoder's parameters, streamed tensor by tensor.
-
-  Args:
-    directory: a model directory with safetensors.
-    config: from `model_config`.
-    dtype: of the parameters.
-
-  Returns:
-    The nested 'params' dict of jax arrays.
-
-  Raises:
-    RequestError: a file or tensor is missing, truncated or of a wrong shape;
-      found before any tensor is read.
-  """
-  where, wanted = check_files(directory, config, dtype)
-  flat = flax.traverse_util.flatten_dict(param_shapes(config, dtype))
-  arrays = {path: np.empty(x.shape, x.dtype) for path, x in flat.items()}
-  for tensor, path, i, shape in wanted:
-    value = where[tensor.name].get_tensor(tensor.name)
-    value = (value.T if tensor.inputs else value).reshape(shape)
-    arrays[path][... if i is None else i] = value
-  return flax.traverse_util.unflatten_dict(
-    {path: jnp.asarray(array) for path, array in arrays.items()}
-  )
-
-
-def save_params(params, directory: pathlib.Path, config, family: str):
-  """Writes parameters as one model.safetensors under their HF names.
-
-  Returns:
-    Bytes written.
-  """
-  flat = flax.traverse_util.flatten_dict(params)
-  dtype = next(iter(flat.values())).dtype
-  out = {}
-  for tensor, path, i, shape in tensors(config, family, dtype):
-    value = np.asarray(flat[path] if i is None else flat[path][i])
-    stored = _stored_shape(tensor, shape)
-    value = value.reshape(stored[::-1]).T if tensor.inputs else value
-    out[tensor.name] = np.ascontiguousarray(value.reshape(stored))
-  path = directory / 'model.safetensors'
-  safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
-  path.chmod(0o644)  # safetensors makes it its owner's alone
-  return path.stat().st_size

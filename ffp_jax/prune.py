@@ -14,7 +14,9 @@ from ffp_jax import (
   data,
   evaluate,
   export,
+  files,
   hf,
+  hub,
   importance,
   report,
   search,
@@ -51,7 +53,7 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
 
   with book.timed('load'):
     dtype = evaluate.dtype_of(config.dtype)
-    params = hf.load_params(job.directory, job.model, dtype)
+    params = files.load_params(job.directory, job.model, dtype)
     loss = evaluate.Scorer(job.model)
   with book.timed('dense loss'):
     dense = loss(params, job.text.reward, job.dense, label='dense loss')
@@ -107,7 +109,7 @@ class Best(NamedTuple):
 
 def prepare(config) -> Job:
   """Finds the model, its modules and its text; refuses what can't be."""
-  directory = hf.locate(config.model)
+  directory = hub.locate(config.model)
   model = hf.model_config(directory)
   if model.sliced:
     raise config_lib.RequestError(
@@ -119,7 +121,7 @@ def prepare(config) -> Job:
     round_ffn=config.budget.round_ffn,
   )
   config_lib.check_reachable(sites, config)
-  hf.check_files(directory, model, evaluate.dtype_of(config.dtype))
+  files.check_files(directory, model, evaluate.dtype_of(config.dtype))
   tokens = evaluate.tokenize(directory, data.read_text(config.data))
   evaluate.check_tokens(model, tokens, config.text.context)
   text = data.split(

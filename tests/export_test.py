@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, hf, sites
+from ffp_jax import export, files, hf, sites
 from ffp_jax.model import Decoder, Masks
 from tests import tiny_run
 
@@ -70,7 +70,7 @@ def _source(name):
   folder = pathlib.Path(_DENSE.name) / name
   tiny_run.write_model(folder, **_CASES[name])
   config = hf.model_config(folder)
-  params = hf.load_params(folder, config, np.float32)
+  params = files.load_params(folder, config, np.float32)
   # NumPy's slices need no compiling.
   return folder, config, jax.tree.map(np.asarray, params)
 
@@ -115,7 +115,7 @@ class SliceTest(parameterized.TestCase):
     export.save(small, small_config, source, out)
     read_config = hf.model_config(out)
     self.assertEqual(read_config, small_config)
-    read = hf.load_params(out, read_config, np.float32)
+    read = files.load_params(out, read_config, np.float32)
     np.testing.assert_array_equal(_logits(read_config, read), sliced)
 
   @parameterized.parameters(*_CASES)
@@ -250,8 +250,8 @@ class SaveTest(absltest.TestCase):
 
   def test_no_half_written_directory(self):
     for module, name, after in (
-      (hf, 'save_params', False),
-      (hf, 'save_params', True),
+      (files, 'save_params', False),
+      (files, 'save_params', True),
       (export.shutil, 'copy', True),
     ):
       with self.subTest(f'{name}, {after}'):

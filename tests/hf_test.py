@@ -4,7 +4,6 @@ import pathlib
 import tempfile
 from unittest import mock
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,7 +13,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import hf
+from ffp_jax import files, hf
 from ffp_jax.config import RequestError
 from tests import testing
 
@@ -46,7 +45,7 @@ class _TestCase(parameterized.TestCase):
 
   def load(self, folder, dtype=np.float32):
     config = hf.model_config(folder)
-    return hf.load_params(folder, config, dtype)
+    return files.load_params(folder, config, dtype)
 
   def assert_trees_equal(self, a, b):
     """Same keys, dtypes and bits."""
@@ -76,7 +75,7 @@ class RoundTripTest(_TestCase):
   def test_what_is_saved_is_read_by_us_and_by_transformers(self, name):
     pair = testing.pair(name)
     folder, family = self.folder(), name.split('_')[0]
-    size = hf.save_params(pair.params, folder, pair.config, family)
+    size = files.save_params(pair.params, folder, pair.config, family)
     self.assertEqual(size, (folder / _MODEL).stat().st_size)
     self.assertEqual([x.name for x in folder.iterdir()], [_MODEL])
     pair.torch.config.save_pretrained(folder)
@@ -122,7 +121,7 @@ class RoundTripTest(_TestCase):
       widened, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     )
     config = hf.model_config(folder)
-    hf.save_params(params, out, config, 'llama')
+    files.save_params(params, out, config, 'llama')
     (out / 'config.json').write_text((folder / 'config.json').read_text())
     self.assert_trees_equal(self.load(out, ours[dtype]), params)
     key = 'model.layers.1.self_attn.o_proj.weight'
@@ -142,7 +141,7 @@ class RoundTripTest(_TestCase):
       hf.param_shapes(config, np.float32),
     )
     folder = self.folder()
-    hf.save_params(params, folder, config, name.split('_')[0])
+    files.save_params(params, folder, config, name.split('_')[0])
     testing.pair(name).torch.config.save_pretrained(folder)
     self.edit(
       folder / 'config.json',
@@ -461,28 +460,6 @@ class WeightsErrorTest(_TestCase):
     self.edit(folder / 'config.json', lambda x: x.update(vocab_size=96))
     with mock.patch.object(np, 'empty', side_effect=AssertionError):
       self.refused(folder, 'embed_tokens', '(97, 48)', '(96, 48)')
-
-
-class LocateTest(_TestCase):
-  def test_directory(self):
-    folder = self.folder()
-    self.assertEqual(hf.locate(str(folder)), folder)
-
-  @parameterized.parameters(
-    '/no/such/directory', './no_such', '~/no_such_model', 'no_such_model'
-  )
-  def test_no_such_directory(self, model):
-    self.assert_refused(lambda: hf.locate(model), repr(model))
-
-  @parameterized.parameters(
-    'nobody-ffp/no-such-model', 'a/b/c', 'org/--x--', 'org/'
-  )
-  def test_hub_id_offline(self, model):
-    offline = mock.patch.object(
-      huggingface_hub.constants, 'HF_HUB_OFFLINE', True
-    )
-    with offline:
-      self.assert_refused(lambda: hf.locate(model), repr(model))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import data, evaluate, export, hf, prune
+from ffp_jax import data, evaluate, export, files, hf, prune
 from ffp_jax.book import Book
 from ffp_jax.config import RequestError
 from tests import tiny_run
@@ -221,7 +221,7 @@ class FinishedTest(_TestCase):
       for path in workdir.rglob('*')
       if path.is_file() and path.suffix not in ('.png', '.md')
     }
-    with mock.patch.object(hf, 'load_params', _unexpected):
+    with mock.patch.object(files, 'load_params', _unexpected):
       self.assertEqual(_run(workdir), results)
     for path, content in before.items():
       self.assertEqual(path.read_bytes(), content, path)
@@ -229,7 +229,7 @@ class FinishedTest(_TestCase):
   def test_other_settings_are_refused(self):
     workdir, _ = _finished()
     before = _outcome(workdir), (workdir / 'config.json').read_bytes()
-    with mock.patch.object(hf, 'load_params', _unexpected):
+    with mock.patch.object(files, 'load_params', _unexpected):
       with self.assertRaisesRegex(
         RequestError, r'\A[^\n]*budget.sparsity, seed;[^\n]*\Z'
       ):
@@ -312,7 +312,7 @@ class RefusedTest(_TestCase):
     self.assertEqual(sorted(self.folder.rglob('*')), before)
 
   def _refused_early(self, pattern, **overrides):
-    with mock.patch.object(hf, 'load_params', _unexpected):
+    with mock.patch.object(files, 'load_params', _unexpected):
       self._refused(pattern, **overrides)
 
   def _model_with(self, *, missing=(), **changes):

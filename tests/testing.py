@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from ffp_jax import hf
+from ffp_jax import files, hf
 from ffp_jax.model import Masks, ModelConfig
 
 # Every width differs from every other, so that no wrong axis goes unseen.
@@ -126,7 +126,7 @@ def pair(name: str) -> Pair:
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     config = hf.model_config(pathlib.Path(folder))
-    params = hf.load_params(pathlib.Path(folder), config, np.float32)
+    params = files.load_params(pathlib.Path(folder), config, np.float32)
     return Pair(model, config, params)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
-from ffp_jax import hf
+from ffp_jax import files, hf
 from ffp_jax.config import defaults
 from ffp_jax.model import ModelConfig
 
@@ -104,7 +104,7 @@ def write_model(directory: pathlib.Path, seed: int = 0, **changes):
   (directory / 'config.json').write_text(json.dumps(description))
   config = hf.model_config(directory)
   family = description['model_type']
-  hf.save_params(params(config, seed), directory, config, family)
+  files.save_params(params(config, seed), directory, config, family)
   write_tokenizer(directory)
 
 

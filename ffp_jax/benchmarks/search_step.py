@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import evaluate, hf, masks, search, sites
+from ffp_jax import evaluate, files, hf, hub, masks, search, sites
 from ffp_jax.config import defaults
 from ffp_jax.loss import nll
 
@@ -91,10 +91,10 @@ def main(argv):
   del argv
   args = flags.FLAGS
   config = defaults()
-  directory = hf.locate(args.model)
+  directory = hub.locate(args.model)
   model = hf.model_config(directory)
   where = sites.sites(model, round_heads=1, round_ffn=config.budget.round_ffn)
-  params = hf.load_params(directory, model, evaluate.dtype_of('auto'))
+  params = files.load_params(directory, model, evaluate.dtype_of('auto'))
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, model.vocab, (1, args.tokens), dtype=np.int32)
   short = tokens.reshape(-1, min(args.tokens, config.search.context))
