@@ -76,6 +76,11 @@ def defaults() -> ml_collections.ConfigDict:
   config.calibration.target = 'own'  # or 'dense'
   config.calibration.strengths = (0.01, 0.1, 1.0)
 
+  config.mesh = ml_collections.ConfigDict()  # sizes; -1: what is left
+  config.mesh.candidates = 1  # scored side by side
+  config.mesh.fsdp = 1  # splits weights and rows
+  config.mesh.tensor = -1  # splits heads and channels
+
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 5
   config.checkpoint.keep = 2

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ffp_jax.sharding import constrain
+
 
 class Masks(NamedTuple):
   """1 keeps a unit, 0 removes it."""
@@ -139,6 +141,7 @@ class Attention(nn.Module):
     )
     shape = (self.groups, c.heads_per_group, c.head_size)
     mixed = mixed.reshape(*x_BxTxD.shape[:2], *shape)
+    mixed = constrain(mixed, 'batch', None, 'groups', 'heads', None)
     _capture(self, mixed)
     return mixed
 
@@ -180,6 +183,7 @@ class Ffn(nn.Module):
       hidden = act(project('gate')) * project('up')
     else:
       hidden = act(project('up'))
+    hidden = constrain(hidden, 'batch', None, 'ffn')
     _capture(self, hidden)
     return hidden
 
@@ -229,7 +233,8 @@ class Layer(nn.Module):
   def __call__(self, x_BxTxD, masks=None):
     masks = Masks(None, None) if masks is None else masks
     x = self.attend(x_BxTxD, self.attention_inputs(x_BxTxD), masks.attention)
-    return self.feed(x, self.ffn_inputs(x), masks.ffn), None
+    x = self.feed(x, self.ffn_inputs(x), masks.ffn)
+    return constrain(x, 'batch', None, 'embed'), None
 
 
 class Decoder(nn.Module):
@@ -280,7 +285,7 @@ class Decoder(nn.Module):
     if self.config.positions == 'learned':
       at = jnp.arange(tokens_BxT.shape[1]) + self.config.position_offset
       x = x + self.position()[at]
-    return x
+    return constrain(x, 'batch', None, 'embed')
 
   def unembed(self, x_BxTxD):
     """Last residual stream [B,T,D] to float32 logits [B,T,V]."""
@@ -289,7 +294,8 @@ class Decoder(nn.Module):
     if self.config.embed_width:
       x_BxTxD = x_BxTxD @ self.embed_out()
     table = self.embed().T if self.config.tied else self.head()
-    return jnp.matmul(x_BxTxD, table, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x_BxTxD, table, preferred_element_type=jnp.float32)
+    return constrain(logits, 'batch', None, 'vocab')
 
   def __call__(self, tokens_BxT, masks: Masks | None = None):
     x = self.embed_tokens(tokens_BxT)

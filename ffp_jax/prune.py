@@ -20,6 +20,7 @@ from ffp_jax import (
   importance,
   report,
   search,
+  sharding,
 )
 from ffp_jax import config as config_lib
 from ffp_jax import masks as masks_lib
@@ -43,6 +44,11 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     RequestError: the request can't be met; known before any heavy work.
   """
   config_lib.validate(config)
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    return _run(config, workdir, command)
+
+
+def _run(config, workdir, command):
   book = Book(workdir)
   job = prepare(config)
   config_lib.claim(workdir, config)
@@ -54,6 +60,9 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
   with book.timed('load'):
     dtype = evaluate.dtype_of(config.dtype)
     params = files.load_params(job.directory, job.model, dtype)
+    params = jax.device_put(
+      params, sharding.of_params(params, jax.sharding.get_mesh())
+    )
     loss = evaluate.Scorer(job.model)
   with book.timed('dense loss'):
     dense = loss(params, job.text.reward, job.dense, label='dense loss')

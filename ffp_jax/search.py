@@ -18,6 +18,7 @@ import numpy as np
 from ffp_jax import budget, curriculum, masks, policy
 from ffp_jax.loss import reward as reward_of
 from ffp_jax.model import Masks
+from ffp_jax.sharding import side_by_side
 from ffp_jax.sites import Sites
 
 # What `policy.update` takes by name, straight from the configuration.
@@ -278,7 +279,7 @@ def make_step(net, optim, nll: Callable, config) -> Callable:
         kind=c.reward,
       )
 
-    reward, gradient = jax.lax.map(score_one, priority, batch_size=c.block)
+    reward, gradient = side_by_side(score_one, priority, block=c.block)
     batch = policy.Batch(
       priority, noise, policy.log_prob(proposal, priority), reward, gradient
     )

@@ -1,0 +1,216 @@
+"""Whether a run fits, before there are weights or devices.
+
+python -m ffp_jax.plan --config=configs/llama2_7b.py --devices=8 \
+  --device_memory_gib=80 --tflops=400
+
+Compiles the search step and the calibration of one layer ahead of time, for
+as many virtual devices, and asks the compiler what memory they take.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from ffp_jax import calibrate, evaluate, hf, hub, loss, masks, search, sharding
+from ffp_jax import config as config_lib
+from ffp_jax import sites as sites_lib
+
+_GIB = 2**30
+
+
+class Memory(NamedTuple):
+  """Bytes on one device while a compiled function runs."""
+
+  arguments: int
+  temporary: int
+  output: int
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+
+def memory(function, *args, **kwargs) -> Memory:
+  """What a jitted function takes, compiled and not run.
+
+  Args:
+    function: jitted.
+    *args, **kwargs: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+  """
+  stats = function.lower(*args, **kwargs).compile().memory_analysis()
+  return Memory(
+    stats.argument_size_in_bytes,
+    stats.temp_size_in_bytes,
+    stats.output_size_in_bytes - stats.alias_size_in_bytes,
+  )
+
+
+def abstract_params(model, dtype, mesh):
+  """The decoder's parameters as shapes with their shardings."""
+  shapes = hf.param_shapes(model, dtype)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.of_params(shapes, mesh),
+  )
+
+
+def search_memory(config, model, params) -> Memory:
+  """Of the step of the curriculum's stage with the most rows."""
+  sites = sites_lib.sites(
+    model,
+    round_heads=config.budget.round_heads,
+    round_ffn=config.budget.round_ffn,
+  )
+  rank = jax.tree.map(
+    lambda x: x.astype(jnp.int32),
+    masks.ones(model.layers, model.groups, model.ffn),
+  )
+  net, optim = search.network(config, sites)
+  apply = evaluate.apply_of(model, remat=config.search.remat)
+  step = search.make_step(
+    net, optim, lambda p, t, m: loss.nll(apply, p, t, m), config
+  )
+  first = search.prior(sites, config.search.attention_prior)
+  state = search.init(
+    jax.random.key(0), net, optim, first, remember=config.search.remember
+  )
+  rows = max(config.search.rows)
+  return memory(
+    step,
+    state,
+    params,
+    np.zeros((rows, config.search.context), np.int32),
+    search.target(sites, config.budget.sparsity),
+    search.modules(sites, rank),
+  )
+
+
+def calibration_memory(config, model, params) -> Memory:
+  """Of one layer: its weights, and the residual streams of all windows."""
+  text = config.text
+  windows = text.calibration_windows + text.validation_windows
+  shape = windows, 1, text.context, model.width
+  stream = jax.ShapeDtypeStruct(shape, params['embed']['table'].dtype)
+  streams = calibrate.Streams(
+    stream, stream if config.calibration.target == 'dense' else None
+  )
+
+  def of_layer(x):
+    spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
+    place = jax.sharding.NamedSharding(x.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
+
+  keep = jnp.ones(model.groups), jnp.ones(model.ffn)
+  return memory(
+    calibrate._layer,
+    jax.tree.map(of_layer, params['stack']),
+    streams,
+    keep,
+    config=model,
+    fit_on=text.calibration_windows,
+    strengths=tuple(config.calibration.strengths),
+  )
+
+
+def flops(config, model) -> float:
+  """Of one search step, by the products with the weights and of attention.
+
+  A candidate takes a forward and a backward pass, the latter to activations
+  and masks alone, so as dear as one forward; with `remat` one more. The
+  dense model's forward comes on top.
+  """
+  c = config.search
+  rows = max(c.rows)
+  shapes = jax.tree.leaves(hf.param_shapes(model, jnp.float32))
+  products = sum(int(np.prod(x.shape)) for x in shapes)
+  if not model.tied:  # the embedding is looked up, not multiplied
+    products -= model.vocab * (model.embed_width or model.width)
+  heads = model.groups * model.heads_per_group * model.head_size
+  attention = 4 * model.layers * heads * c.context
+  forward = rows * c.context * (2 * products + attention)
+  return forward * (1 + c.candidates * (3 if c.remat else 2))
+
+
+def plan(config, model, dtype, mesh) -> dict:
+  """What one search step and the calibration take on each device.
+
+  The compiler is asked about float32: for bfloat16, which CPU compilers
+  widen, weights are counted at two bytes and the rest as in float32, more
+  than it will be.
+  """
+  with jax.set_mesh(mesh):
+    params = abstract_params(model, jnp.float32, mesh)
+    local = sum(
+      int(np.prod(x.sharding.shard_shape(x.shape)))
+      for x in jax.tree.leaves(params)
+    )
+    weights = local * dtype.itemsize
+    wide = local * np.dtype(np.float32).itemsize
+    step = search_memory(config, model, params)
+    layer = calibration_memory(config, model, params)
+  return {
+    'params': hf.param_count(model),
+    'mesh': dict(mesh.shape),
+    'weights_bytes': weights,
+    'search_bytes': step.total - wide + weights,
+    'calibrate_bytes': layer.total + weights,
+    'candidates': config.search.candidates,
+    'flops': flops(config, model),
+  }
+
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
+_DEVICES = flags.DEFINE_integer('devices', 1, 'How many.', lower_bound=1)
+_MEMORY = flags.DEFINE_float(
+  'device_memory_gib', 80.0, 'Of one device.', lower_bound=0.0
+)
+_TFLOPS = flags.DEFINE_float(
+  'tflops', None, 'What one device reaches, if known.', lower_bound=0.0
+)
+
+
+def describe(found: dict, memory_gib: float, tflops: float | None) -> str:
+  """The plan as lines to read."""
+  gib = {k: v / _GIB for k, v in found.items() if k.endswith('_bytes')}
+  peak = max(gib['search_bytes'], gib['calibrate_bytes'])
+  sizes = ' x '.join(f'{name} {n}' for name, n in found['mesh'].items())
+  lines = [
+    f'parameters           {found["params"] / 1e9:.2f} billion',
+    f'mesh                 {sizes}',
+    f'weights              {gib["weights_bytes"]:.1f} GiB a device',
+    f'search step          {gib["search_bytes"]:.1f} GiB a device',
+    f'calibration          {gib["calibrate_bytes"]:.1f} GiB a device',
+    f'candidates a step    {found["candidates"]}',
+    f'FLOPs a search step  {found["flops"]:.3g}',
+  ]
+  if tflops:
+    devices = np.prod(list(found['mesh'].values()))
+    seconds = found['flops'] / (tflops * 1e12 * devices)
+    lines.append(f'seconds a step       {seconds:.1f} at best')
+  verdict = 'fits' if peak <= memory_gib else 'DOES NOT FIT'
+  return '\n'.join([*lines, f'{verdict} in {memory_gib:g} GiB a device'])
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', _DEVICES.value)
+  try:
+    config_lib.validate(config)
+    model = hf.model_config(hub.locate(config.model))
+    mesh = sharding.make_mesh(**config.mesh)
+    dtype = jnp.dtype('bfloat16' if config.dtype == 'auto' else config.dtype)
+    found = plan(config, model, dtype, mesh)
+  except config_lib.RequestError as error:
+    config_lib.refuse(error)
+  print(describe(found, _MEMORY.value, _TFLOPS.value))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,163 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Three mesh axes: `candidates` scores proposals side by side, `fsdp` splits
+the weights and the rows of tokens, `tensor` splits heads and FFN channels.
+Whatever a mesh axis doesn't divide is replicated over it.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ffp_jax.config import RequestError
+
+MESH_AXES = ('candidates', 'fsdp', 'tensor')
+
+# Logical axis to mesh axis. An array takes each mesh axis once, for the first
+# of its axes that the mesh axis divides: with odd groups the query heads of a
+# group are split, with few rows the model width is.
+RULES = {
+  'candidates': 'candidates',
+  'batch': 'fsdp',
+  'embed': 'fsdp',
+  'groups': 'tensor',
+  'heads': 'tensor',
+  'ffn': 'tensor',
+  'vocab': 'tensor',
+}
+
+# Logical axes of a parameter; a stack has a leading axis of layers, which
+# stays whole. What isn't here (norms and the biases of outputs) is small and
+# replicated.
+_PARAMS = {
+  'attention/query': ('embed', 'groups', 'heads', None),
+  'attention/key': ('embed', 'groups', None),
+  'attention/value': ('embed', 'groups', None),
+  'attention/query_bias': ('groups', 'heads', None),
+  'attention/key_bias': ('groups', None),
+  'attention/value_bias': ('groups', None),
+  'attention/out': ('groups', 'heads', None, 'embed'),
+  'ffn/gate': ('embed', 'ffn'),
+  'ffn/up': ('embed', 'ffn'),
+  'ffn/gate_bias': ('ffn',),
+  'ffn/up_bias': ('ffn',),
+  'ffn/down': ('ffn', 'embed'),
+  'embed/table': ('vocab', 'embed'),
+  'position/table': (None, 'embed'),
+  'embed_in/kernel': (None, 'embed'),
+  'embed_out/kernel': ('embed', None),
+  'head/kernel': ('embed', 'vocab'),
+}
+
+
+def make_mesh(candidates: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+  """The mesh of a run over all devices.
+
+  Args:
+    candidates, fsdp, tensor: sizes; one may be -1, for what is left.
+    devices: to use; None for all of all processes.
+
+  Raises:
+    RequestError: the sizes don't multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {'candidates': candidates, 'fsdp': fsdp, 'tensor': tensor}
+  known = int(np.prod([n for n in sizes.values() if n != -1]))
+  free = [name for name, n in sizes.items() if n == -1]
+  given = ', '.join(f'mesh.{name}={n}' for name, n in sizes.items())
+  if len(free) > 1 or known < 1 or min(sizes.values()) < -1:
+    raise RequestError(f'{given}: each must be positive, at most one -1')
+  sizes |= dict.fromkeys(free, len(devices) // known)
+  used = int(np.prod(list(sizes.values())))
+  if not used or used > len(devices):
+    raise RequestError(
+      f'{given}: more than the {len(devices)} device(s) here; '
+      'set one to -1, for what is left'
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    devices=devices[:used],
+  )
+
+
+def spec(shape, axes, sizes) -> PartitionSpec:
+  """Which mesh axis splits which axis of an array.
+
+  Args:
+    shape: of the array.
+    axes: a logical axis or None for each.
+    sizes: of the mesh axes, by name.
+  """
+  out = []
+  for size, axis in zip(shape, axes, strict=True):
+    mesh_axis = RULES.get(axis)
+    fits = mesh_axis not in out and size % sizes.get(mesh_axis, 1) == 0
+    out.append(mesh_axis if fits else None)
+  return PartitionSpec(*out)
+
+
+def constrain(x, *axes):
+  """Tells the compiler how an activation lies; nothing without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  layout = spec(x.shape, axes, mesh.shape)
+  return jax.lax.with_sharding_constraint(x, layout)
+
+
+def side_by_side(f, xs, *, block: int):
+  """`f` of every x, so many at once, split over the mesh's candidates.
+
+  Args:
+    f: of one x.
+    xs: array [N, ...].
+    block: how many each part of the mesh takes at once; the next smaller
+      divisor of N if N isn't a multiple.
+
+  Returns:
+    Results stacked, [N, ...] each.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else mesh.shape['candidates']
+  count = len(xs)
+  once = max(
+    n for n in range(1, count + 1) if count % n == 0 and n <= block * parts
+  )
+  axis = 'candidates' if parts > 1 and once % parts == 0 else None
+  at_once = jax.vmap(f, spmd_axis_name=axis)
+  blocks = xs.reshape(count // once, once, *xs.shape[1:])
+  inner = (None,) * (xs.ndim - 1)
+  out = jax.lax.map(
+    lambda x: at_once(constrain(x, 'candidates', *inner)), blocks
+  )
+  return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), out)
+
+
+def of_params(shapes, mesh: Mesh):
+  """The sharding of every parameter.
+
+  Args:
+    shapes: the parameters, or their `jax.ShapeDtypeStruct`s, nested.
+    mesh: from `make_mesh`.
+
+  Returns:
+    `NamedSharding`s, nested alike.
+  """
+
+  def one(path, leaf):
+    *_, module, name = (key.key for key in path)
+    axes = _PARAMS.get(f'{module}/{name}', (None,) * leaf.ndim)
+    axes = (None,) * (leaf.ndim - len(axes)) + axes
+    return NamedSharding(mesh, spec(leaf.shape, axes, mesh.shape))
+
+  return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def fetch(x) -> np.ndarray:
+  """The whole of an array, on every host; all processes must call it."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
