@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice, one process a host: makes it unless it is there, installs
+# and runs on all of its hosts, and fetches the result into runs/NAME.
+# Usage: bash launch/tpu_pod.sh [--dry_run] NAME --zone=Z --accelerator-type=T
+#   --version=V [CREATE OPTION ...]
+#   -- --config=FILE --workdir=gs://BUCKET/DIR ...
+source "$(dirname "$0")/steps.sh"
+read_arguments "$@"
+slice=${options[0]-}
+[[ $slice == [a-z]* ]] || refuse 'give the name of the slice first'
+for name in --zone= --accelerator-type= --version=; do
+  value "$name" "${options[@]}" >/dev/null
+done
+workdir=gs://$(value --workdir=gs:// "${program[@]}") # all hosts see it
+require_tool gcloud
+tpu_vm=(gcloud compute tpus tpu-vm) where=()
+for option in "${options[@]}"; do
+  case $option in --zone=* | --project=*) where+=("$option") ;; esac
+done
+
+on_all_hosts() {
+  step "${tpu_vm[@]}" ssh "$slice" "${where[@]}" --worker=all --command="$1"
+}
+
+if [ -n "$dry_run" ] ||
+  ! "${tpu_vm[@]}" describe "$slice" "${where[@]}" >/dev/null 2>&1; then
+  step "${tpu_vm[@]}" create "${options[@]}"
+fi
+delete=$(quoted "${tpu_vm[@]}" delete "$slice" "${where[@]}")
+trap 'echo "$slice costs until it is deleted: $delete" >&2' EXIT
+on_all_hosts 'rm -rf ffp_jax && mkdir ffp_jax'
+step "${tpu_vm[@]}" scp --recurse requirements.txt configs ffp_jax \
+  "$slice:ffp_jax" "${where[@]}" --worker=all
+# The hosts' own Python may be older than JAX asks for; uv brings another.
+on_all_hosts "cd ffp_jax && curl -LsSf https://astral.sh/uv/install.sh | sh \
+&& ~/.local/bin/uv venv --python=3.11 && ~/.local/bin/uv pip install --quiet \
+-r requirements.txt 'jax[tpu]' 'etils[epath-gcs]'"
+on_all_hosts "cd ffp_jax && $(quoted .venv/bin/python -m ffp_jax.main \
+  "${program[@]}" --config.mesh.distributed=true)"
+step mkdir -p "runs/$slice"
+step gcloud storage rsync --recursive "$workdir" "runs/$slice"
