@@ -14,7 +14,7 @@ read_arguments() {
     if [ "$1" = --dry_run ]; then dry_run=yes; else options+=("$1"); fi
     shift
   done
-  [ $# -gt 1 ] || refuse 'give the arguments of ffp_jax.main after --'
+  [ $# -gt 1 ] || refuse 'give --config=... and --workdir=... after --'
   program=("${@:2}")
   value --config= "${program[@]}" >/dev/null
   value --workdir= "${program[@]}" >/dev/null

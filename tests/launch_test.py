@@ -16,7 +16,8 @@ import tempfile
 
 from absl.testing import absltest, parameterized
 
-_LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
+_ROOT = pathlib.Path(__file__).parent.parent
+_LAUNCH = _ROOT / 'launch'
 _STUB = f"""#!{sys.executable} -S
 import itertools
 import json
@@ -130,7 +131,7 @@ class LaunchTest(parameterized.TestCase):
     return done, [json.loads(line) for line in lines]
 
   def run_of_main(self, calls):
-    """The one call of ffp_jax.main among calls, without its arguments' head."""
+    """The one call of ffp_jax.main among calls, its arguments alone."""
     (call,) = (call for call in calls if 'ffp_jax.main' in call)
     self.assertEqual(call[:3], ['python', '-m', 'ffp_jax.main'])
     return tuple(call[3:])
@@ -210,7 +211,15 @@ class LaunchTest(parameterized.TestCase):
       [*vm, 'describe', 'pod', *where],
       *([] if is_there else [[*vm, 'create', *options]]),
       on_all,  # an empty folder
-      [*vm, 'scp', '--recurse', *sent, 'pod:ffp_jax', *where, '--worker=all'],
+      [
+        *vm,
+        'scp',
+        '--recurse',
+        *sent,
+        'pod:ffp_jax_run',
+        *where,
+        '--worker=all',
+      ],
       on_all,  # install:
       ['curl', '-LsSf', 'https://astral.sh/uv/install.sh'],
       ['uv', 'venv', '--python=3.11'],
@@ -222,18 +231,18 @@ class LaunchTest(parameterized.TestCase):
       ['python', '-m', 'ffp_jax.main', *_PROGRAM, _DISTRIBUTED],
       [
         *('gcloud', 'storage', 'rsync', '--recursive'),
-        *('gs://bucket/my run', 'runs/pod'),
+        *('gs://bucket/my run', 'runs/bucket/my run'),
       ],
     ]
     self.assertEqual(
       [[x for x in call if not x.startswith('--command=')] for call in calls],
       expected,
     )
-    self.assertTrue((self.root / 'clone/runs/pod').is_dir())
+    self.assertTrue((self.root / 'clone/runs/bucket/my run').is_dir())
 
   @parameterized.parameters('create', 'scp', 'ffp_jax.main')
   def test_tpu_pod_stops_at_a_failure(self, fails):
-    # 'describe' fails too where there is something to create.
+    # 'describe' fails too, so that there is something to create.
     arguments = ('tpu_pod.sh', *_OPTIONS['tpu_pod.sh'], '--', *_PROGRAM)
     done, calls = self.launch(*arguments, fails=f'{fails} describe')
     self.assertEqual(done.returncode, 7)
@@ -260,6 +269,18 @@ class LaunchTest(parameterized.TestCase):
       [words[1:] for words in printed if words[0].endswith(tool)],
       [x[1:] for x in calls if x[0] == tool and not {'describe', 'pip'} & {*x}],
     )
+
+  def test_documented_commands(self):
+    section = (_ROOT / 'docs/scale.md').read_text().split('## Launching')[1]
+    commands = section.split('```')[1].replace('\\\n', '').strip().split('\n\n')
+    scripts = []
+    for command in commands:
+      bash, script, *arguments = shlex.split(command)
+      self.assertEqual(bash, 'bash')
+      scripts.append(script.removeprefix('launch/'))
+      done, _ = self.launch(scripts[-1], '--dry_run', *arguments)
+      self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertCountEqual(scripts, _OPTIONS)
 
   @parameterized.parameters(*_OPTIONS)
   def test_dry_run_needs_no_tool(self, script):
