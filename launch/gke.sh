@@ -12,6 +12,6 @@ value --workdir=gs:// "${program[@]}" >/dev/null # all hosts see it
 require_tool xpk
 install="pip install --quiet -r requirements.txt 'jax[tpu]' 'etils[epath-gcs]'"
 command=$(quoted python -m ffp_jax.main "${program[@]}" \
-  --config.mesh.distributed=true)
+  --coordinator=auto)
 step xpk workload create --base-docker-image=python:3.11-slim \
   "${options[@]}" --command="$install && $command"

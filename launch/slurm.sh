@@ -10,7 +10,7 @@ step make_venv 'jax[cuda12]' # here: compute nodes often reach no index
 # JAX gives process i of a node the node's GPU i, so every process must see all
 # of them. srun takes over what the job was given, but not the CPUs.
 command=$(quoted .venv/bin/python -m ffp_jax.main "${program[@]}" \
-  --config.mesh.distributed=true)
+  --coordinator=auto)
 cpus="\${SLURM_CPUS_PER_TASK:+--cpus-per-task=\$SLURM_CPUS_PER_TASK}"
 step sbatch --job-name=ffp_jax "${options[@]}" \
   --ntasks-per-node="${gpus##*:}" \

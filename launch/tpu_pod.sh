@@ -36,6 +36,6 @@ on_all_hosts "curl -LsSf https://astral.sh/uv/install.sh | sh && \
 cd ffp_jax_run && ~/.local/bin/uv venv --python=3.11 && ~/.local/bin/uv pip \
 install --quiet -r requirements.txt 'jax[tpu]' 'etils[epath-gcs]'"
 on_all_hosts "cd ffp_jax_run && $(quoted .venv/bin/python -m ffp_jax.main \
-  "${program[@]}" --config.mesh.distributed=true)"
+  "${program[@]}" --coordinator=auto)"
 step mkdir -p "runs/$bucket"
 step gcloud storage rsync --recursive "gs://$bucket" "runs/$bucket"

@@ -62,7 +62,7 @@ _PROGRAM = (
   '--config.model=it\'s "$HOME" & `more`; \\ *',
   '--config.data=',
 )
-_DISTRIBUTED = '--config.mesh.distributed=true'
+_DISTRIBUTED = '--coordinator=auto'
 _OPTIONS = {
   'gpu.sh': (),
   'slurm.sh': ('--nodes=2', '--gpus-per-node=a100:4', '--comment=a b'),
