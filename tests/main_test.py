@@ -2,7 +2,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -143,22 +142,6 @@ class RunTest(_TestCase):
     self.assertEqual(written['windows'], 7)
     self.assertEqual(written['tokens'], 7 * 31)
     self.assertGreater(written['ppl'], 1.0)
-
-
-class ScriptsTest(_TestCase):
-  @parameterized.parameters(
-    *sorted(path.name for path in (_ROOT / 'launch').glob('*.sh'))
-  )
-  def test_script(self, name):
-    path = _ROOT / 'launch' / name
-    checks = [['bash', '-n', path]]
-    if shutil.which('shellcheck'):
-      checks.append(['shellcheck', '--shell=bash', '--external-sources', path])
-    for check in checks:
-      done = subprocess.run(
-        check, cwd=_ROOT, capture_output=True, text=True, check=False
-      )
-      self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
 
 if __name__ == '__main__':
