@@ -11,6 +11,7 @@ from absl import logging
 from ffp_jax import calibrate as ridge
 from ffp_jax import (
   checkpoint,
+  curriculum,
   data,
   evaluate,
   export,
@@ -20,6 +21,7 @@ from ffp_jax import (
   importance,
   report,
   search,
+  signals,
 )
 from ffp_jax import config as config_lib
 from ffp_jax import masks as masks_lib
@@ -43,14 +45,21 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     RequestError: the request can't be met; known before any heavy work.
   """
   config_lib.validate(config)
-  book = Book(workdir)
   job = prepare(config)
-  config_lib.claim(workdir, config)
+  first = start(config, job.sites, workdir)
+  with config_lib.claim(workdir, config):
+    return go(config, job, first, Book(workdir), command)
+
+
+def go(config, job, first, book, command) -> dict:
+  """The run, in a workdir that is ours; `first` begins the search."""
+  workdir = book.workdir
   if finished := book.read_json('results.json'):
     logging.info('%s already holds the finished run', workdir)
     report.write(workdir)  # a crash may have come before it
     return finished
 
+  state = resume(first, book)
   with book.timed('load'):
     dtype = evaluate.dtype_of(config.dtype)
     params = files.load_params(job.directory, job.model, dtype)
@@ -60,7 +69,7 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
   with book.timed('importance'):
     modules = rank_units(config, job, params)
   with book.timed('search'):
-    finalists, cost = find(config, job, params, modules, book)
+    finalists, cost = find(config, job, params, modules, state, book)
   with book.timed('re-score'):
     best, cost = rescore(config, job, params, modules, loss, finalists, cost)
   keep = {
@@ -135,6 +144,27 @@ def prepare(config) -> Job:
   return Job(directory, model, sites, text)
 
 
+def start(config, sites, workdir) -> search.SearchState:
+  """Where a new search begins: the prior, or another run's policy."""
+  state = search.start(config, sites)
+  # Once begun, a search no longer needs the run that it began from.
+  if config.search.init_from and not checkpoint.any_in(workdir / 'checkpoints'):
+    other = pathlib.Path(config.search.init_from).expanduser()
+    state = state._replace(params=checkpoint.inherit(other, state.params))
+  return state
+
+
+def resume(first, book) -> search.SearchState:
+  """Where the search goes on: the state saved last, or else `first`."""
+  state = checkpoint.restore(book.workdir / 'checkpoints', first)
+  if state is None and book.has_metrics():
+    raise config_lib.RequestError(
+      f'workdir: {book.workdir} has metrics of a search but no checkpoint; '
+      'put back its checkpoints, or use another --workdir'
+    )
+  return first if state is None else state
+
+
 def rank_units(config, job, params) -> search.Modules:
   """Scores the units on the calibration text and orders each module's."""
   norms = None
@@ -148,14 +178,18 @@ def rank_units(config, job, params) -> search.Modules:
   return jax.block_until_ready(modules)  # for an honest clock
 
 
-def find(config, job, params, modules, book):
-  """The search; goes on from its last checkpoint if there is one."""
+def find(config, job, params, modules, state, book):
+  """The search, from `state` on."""
   apply = evaluate.apply_of(job.model, remat=config.search.remat)
-  with checkpoint.Checkpoints(
-    book.workdir / 'checkpoints',
-    every=config.checkpoint.every,
-    keep=config.checkpoint.keep,
-  ) as saved:
+  with (
+    checkpoint.Checkpoints(
+      book.workdir / 'checkpoints',
+      every=config.checkpoint.every,
+      keep=config.checkpoint.keep,
+      ends=curriculum.ends(curriculum.plan(config)),
+    ) as saved,
+    signals.save_first(saved.flush),
+  ):
     return search.run(
       config,
       job.sites,
@@ -163,6 +197,7 @@ def find(config, job, params, modules, book):
       lambda params, tokens, masks: nll(apply, params, tokens, masks),
       params,
       job.text.reward,
+      state,
       book,
       saved,
     )
