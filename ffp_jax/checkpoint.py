@@ -1,6 +1,7 @@
 """The search's state on disk, by orbax, and back."""
 
 import hashlib
+import json
 import pathlib
 import threading
 
@@ -47,8 +48,10 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_):
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self._manager.wait_until_finished()
+    finally:
+      self._manager.close()
 
   def begin(self, step: int, state):
     """Saves where a search begins, unless it is there, and waits for it.
@@ -88,10 +91,11 @@ def _pack(state) -> dict:
 
 
 def _digest(tree) -> np.ndarray:
-  # Orbax notices a torn file, but not a flipped bit in an array.
-  sha = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    sha.update(f'{path}{leaf.dtype}{leaf.shape}'.encode() + leaf.tobytes())
+  # Orbax notices a torn file, but no flipped bit in an array or a name.
+  form = jax.tree.map(lambda x: f'{x.dtype}{x.shape}', tree)
+  sha = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
+  for leaf in jax.tree.leaves(tree):
+    sha.update(leaf.tobytes())
   return np.frombuffer(sha.digest(), np.uint8)
 
 
@@ -107,31 +111,31 @@ def newest(directory: pathlib.Path) -> dict | None:
   Raises:
     RequestError: there are some, and none is whole.
   """
-  if not any_in(directory):
-    return None
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
-    for step in sorted(manager.all_steps(), reverse=True):
+  steps = steps_in(directory)
+  with ocp.StandardCheckpointer() as reader:
+    for step in reversed(steps):
+      path = directory.resolve() / str(step)
       try:
-        saved = manager.restore(step, args=ocp.args.StandardRestore())
+        saved = reader.restore(path / 'default')
         if np.array_equal(saved['sha256'], _digest(saved['state'])):
           return saved['state']
       except Exception as error:  # of many kinds, one a file and a fault
         logging.debug('%s', error)
-      logging.warning(
-        '%s: damaged, looking for the one before it', directory / str(step)
-      )
+      logging.warning('%s: damaged, looking for the one before it', path)
+  if not steps:
+    return None
   raise RequestError(
     f'workdir: no checkpoint in {directory} can be read; put back a copy of '
     'them, or use another --workdir'
   )
 
 
-def any_in(directory: pathlib.Path) -> bool:
-  """Whether a checkpoint was ever finished there, damaged since or not."""
-  return directory.is_dir() and any(
-    path.name.isdigit() for path in directory.iterdir()
-  )
+def steps_in(directory: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints that were finished, damaged since or not."""
+  if not directory.is_dir():
+    return []
+  names = (path.name for path in directory.iterdir())
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def restore(directory: pathlib.Path, like):

@@ -148,7 +148,9 @@ def start(config, sites, workdir) -> search.SearchState:
   """Where a new search begins: the prior, or another run's policy."""
   state = search.start(config, sites)
   # Once begun, a search no longer needs the run that it began from.
-  if config.search.init_from and not checkpoint.any_in(workdir / 'checkpoints'):
+  if config.search.init_from and not checkpoint.steps_in(
+    workdir / 'checkpoints'
+  ):
     other = pathlib.Path(config.search.init_from).expanduser()
     state = state._replace(params=checkpoint.inherit(other, state.params))
   return state
