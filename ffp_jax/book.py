@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -22,41 +23,68 @@ class Book:
 
   Attributes:
     workdir: need not exist until something is written.
-    seconds: by stage, in the order of `timed`.
+    writes: False in all processes of a run but one, which only read.
+    seconds: by stage, in the order of `timed`, over all processes that have
+      worked on this run; kept in seconds.json.
   """
 
   workdir: pathlib.Path
+  writes: bool = True
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  _since: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    self.seconds.update(self.read_json('seconds.json') or {})
 
   @contextlib.contextmanager
   def timed(self, stage: str):
     """Logs a stage's start and time; a stage entered again adds up."""
     logging.info('%s: start', stage)
-    start = time.perf_counter()
+    start = self._since[stage] = time.perf_counter()
     yield
-    spent = time.perf_counter() - start
-    logging.info('%s: %.1f s', stage, spent)
-    self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 3)
+    now = self._count_time()
+    del self._since[stage]
+    logging.info('%s: %.1f s', stage, now - start)
+
+  def _count_time(self) -> float:
+    """Writes down the time of the stage that is under way."""
+    now = time.perf_counter()
+    for stage, since in self._since.items():
+      spent = self.seconds.get(stage, 0.0) + now - since
+      self.seconds[stage] = round(spent, 3)
+      self._since[stage] = now
+    self.write_json('seconds.json', self.seconds)
+    return now
 
   def append(self, line: dict):
     """Adds a line, which has a step, to metrics.jsonl; NaN becomes null."""
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    with open(self.workdir / 'metrics.jsonl', 'a') as file:
-      file.write(_json(line) + '\n')  # flushed as it closes
+    if self.writes:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      with open(self._metrics, 'a') as file:
+        _write(file, _json(line) + '\n')
+    self._count_time()
+
+  @property
+  def _metrics(self):
+    return self.workdir / 'metrics.jsonl'
+
+  def has_metrics(self) -> bool:
+    """Whether a search has taken a step."""
+    return self._metrics.exists() and self._metrics.stat().st_size > 0
 
   def rewind(self, step: int):
     """Drops from metrics.jsonl what a search resumed at `step` will redo.
 
     A line that a crash tore is dropped too, so that `append` starts a new one.
     """
-    path = self.workdir / 'metrics.jsonl'
-    if path.exists():
-      kept = [line for line in lines(path) if line['step'] < step]
-      replace(path, ''.join(_json(line) + '\n' for line in kept))
+    if self.writes and self._metrics.exists():
+      kept = [line for line in lines(self._metrics) if line['step'] < step]
+      replace(self._metrics, ''.join(_json(line) + '\n' for line in kept))
 
   def write_json(self, name: str, content):
     """Writes `workdir/name`, whole or not at all; NumPy is accepted."""
-    replace(self.workdir / name, _json(content, indent=2) + '\n')
+    if self.writes:
+      replace(self.workdir / name, _json(content, indent=2) + '\n')
 
   def read_json(self, name: str):
     """The content of `workdir/name`, None if there is no such file."""
@@ -70,8 +98,13 @@ class Book:
     """
     form = '{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left'
     common = {'total': total, 'initial': initial, 'desc': 'search'}
-    if sys.stderr.isatty():
-      return tqdm(**common, bar_format=form + ' {bar}', dynamic_ncols=True)
+    if sys.stderr.isatty() or not self.writes:
+      return tqdm(
+        **common,
+        bar_format=form + ' {bar}',
+        dynamic_ncols=True,
+        disable=not self.writes,
+      )
     # miniters, lest tqdm guess how many steps fill the interval.
     return _LogBar(
       **common,
@@ -130,5 +163,28 @@ def replace(path, text):
   """Writes a file whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temp = path.with_name(f'.{path.name}.tmp')
-  temp.write_text(text)
+  with open(temp, 'w') as file:
+    _write(file, text)
   os.replace(temp, path)
+
+
+def _write(file, text):
+  """As far as the disk, so that a power cut can't reorder what is written."""
+  file.write(text)
+  file.flush()
+  os.fsync(file.fileno())
+
+
+# Disk, quota, and the largest file that is allowed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(error: Exception) -> str | None:
+  """What the system says of a full disk, None if `error` isn't of one.
+
+  By the text as well, as libraries wrap the system's error in their own.
+  """
+  for code in _FULL:
+    if os.strerror(code) in str(error):
+      return os.strerror(code)
+  return None

@@ -1,11 +1,14 @@
 """Every default, and the checks that need no model."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
 import sys
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from ffp_jax import book
 
@@ -14,10 +17,10 @@ class RequestError(ValueError):
   """What was asked for can't be done; one line for the user, exit code 2."""
 
 
-def refuse(problem):
-  """One line on stderr, exit code 2."""
+def refuse(problem, code=2):
+  """One line on stderr, exit code 2 unless it is no fault of the request."""
   print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -56,6 +59,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.attention_prior = 4.0  # first priority; FFN's is 0
   config.search.remember = 2  # best candidates that are re-scored
   config.search.remat = False  # recompute activations: less memory
+  config.search.init_from = ''  # workdir of a run whose policy to start from
 
   config.policy = ml_collections.ConfigDict()
   config.policy.hidden = (64, 64)
@@ -231,34 +235,75 @@ def _flat(tree, prefix=''):
   return out
 
 
+# What a run may go on with another value of, as no result depends on it. The
+# number of steps is not: the learning rates fall over the whole search.
+_MAY_CHANGE = ('checkpoint.',)
+
+
+@contextlib.contextmanager
 def claim(workdir: pathlib.Path, config):
-  """Makes the workdir and writes config.json, or finds the same one there.
+  """Holds the workdir against other processes, and config.json in it.
+
+  The lock ends with the process, however that ends.
 
   Raises:
-    RequestError: the workdir can't be written, or holds another run.
+    RequestError: the workdir can't be written, is in use, or holds a run
+      with other settings.
   """
-  path = workdir / 'config.json'
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      other = json.loads(path.read_text())
-      if not isinstance(other, dict):
-        raise RequestError(
-          f'workdir: {path} is not a configuration; use another --workdir'
-        )
-      differ = changed_keys(config, other)
-      if differ:
-        raise RequestError(
-          f'workdir: {workdir} holds a run with other {", ".join(differ)}; '
-          'use another --workdir or the same settings'
-        )
-    else:
+    lock = open(workdir / 'lock', 'w')
+  except OSError as error:
+    raise RequestError(
+      f'workdir: cannot write to {workdir} ({error.strerror})'
+    ) from error
+  with lock:
+    _lock(lock, workdir)
+    _write_config(workdir, config)
+    yield
+
+
+def _lock(file, workdir):
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise RequestError(
+      f'workdir: another process is at work in {workdir}; wait for it, or use '
+      'another --workdir'
+    ) from error
+  except OSError as error:  # some network file systems
+    logging.warning('%s: cannot be locked (%s)', workdir, error.strerror)
+
+
+def _write_config(workdir, config):
+  path = workdir / 'config.json'
+  try:
+    differ = _differing(config, path) if path.exists() else ['all']
+    if differ:
       book.replace(path, config.to_json(indent=2) + '\n')
   except OSError as error:
     raise RequestError(
       f'workdir: cannot write to {workdir} ({error.strerror})'
     ) from error
-  except json.JSONDecodeError as error:
+
+
+def _differing(config, path) -> list[str]:
+  """Keys that may differ from those in `path`, and do."""
+  try:
+    other = json.loads(path.read_text())
+  except ValueError as error:
     raise RequestError(
       f'workdir: {path} is not valid JSON; use another --workdir'
     ) from error
+  if not isinstance(other, dict):
+    raise RequestError(
+      f'workdir: {path} is not a configuration; use another --workdir'
+    )
+  differ = changed_keys(config, other)
+  fixed = [key for key in differ if not key.startswith(_MAY_CHANGE)]
+  if fixed:
+    raise RequestError(
+      f'workdir: {path.parent} holds a run with other {", ".join(fixed)}; '
+      'use another --workdir or the same settings'
+    )
+  return differ

@@ -20,11 +20,16 @@ def plan(config) -> list[Stage]:
   return [Stage(config.budget.sparsity * s, n, r) for s, n, r in zipped]
 
 
+def ends(plan: list[Stage]) -> list[int]:
+  """How many steps have been taken when each stage ends."""
+  return np.cumsum([stage.steps for stage in plan]).tolist()
+
+
 def stage_at(plan: list[Stage], step: int) -> tuple[int, Stage, bool]:
   """The stage of a step: its index, itself, whether the step is its first."""
-  ends = np.cumsum([stage.steps for stage in plan])
-  index = int(np.searchsorted(ends, step, side='right'))
-  return index, plan[index], bool(step == ends[index] - plan[index].steps)
+  after = ends(plan)
+  index = int(np.searchsorted(after, step, side='right'))
+  return index, plan[index], step == after[index] - plan[index].steps
 
 
 def draw(rows_RxT, step: int, rows: int, seed: int) -> np.ndarray:

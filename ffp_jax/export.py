@@ -97,6 +97,8 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
     'kept_groups': list(config.kept_groups),
     'kept_ffn': list(config.kept_ffn),
   }
+  for stale in out.parent.glob('.pruned.*'):  # of a process that was killed
+    shutil.rmtree(stale)
   with tempfile.TemporaryDirectory(dir=out.parent, prefix='.pruned.') as tmp:
     stage = pathlib.Path(tmp) / 'model'
     stage.mkdir()

@@ -1,6 +1,9 @@
 """Command line: flags, logging, one call.
 
 python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
+
+Exit codes: 0 done, 2 refused, 74 disk full, 75 stopped by SIGTERM or SIGINT;
+after the last two the same command goes on.
 """
 
 import pathlib
@@ -10,9 +13,18 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ffp_jax import book, signals
 from ffp_jax.config import RequestError, refuse
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  "Of a run by several processes: 'auto' on TPU slices and Slurm, else the "
+  'HOST:PORT of process 0.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 
 
@@ -31,6 +43,11 @@ def parse(argv):
     refuse('--config is missing; give a file such as configs/llama.py')
   if not _WORKDIR.value:
     refuse('--workdir is missing; give the directory of the run')
+  if '://' in _WORKDIR.value:
+    refuse('--workdir: must be on a file system; mount the bucket')
+  named = _COORDINATOR.value not in (None, 'auto')
+  if {_PROCESSES.present > 0, _PROCESS.present > 0} != {named}:
+    refuse('--coordinator=HOST:PORT goes with --processes=N and --process=I')
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
   return rest
@@ -38,20 +55,29 @@ def parse(argv):
 
 def main(argv):
   del argv
+  command = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
+  signals.exit_on_signals(command)
   # Imported here, so that a wrong flag is refused at once.
-  from ffp_jax import prune, report
-  from ffp_jax.book import Book
+  from ffp_jax import prune, report, sharding
 
   logging.set_verbosity(logging.INFO)
   # Ours alone: orbax and others speak through absl too.
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
-  command = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
   try:
+    if _COORDINATOR.value:
+      sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     results = prune.run(_CONFIG.value, workdir, command=command)
   except RequestError as error:
     refuse(error)
-  print(report.summary(results, Book(workdir).read_json('allocation.json')))
+  except Exception as error:
+    reason = book.disk_full(error)
+    if not reason:
+      raise
+    refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+  print(
+    report.summary(results, book.Book(workdir).read_json('allocation.json'))
+  )
   print(f'\nmodel       {workdir / "pruned"}')
   print(f'report      {workdir / "report.md"}')
 

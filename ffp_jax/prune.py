@@ -11,6 +11,7 @@ from absl import logging
 from ffp_jax import calibrate as ridge
 from ffp_jax import (
   checkpoint,
+  curriculum,
   data,
   evaluate,
   export,
@@ -20,43 +21,22 @@ from ffp_jax import (
   importance,
   report,
   search,
-  sharding,
-)
-from ffp_jax import config as config_lib
-from ffp_jax import masks as masks_lib
-from ffp_jax import sites as sites_lib
-from ffp_jax.book import Book
-from ffp_jax.loss import nll
-
-
-def run(config, workdir: pathlib.Path, *, command: str) -> dict:
-  """Prunes `config.model` and leaves everything in `workdir`.
-
-  Args:
-    config: see config.py.
-    workdir: directory of the run; the same one goes on where it stopped.
-    command: how to run this again, for the report.
-
-  Returns:
-    What results.json holds.
-
-  Raises:
-    RequestError: the request can't be met; known before any heavy work.
-  """
-  config_lib.validate(config)
-  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-    return _run(config, workdir, command)
-
-
-def _run(config, workdir, command):
-  book = Book(workdir)
   job = prepare(config)
-  config_lib.claim(workdir, config)
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    first = start(config, job.sites, workdir)
+    with sharding.led_by_one(config_lib.claim, workdir, config) as leads:
+      return go(config, job, first, Book(workdir, writes=leads), command)
+
+
+def go(config, job, first, book, command) -> dict:
+  """The run, in a workdir that is ours; `first` begins the search."""
   if finished := book.read_json('results.json'):
-    logging.info('%s already holds the finished run', workdir)
-    report.write(workdir)  # a crash may have come before it
+    logging.info('%s already holds the finished run', book.workdir)
+    if book.writes:
+      report.write(book.workdir)  # a crash may have come before it
     return finished
 
+  state = resume(first, book)
   with book.timed('load'):
     dtype = evaluate.dtype_of(config.dtype)
     params = files.load_params(job.directory, job.model, dtype)
@@ -69,7 +49,7 @@ def _run(config, workdir, command):
   with book.timed('importance'):
     modules = rank_units(config, job, params)
   with book.timed('search'):
-    finalists, cost = find(config, job, params, modules, book)
+    finalists, cost = find(config, job, params, modules, state, book)
   with book.timed('re-score'):
     best, cost = rescore(config, job, params, modules, loss, finalists, cost)
   keep = {
@@ -79,17 +59,15 @@ def _run(config, workdir, command):
   with book.timed('calibrate'):
     repaired = calibrate(config, job, params, keep)
   with book.timed('save'):
-    small = export.slice_params(
-      repaired['searched'], job.model, keep['searched']
-    )
-    size = export.save(*small, job.directory, workdir / 'pruned')
+    size = save(job, repaired['searched'], keep['searched'], book)
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
   book.write_json('allocation.json', allocation(config, job, best))
   results |= rewards(job, dense, best) | sizes(job, best, dtype, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
   book.write_json('results.json', results)
-  report.write(workdir)
+  if book.writes:
+    report.write(book.workdir)
   return results
 
 
@@ -144,6 +122,29 @@ def prepare(config) -> Job:
   return Job(directory, model, sites, text)
 
 
+def start(config, sites, workdir) -> search.SearchState:
+  """Where a new search begins: the prior, or another run's policy."""
+  state = search.start(config, sites)
+  # Once begun, a search no longer needs the run that it began from.
+  if config.search.init_from and not checkpoint.steps_in(
+    workdir / 'checkpoints'
+  ):
+    other = pathlib.Path(config.search.init_from).expanduser()
+    state = state._replace(params=checkpoint.inherit(other, state.params))
+  return state
+
+
+def resume(first, book) -> search.SearchState:
+  """Where the search goes on: the state saved last, or else `first`."""
+  state = checkpoint.restore(book.workdir / 'checkpoints', first)
+  if state is None and book.has_metrics():
+    raise config_lib.RequestError(
+      f'workdir: {book.workdir} has metrics of a search but no checkpoint; '
+      'put back its checkpoints, or use another --workdir'
+    )
+  return first if state is None else state
+
+
 def rank_units(config, job, params) -> search.Modules:
   """Scores the units on the calibration text and orders each module's."""
   norms = None
@@ -157,14 +158,18 @@ def rank_units(config, job, params) -> search.Modules:
   return jax.block_until_ready(modules)  # for an honest clock
 
 
-def find(config, job, params, modules, book):
-  """The search; goes on from its last checkpoint if there is one."""
+def find(config, job, params, modules, state, book):
+  """The search, from `state` on."""
   apply = evaluate.apply_of(job.model, remat=config.search.remat)
-  with checkpoint.Checkpoints(
-    book.workdir / 'checkpoints',
-    every=config.checkpoint.every,
-    keep=config.checkpoint.keep,
-  ) as saved:
+  with (
+    checkpoint.Checkpoints(
+      book.workdir / 'checkpoints',
+      every=config.checkpoint.every,
+      keep=config.checkpoint.keep,
+      ends=curriculum.ends(curriculum.plan(config)),
+    ) as saved,
+    signals.save_first(saved.flush),
+  ):
     return search.run(
       config,
       job.sites,
@@ -172,6 +177,7 @@ def find(config, job, params, modules, book):
       lambda params, tokens, masks: nll(apply, params, tokens, masks),
       params,
       job.text.reward,
+      state,
       book,
       saved,
     )
@@ -240,6 +246,14 @@ def calibrate(config, job, params, keep) -> dict:
       {f'{k:g}': int(np.sum(strengths == k)) for k in np.unique(strengths)},
     )
   return repaired
+
+
+def save(job, params, keep, book) -> int:
+  """Writes the small model; its bytes, 0 in a process that doesn't write."""
+  small = export.slice_params(params, job.model, keep)
+  if not book.writes:
+    return 0
+  return export.save(*small, job.directory, book.workdir / 'pruned')
 
 
 def judge(config, job, params, keep, repaired, loss) -> dict:

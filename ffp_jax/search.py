@@ -305,8 +305,18 @@ def make_step(net, optim, nll: Callable, config) -> Callable:
   return jax.jit(step, donate_argnums=0)
 
 
-def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
-  """The host loop: from the last checkpoint through the curriculum.
+def start(config, sites: Sites) -> SearchState:
+  """The state of a search that has taken no step."""
+  net, optim = network(config, sites)
+  first = prior(sites, config.search.attention_prior)
+  key, size = jax.random.key(config.seed), config.search.remember
+  return init(key, net, optim, first, remember=size)
+
+
+def run(
+  config, sites, modules, nll, model_params, reward_WxT, state, book, saved
+):
+  """The host loop: from a state to the end of the curriculum.
 
   Args:
     config: of the run.
@@ -314,6 +324,7 @@ def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
     nll: as `make_step` takes it.
     model_params: of the dense decoder.
     reward_WxT: reward windows.
+    state: from `start`, or saved after any step.
     book: a `Book`; gets a line of metrics for every step.
     saved: a `Checkpoints`.
 
@@ -324,9 +335,8 @@ def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
   step_fn = make_step(net, optim, nll, config)
   plan = curriculum.plan(config)
   total = sum(stage.steps for stage in plan)
-  first = prior(sites, config.search.attention_prior)
-  key, size = jax.random.key(config.seed), config.search.remember
-  state = saved.restore(init(key, net, optim, first, remember=size))
+  # Before the first line of metrics: where these are, so is a checkpoint.
+  saved.begin(int(state.step), state)
   book.rewind(int(state.step))
   rows_RxT = reward_WxT.reshape(-1, config.search.context)
   bar = book.progress(total, int(state.step))
@@ -354,7 +364,7 @@ def run(config, sites, modules, nll, model_params, reward_WxT, book, saved):
       reward=f'{line["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.1%}'
     )
     bar.update(1)
-    saved.save(step + 1, state, force=step + 1 == total)
+    saved.save(step + 1, state)
   bar.close()
   taken = {**cost(config, plan), 'compilations': step_fn._cache_size()}
   return finalists(state, net, config.budget.sparsity), taken

@@ -5,6 +5,8 @@ the weights and the rows of tokens, `tensor` splits heads and FFN channels.
 Whatever a mesh axis doesn't divide is replicated over it.
 """
 
+import contextlib
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -161,3 +163,37 @@ def fetch(x) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
+
+
+def join(coordinator: str, processes: int | None, process: int | None):
+  """Makes this one process of a run by several; before any computation.
+
+  Args:
+    coordinator: HOST:PORT of process 0, or 'auto' where JAX knows the cluster
+      (Cloud TPU, GKE, Slurm).
+    processes, process: how many, and which this is; None for 'auto'.
+
+  Raises:
+    RequestError: the others can't be found.
+  """
+  address = None if coordinator == 'auto' else coordinator
+  try:
+    jax.distributed.initialize(address, processes, process)
+  except (RuntimeError, ValueError) as error:
+    raise RequestError(
+      f'--coordinator: cannot join the other processes ({error})'
+    ) from error
+
+
+@contextlib.contextmanager
+def led_by_one(claim, *args):
+  """Has process 0 enter `claim(*args)`, and then the others go on.
+
+  Yields:
+    Whether this is process 0, the one that writes.
+  """
+  leads = jax.process_index() == 0
+  with claim(*args) if leads else contextlib.nullcontext():
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('claimed')
+    yield leads

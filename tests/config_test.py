@@ -197,6 +197,11 @@ class ReachableTest(_TestCase):
     config_lib.check_reachable(_sites(config), config)
 
 
+def _claim(workdir, config):
+  with config_lib.claim(workdir, config):
+    pass
+
+
 class ClaimTest(_TestCase):
   def setUp(self):
     super().setUp()
@@ -205,7 +210,7 @@ class ClaimTest(_TestCase):
 
   def test_writes_every_key(self):
     config = _with(seed=3)
-    config_lib.claim(self.workdir, config)
+    _claim(self.workdir, config)
     text = (self.workdir / 'config.json').read_text()
     self.assertEqual(config_lib.changed_keys(config, json.loads(text)), [])
     self.assertEqual(json.loads(text), json.loads(config.to_json()))
@@ -213,28 +218,49 @@ class ClaimTest(_TestCase):
 
   def test_same_settings_again(self):
     for _ in range(2):
-      config_lib.claim(self.workdir, _with(**{'search.steps': (3, 4)}))
-    self.assertLen(list(self.workdir.iterdir()), 1)
+      _claim(self.workdir, _with(**{'search.steps': (3, 4)}))
+    names = [path.name for path in self.workdir.iterdir()]
+    self.assertCountEqual(names, ['config.json', 'lock'])
 
   def test_other_settings(self):
-    config_lib.claim(self.workdir, _with())
+    _claim(self.workdir, _with())
     before = (self.workdir / 'config.json').read_bytes()
     other = _with(
-      **{'seed': 1, 'budget.sparsity': 0.31, 'search.steps': (5, 99)}
+      **{
+        'seed': 1,
+        'budget.sparsity': 0.31,
+        'search.steps': (5, 99),
+        'checkpoint.every': 7,
+      }
     )
     with self.refused('workdir: '):
-      config_lib.claim(self.workdir, other)
-    keys = 'budget.sparsity, search.steps, seed;'
+      _claim(self.workdir, other)
+    keys = 'other budget.sparsity, search.steps, seed;'
     with self.assertRaisesRegex(RequestError, keys):
-      config_lib.claim(self.workdir, other)
+      _claim(self.workdir, other)
     self.assertEqual((self.workdir / 'config.json').read_bytes(), before)
+
+  def test_settings_that_may_change(self):
+    _claim(self.workdir, _with())
+    other = _with(**{'checkpoint.every': 7, 'checkpoint.keep': 9})
+    _claim(self.workdir, other)
+    written = json.loads((self.workdir / 'config.json').read_text())
+    self.assertEqual(written, json.loads(other.to_json()))
+
+  def test_one_at_a_time(self):
+    with config_lib.claim(self.workdir, _with()):
+      with self.refused(
+        f'workdir: another process is at work in {self.workdir}'
+      ):
+        _claim(self.workdir, _with())
+    _claim(self.workdir, _with())
 
   @parameterized.parameters('{"seed": 0', '', '[1]', '"text"')
   def test_not_a_config(self, text):
     self.workdir.mkdir(parents=True)
     (self.workdir / 'config.json').write_text(text)
     with self.refused('workdir: '):
-      config_lib.claim(self.workdir, _with())
+      _claim(self.workdir, _with())
     self.assertEqual((self.workdir / 'config.json').read_text(), text)
 
   def test_not_writable(self):
@@ -243,7 +269,7 @@ class ClaimTest(_TestCase):
     self.workdir.parent.write_text('a file')
     for workdir in (self.workdir, self.workdir.parent):
       with self.refused(f'workdir: cannot write to {workdir}'):
-        config_lib.claim(workdir, _with())
+        _claim(workdir, _with())
     self.assertEqual(self.workdir.parent.read_text(), 'a file')
 
   def test_changed_keys(self):

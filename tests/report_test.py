@@ -190,7 +190,7 @@ class BookTest(_Folder):
     self.book.write_json('a.json', {'x': 3})
     self.assertCountEqual(
       os.listdir(self.workdir),
-      ['a.json', 'metrics.jsonl', '.metrics.jsonl.tmp'],
+      ['a.json', 'metrics.jsonl', 'seconds.json', '.metrics.jsonl.tmp'],
     )
 
   def test_timed_adds_up_in_order(self):

@@ -99,10 +99,10 @@ def _optimum(sparsity, low):
 class _NotSaved:
   """Stands in for `Checkpoints`."""
 
-  def restore(self, state):
-    return state
+  def begin(self, step, state):
+    pass
 
-  def save(self, step, state, *, force):
+  def save(self, step, state):
     pass
 
 
@@ -111,8 +111,9 @@ def _run(config, cliff=2.0):
   with tempfile.TemporaryDirectory() as folder:
     book = Book(pathlib.Path(folder))
     rows = np.arange(96).reshape(3, 32) % 10
+    state = search.start(config, _SITES)
     found, taken = search.run(
-      config, _SITES, _modules(), _nll, cliff, rows, book, _NotSaved()
+      config, _SITES, _modules(), _nll, cliff, rows, state, book, _NotSaved()
     )
     return found, taken, (book.workdir / 'metrics.jsonl').read_text()
 
