@@ -10,6 +10,7 @@ import numpy as np
 
 from ffp_jax import files, hf
 from ffp_jax.model import Masks, ModelConfig
+from ffp_jax.sharding import fetch
 
 # The axis of a layer's parameter that runs over units.
 _UNIT_AXIS = {
@@ -46,7 +47,7 @@ def slice_params(params, config: ModelConfig, keep: Masks):
   Returns:
     (params of the sliced decoder, its `ModelConfig`).
   """
-  kept = Masks(*(np.asarray(mask) > 0 for mask in keep))
+  kept = Masks(*(fetch(mask) > 0 for mask in keep))
   small = {name: tree for name, tree in params.items() if name != 'stack'}
   for i in range(config.layers):
     units = {'attention': kept.attention[i], 'ffn': kept.ffn[i]}
@@ -65,15 +66,15 @@ def slice_params(params, config: ModelConfig, keep: Masks):
 def _slice_module(module, tree, layer, units):
   if units is None:  # a norm
     return {
-      name: {leaf: np.asarray(x[layer]) for leaf, x in inner.items()}
+      name: {leaf: fetch(x[layer]) for leaf, x in inner.items()}
       for name, inner in tree.items()
     }
   index = np.flatnonzero(units)
   axes = _UNIT_AXIS[module]
   return {
-    name: np.take(np.asarray(x[layer]), index, axes[name])
+    name: np.take(fetch(x[layer]), index, axes[name])
     if name in axes
-    else np.asarray(x[layer])
+    else fetch(x[layer])
     for name, x in tree.items()
   }
 

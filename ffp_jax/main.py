@@ -75,6 +75,8 @@ def main(argv):
     if not reason:
       raise
     refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+  if not sharding.leads():
+    return
   print(
     report.summary(results, book.Book(workdir).read_json('allocation.json'))
   )

@@ -21,6 +21,31 @@ from ffp_jax import (
   importance,
   report,
   search,
+  sharding,
+  signals,
+)
+from ffp_jax import config as config_lib
+from ffp_jax import masks as masks_lib
+from ffp_jax import sites as sites_lib
+from ffp_jax.book import Book
+from ffp_jax.loss import nll
+
+
+def run(config, workdir: pathlib.Path, *, command: str) -> dict:
+  """Prunes `config.model` and leaves everything in `workdir`.
+
+  Args:
+    config: see config.py.
+    workdir: directory of the run; the same one goes on where it stopped.
+    command: how to run this again, for the report.
+
+  Returns:
+    What results.json holds.
+
+  Raises:
+    RequestError: the request can't be met; known before any heavy work.
+  """
+  config_lib.validate(config)
   job = prepare(config)
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     first = start(config, job.sites, workdir)

@@ -185,15 +185,19 @@ def join(coordinator: str, processes: int | None, process: int | None):
     ) from error
 
 
+def leads() -> bool:
+  """Whether this is the one process of a run that writes."""
+  return jax.process_index() == 0
+
+
 @contextlib.contextmanager
 def led_by_one(claim, *args):
   """Has process 0 enter `claim(*args)`, and then the others go on.
 
   Yields:
-    Whether this is process 0, the one that writes.
+    `leads()`.
   """
-  leads = jax.process_index() == 0
-  with claim(*args) if leads else contextlib.nullcontext():
+  with claim(*args) if leads() else contextlib.nullcontext():
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('claimed')
-    yield leads
+    yield leads()

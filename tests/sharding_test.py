@@ -1,0 +1,269 @@
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+
+from ffp_jax import hf, prune, sharding
+from ffp_jax.config import RequestError
+from ffp_jax.model import ModelConfig
+from tests import tiny_run
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_SIZES = {'candidates': 2, 'fsdp': 2, 'tensor': 2}
+_FAMILIES = {
+  'llama': {'num_key_value_heads': 3, 'num_attention_heads': 6},
+  'mistral': {'head_dim': 8, 'sliding_window': 20},
+  'opt': {
+    'ffn_dim': 48,
+    'word_embed_proj_dim': 32,
+    'do_layer_norm_before': True,
+  },
+}
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+def _mesh(candidates, fsdp, tensor):
+  return sharding.make_mesh(candidates, fsdp, tensor)
+
+
+class MakeMeshTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 1, -1), (1, 1, 8)),
+    ((-1, 2, 2), (2, 2, 2)),
+    ((2, -1, 1), (2, 4, 1)),
+    ((1, 2, 1), (1, 2, 1)),  # some of the devices
+    ((1, 3, -1), (1, 3, 2)),
+  )
+  def test_sizes(self, asked, found):
+    self.assertEqual(tuple(_mesh(*asked).shape.values()), found)
+
+  @parameterized.parameters((3, 3, 1), (16, 1, -1), (-1, -1, 1), (0, 1, 1))
+  def test_refused(self, *asked):
+    with self.assertRaisesRegex(RequestError, f'mesh.candidates={asked[0]}'):
+      _mesh(*asked)
+
+
+class SpecTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((8, 4, 2, 16), ('embed', 'groups', 'heads', None), P('fsdp', 'tensor')),
+    # Odd groups: their heads are split instead, or nothing is.
+    (
+      (8, 3, 2, 16),
+      ('embed', 'groups', 'heads', None),
+      P('fsdp', None, 'tensor'),
+    ),
+    ((8, 3, 3, 16), ('embed', 'groups', 'heads', None), P('fsdp')),
+    # Too few rows: the width is split instead.
+    ((1, 5, 8), ('batch', None, 'embed'), P(None, None, 'fsdp')),
+    ((2, 5, 8), ('batch', None, 'embed'), P('fsdp')),
+    ((7, 9), ('vocab', 'embed'), P()),
+  )
+  def test_each_mesh_axis_once_and_only_where_it_divides(
+    self, shape, axes, expected
+  ):
+    found = sharding.spec(shape, axes, _SIZES)
+    padded = (*expected, *[None] * (len(shape) - len(expected)))
+    self.assertEqual(tuple(found), padded)
+
+  def test_every_parameter_but_norms_and_output_biases_is_split(self):
+    config = ModelConfig(
+      vocab=16,
+      width=8,
+      layers=2,
+      groups=2,
+      heads_per_group=2,
+      head_size=4,
+      ffn=8,
+      positions='learned',
+      norm='layer',
+      gated=True,
+      qkv_bias=True,
+      out_bias=True,
+      ffn_bias=True,
+      embed_width=4,
+    )
+    shapes = hf.param_shapes(config, jnp.float32)
+    placed = sharding.of_params(shapes, _mesh(2, 2, 2))
+    whole = {
+      '/'.join(key.key for key in path)
+      for path, x in jax.tree_util.tree_leaves_with_path(placed)
+      if not any(x.spec)
+    }
+    self.assertEqual(
+      whole,
+      {
+        'stack/attention/out_bias',
+        'stack/ffn/down_bias',
+        *(
+          f'{norm}/norm/{leaf}'
+          for norm in (
+            'stack/attention_norm',
+            'stack/ffn_norm',
+            'final_norm',
+          )
+          for leaf in ('scale', 'bias')
+        ),
+      },
+    )
+    # The axis of layers stays whole: a scan reads one layer at a time.
+    for x in jax.tree.leaves(placed['stack']):
+      self.assertIsNone((*x.spec, None)[0])
+
+
+class SideBySideTest(parameterized.TestCase):
+  @parameterized.product(count=(1, 4, 6), block=(1, 2, 8), candidates=(1, 2))
+  def test_is_a_map(self, count, block, candidates):
+    xs = jnp.arange(count * 3.0).reshape(count, 3)
+
+    def f(x):
+      return x.sum(), {'square': sharding.constrain(x, 'embed') ** 2}
+
+    with jax.set_mesh(_mesh(candidates, 2, 2)):
+      total, rest = jax.jit(
+        lambda xs: sharding.side_by_side(f, xs, block=block)
+      )(xs)
+    np.testing.assert_array_equal(total, xs.sum(-1))
+    np.testing.assert_array_equal(rest['square'], xs**2)
+
+  def test_without_a_mesh(self):
+    xs = jnp.arange(4.0)[:, None]
+    np.testing.assert_array_equal(
+      sharding.side_by_side(jnp.sum, xs, block=2), xs[:, 0]
+    )
+
+  def test_candidates_lie_on_different_devices(self):
+    def f(x):
+      return x * 2.0
+
+    with jax.set_mesh(_mesh(4, 1, 2)):
+      step = jax.jit(lambda xs: sharding.side_by_side(f, xs, block=1))
+      text = step.lower(jnp.ones((4, 8))).compile().as_text()
+    # One candidate in each of the four parts.
+    self.assertIn('f32[1,8]', text)
+
+
+def _config(folder, mesh, **overrides):
+  """A run of seconds on a mesh."""
+  sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
+  config = tiny_run.config(
+    **{f'mesh.{name}': size for name, size in sizes.items()},
+    **{'search.candidates': 4, 'search.steps': (1, 2), 'search.rows': (2, 2)},
+    **overrides,
+  )
+  config.model, config.data = str(folder / 'model'), str(folder / 'text.txt')
+  return config
+
+
+def _write(folder, family):
+  (folder / 'text.txt').write_text(tiny_run.text(4))
+  tiny_run.write_model(folder / 'model', model_type=family, **_FAMILIES[family])
+
+
+def _outcome(workdir):
+  """(counts and priorities, metrics of every step, perplexities)."""
+  allocation = json.loads((workdir / 'allocation.json').read_text())
+  priority = allocation.pop('priority')
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  metrics = [json.loads(line) for line in lines]
+  for line in metrics:
+    del line['seconds']
+  results = json.loads((workdir / 'results.json').read_text())
+  perplexity = {
+    name: x['ppl']
+    for name, x in results.items()
+    if isinstance(x, dict) and 'ppl' in x
+  }
+  return allocation, priority, metrics, perplexity
+
+
+class SameResultTest(parameterized.TestCase):
+  def assert_same(self, found, expected):
+    """Up to the order in which float32 numbers are summed."""
+    self.assertEqual(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
+    self.assertEqual(len(found[2]), len(expected[2]))
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+      self.assertEqual(ours.keys(), theirs.keys())
+      for key in ours:
+        np.testing.assert_allclose(
+          ours[key], theirs[key], rtol=2e-3, atol=1e-4, err_msg=key
+        )
+    self.assertEqual(found[3].keys(), expected[3].keys())
+    for key, value in expected[3].items():
+      np.testing.assert_allclose(found[3][key], value, rtol=1e-4, err_msg=key)
+
+  @parameterized.parameters(*_FAMILIES)
+  def test_on_any_mesh(self, family):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    _write(folder, family)
+    outcomes = []
+    for mesh in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
+      workdir = folder / 'x'.join(map(str, mesh))
+      prune.run(_config(folder, mesh), workdir, command='')
+      outcomes.append(_outcome(workdir))
+    for found in outcomes[1:]:
+      self.assert_same(found, outcomes[0])
+
+  @parameterized.parameters(*_FAMILIES)
+  def test_by_two_processes(self, family):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    _write(folder, family)
+    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    codes, said = _together(folder, folder / 'two', (2, 2, 2))
+    self.assertEqual(codes, [0, 0], said)
+    self.assert_same(_outcome(folder / 'two'), _outcome(folder / 'one'))
+    # The other process had nothing to say.
+    self.assertIn('searched', said[0])
+    self.assertEqual(said[1], '')
+
+
+def _together(folder, workdir, mesh, **kwargs):
+  """Runs two processes of four devices; (exit codes, what they printed)."""
+  file = folder / 'config.py'
+  file.write_text(
+    'import pathlib\n'
+    'from tests import sharding_test\n'
+    'def get_config():\n'
+    f'  return sharding_test._config(pathlib.Path({str(folder)!r}), {mesh})\n'
+  )
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  flags = '--xla_force_host_platform_device_count=4'
+  processes = [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'ffp_jax.main', f'--config={file}'),
+        *(f'--workdir={workdir}', f'--coordinator=localhost:{port}'),
+        *('--processes=2', f'--process={i}'),
+      ],
+      cwd=_ROOT,
+      env=os.environ | tiny_run.ENVIRONMENT | {'XLA_FLAGS': flags},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  said = [process.communicate(timeout=300)[0] for process in processes]
+  return [process.returncode for process in processes], said
+
+
+if __name__ == '__main__':
+  absltest.main()
