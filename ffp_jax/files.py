@@ -21,27 +21,26 @@ from ffp_jax.config import RequestError
 from ffp_jax.model import ModelConfig
 from ffp_jax.stored import Stored
 
-_SAFETENSORS = 'model.safetensors'
-# In order of preference.
-_FORMATS = {
-  _SAFETENSORS: safetensors_file.open_tensors,
-  'flax_model.msgpack': flax_file.open_tensors,
-  'pytorch_model.bin': torch_file.open_tensors,
-}
+_OPENERS = (
+  safetensors_file.open_tensors,
+  flax_file.open_tensors,
+  torch_file.open_tensors,
+)
 _PIECE = 1 << 22  # numbers read at once: some pages of a file, never all
 
 
 def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
   """Name to tensor of the one checkpoint in a directory."""
-  for name, open_tensors in _FORMATS.items():
+  for name, open_tensors in zip(stored.FORMATS, _OPENERS, strict=True):
     if paths := stored.weight_files(directory, name):
       return _merged([open_tensors(path) for path in paths], directory)
   paths = list(directory.glob('*.gguf'))
   if len(paths) == 1:
     return gguf_model.open_tensors(paths[0])
+  best, *others = stored.FORMATS
   raise RequestError(
-    f'{directory / _SAFETENSORS}: missing, and instead of it there is '
-    f'neither {" nor ".join(list(_FORMATS)[1:])} nor a single .gguf'
+    f'{directory / best}: missing, and there is no {", ".join(others)} or '
+    'single .gguf instead; give a directory with weights'
   )
 
 
@@ -257,7 +256,7 @@ def save_params(params, directory: pathlib.Path, config, family: str):
     stored_shape = hf.stored_shape(tensor, shape)
     value = value.reshape(stored_shape[::-1]).T if tensor.inputs else value
     out[tensor.name] = np.ascontiguousarray(value.reshape(stored_shape))
-  path = directory / _SAFETENSORS
+  path = directory / stored.FORMATS[0]
   safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
   path.chmod(0o644)  # safetensors makes it its owner's alone
   return path.stat().st_size

@@ -11,6 +11,8 @@ import numpy as np
 from ffp_jax.config import RequestError
 
 FLOATS = ('float16', 'bfloat16', 'float32')
+# Weight files, or what the names of their shards start with, the best first.
+FORMATS = ('model.safetensors', 'flax_model.msgpack', 'pytorch_model.bin')
 
 
 class Stored(NamedTuple):
