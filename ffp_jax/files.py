@@ -26,7 +26,7 @@ _OPENERS = (
   flax_file.open_tensors,
   torch_file.open_tensors,
 )
-_PIECE = 1 << 22  # numbers read at once: some pages of a file, never all
+_PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 
 def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
