@@ -193,6 +193,11 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
   Raises:
     RequestError: see `open_file`.
   """
+  return _open_tensors(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a big vocabulary takes seconds to walk
+def _open_tensors(path, _):
   reader = open_file(path)
   config = hf_config(reader)
   heads = {

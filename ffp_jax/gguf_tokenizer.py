@@ -55,32 +55,37 @@ def tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
   """The file's tokenizer, BOS included where the model expects one.
 
   Raises:
-    RequestError: it is of a kind that isn't known here.
+    RequestError: it is of a kind that isn't known here, or damaged.
   """
-  kind = field(reader, 'tokenizer.ggml.model')
-  if kind == 'gpt2':
-    pre = field(reader, 'tokenizer.ggml.pre')
-    if pre not in _CUTS:
-      raise RequestError(
-        f'{reader.data.filename}: pre-tokenizer {pre!r} is not known, only '
-        f'{", ".join(_CUTS)}; give the directory of the original model'
-      )
-    made = byte_level(reader, pre)
-  elif kind == 'llama':
-    made = _sentencepiece(reader)
-  else:
+  kind, path = field(reader, 'tokenizer.ggml.model'), reader.data.filename
+  pre = field(reader, 'tokenizer.ggml.pre')
+  instead = 'give the directory of the original model'
+  if kind not in ('gpt2', 'llama'):
     raise RequestError(
-      f'{reader.data.filename}: tokenizer {kind!r} is not known, only gpt2 '
-      'and llama; give the directory of the original model'
+      f'{path}: tokenizer {kind!r} is not known, only gpt2 and llama; {instead}'
     )
-  if _adds_bos(reader):
-    bos = field(reader, 'tokenizer.ggml.bos_token_id')
-    token = made.id_to_token(bos)
-    made.post_processor = TemplateProcessing(
-      single=[token, '$A'],
-      pair=[token, '$A', token, '$B'],
-      special_tokens=[(token, bos)],
+  if kind == 'gpt2' and pre not in _CUTS:
+    raise RequestError(
+      f'{path}: pre-tokenizer {pre!r} is not known, only '
+      f'{", ".join(_CUTS)}; {instead}'
     )
+  try:
+    made = byte_level(reader, pre) if kind == 'gpt2' else _sentencepiece(reader)
+    return _with_bos(made, reader) if _adds_bos(reader) else made
+  except Exception as error:  # tokenizers has no narrower one
+    raise RequestError(
+      f'{path}: its tokenizer is damaged ({error}); {instead}'
+    ) from error
+
+
+def _with_bos(made, reader):
+  bos = field(reader, 'tokenizer.ggml.bos_token_id')
+  token = made.id_to_token(bos)
+  made.post_processor = TemplateProcessing(
+    single=[token, '$A'],
+    pair=[token, '$A', token, '$B'],
+    special_tokens=[(token, bos)],
+  )
   return made
 
 

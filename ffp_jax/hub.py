@@ -84,12 +84,12 @@ def gguf_directory(path: pathlib.Path) -> pathlib.Path:
 def _describe(path: pathlib.Path, out: pathlib.Path):
   """Writes what every command needs beside the weights."""
   reader = gguf_model.open_file(path)
+  gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
   for name, content in (
     ('config.json', gguf_model.hf_config(reader)),
     ('tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)),
   ):
     (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
-  gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
 
 
 def _fetched(name: str, revision: str | None) -> pathlib.Path:
