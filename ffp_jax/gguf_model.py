@@ -1,0 +1,262 @@
+"""A llama.cpp GGUF file of a LLaMA: its config and its tensors.
+
+Mistral models are of GGUF's architecture 'llama' too.
+"""
+
+import functools
+import pathlib
+
+import gguf
+import numpy as np
+
+from ffp_jax.config import RequestError
+from ffp_jax.stored import Stored, fresh
+
+_TENSORS = {
+  'token_embd': 'model.embed_tokens',
+  'output_norm': 'model.norm',
+  'output': 'lm_head',
+}
+_LAYER_TENSORS = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+_ROPE_FACTORS = 'rope_freqs.weight'
+# Metadata under which 'llama' is another model than ours, where not 0.
+_FOREIGN = ('llama.expert_count', 'split.count')
+
+
+def open_file(path: pathlib.Path) -> gguf.GGUFReader:
+  """The file's metadata and where its tensors lie.
+
+  Raises:
+    RequestError: damaged, or not a whole LLaMA.
+  """
+  try:
+    reader = gguf.GGUFReader(path)
+  except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
+    raise fresh(path, f'not a whole GGUF: {error}') from error
+  kind = field(reader, 'general.architecture')
+  if kind != 'llama' or reader.byte_order == 'S':
+    raise RequestError(
+      f'{path}: GGUF of architecture {kind!r} is not supported; '
+      "use one of 'llama', little-endian"
+    )
+  for key in _FOREIGN:
+    if (field(reader, key) or 0) > 1:
+      raise RequestError(
+        f'{path}: {key} is {field(reader, key)}; use a model in one file '
+        'without experts'
+      )
+  return reader
+
+
+def field(reader: gguf.GGUFReader, key: str):
+  """A metadata value, None where there is none."""
+  return reader.fields[key].contents() if key in reader.fields else None
+
+
+def _needed(reader, key: str):
+  value = field(reader, key)
+  if value is None:
+    raise RequestError(f'{reader.data.filename}: GGUF without {key}')
+  return value
+
+
+def hf_config(reader: gguf.GGUFReader) -> dict:
+  """config.json of the model.
+
+  Raises:
+    RequestError: the metadata lacks a size, or scales rotary positions in a
+      way that has no name.
+  """
+  names = {tensor.name for tensor in reader.tensors}
+  epsilon = _needed(reader, 'llama.attention.layer_norm_rms_epsilon')
+  theta = _theta(reader)
+  heads = _needed(reader, 'llama.attention.head_count')
+  width = _needed(reader, 'llama.embedding_length')
+  groups = field(reader, 'llama.attention.head_count_kv') or heads
+  window = field(reader, 'llama.attention.sliding_window')
+  if isinstance(heads, list) or isinstance(groups, list):
+    raise RequestError(
+      f'{reader.data.filename}: layers of different numbers of heads '
+      'are not supported'
+    )
+  config = {
+    'architectures': [f'{"Mistral" if window else "Llama"}ForCausalLM'],
+    'model_type': 'mistral' if window else 'llama',
+    'vocab_size': _vocab(reader),
+    'hidden_size': width,
+    'intermediate_size': _needed(reader, 'llama.feed_forward_length'),
+    'num_hidden_layers': _needed(reader, 'llama.block_count'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': groups,
+    'head_dim': _head_size(reader, width // heads),
+    'sliding_window': window,
+    'hidden_act': 'silu',
+    'max_position_embeddings': _needed(reader, 'llama.context_length'),
+    # GGUF stores float32; its shortest decimal form is the one meant (1e-5).
+    'rms_norm_eps': float(str(np.float32(epsilon))),
+    'rope_parameters': _rope(reader) | {'rope_theta': theta},
+    'rope_theta': theta,  # where readers before transformers 5 look
+    'attention_bias': 'blk.0.attn_q.bias' in names,
+    'mlp_bias': 'blk.0.ffn_up.bias' in names,
+    'tie_word_embeddings': 'output.weight' not in names,
+    'bos_token_id': field(reader, 'tokenizer.ggml.bos_token_id'),
+    'eos_token_id': field(reader, 'tokenizer.ggml.eos_token_id'),
+    'pad_token_id': field(reader, 'tokenizer.ggml.padding_token_id'),
+    'dtype': 'float16',
+  }
+  return {key: value for key, value in config.items() if value is not None}
+
+
+def _theta(reader) -> float:
+  return field(reader, 'llama.rope.freq_base') or 10000.0
+
+
+def _vocab(reader) -> int:
+  """Rows of the embedding, which older files have no key for."""
+  for tensor in reader.tensors:
+    if tensor.name == 'token_embd.weight':
+      return int(tensor.shape[-1])
+  raise RequestError(f'{reader.data.filename}: no tensor token_embd.weight')
+
+
+def _head_size(reader, default: int) -> int:
+  rotary = field(reader, 'llama.rope.dimension_count')
+  size = field(reader, 'llama.attention.key_length') or rotary or default
+  if rotary not in (None, size):
+    raise RequestError(
+      f'{reader.data.filename}: positions rotate {rotary} of {size} '
+      'numbers of a head, which is not supported'
+    )
+  return size
+
+
+def _rope(reader) -> dict:
+  """How rotary positions are scaled, in Hugging Face's words."""
+  kind = field(reader, 'llama.rope.scaling.type') or 'none'
+  factor = field(reader, 'llama.rope.scaling.factor')
+  # The oldest files name no type, and scale linearly.
+  older = field(reader, 'llama.rope.scale_linear')
+  if kind == 'none' and older not in (None, 1.0):
+    kind, factor = 'linear', older
+  rope = {'rope_type': 'default'}
+  if kind != 'none':
+    length = field(reader, 'llama.rope.scaling.original_context_length')
+    rope = {'rope_type': kind, 'factor': factor}
+    if length is not None:
+      rope['original_max_position_embeddings'] = length
+  factors = [t for t in reader.tensors if t.name == _ROPE_FACTORS]
+  return _llama3(reader, factors[0].data) if factors else rope
+
+
+def _llama3(reader, factors) -> dict:
+  """LLaMA 3.1's scaling, if it is what a file's factors come from.
+
+  Args:
+    reader: of the file.
+    factors: what each frequency is divided by, [H / 2].
+  """
+  if np.all(factors == 1):
+    return {'rope_type': 'default'}
+  largest = round(float(factors.max()), 3)
+  rope = {
+    'rope_type': 'llama3',
+    'factor': largest,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  }
+  frequency = _theta(reader) ** (-np.arange(len(factors)) / len(factors))
+  turns = 8192 * frequency / (2 * np.pi)  # in the original context
+  smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+  expected = 1 / ((1 - smooth) / largest + smooth)
+  if not np.allclose(factors, expected, rtol=1e-3):
+    raise RequestError(
+      f'{reader.data.filename}: {_ROPE_FACTORS} scales rotary positions '
+      'unlike LLaMA 3.1; use the original checkpoint'
+    )
+  return rope
+
+
+def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
+  """Hugging Face name to tensor; read, all are float32.
+
+  Raises:
+    RequestError: see `open_file`.
+  """
+  return _open_tensors(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a big vocabulary takes seconds to walk
+def _open_tensors(path, _):
+  reader = open_file(path)
+  config = hf_config(reader)
+  heads = {
+    'attn_q': config['num_attention_heads'],
+    'attn_k': config['num_key_value_heads'],
+  }
+  found = {}
+  for tensor in reader.tensors:
+    stem, _, leaf = tensor.name.rpartition('.')
+    part = stem.rpartition('.')[2]
+    if stem in _TENSORS:
+      name = _TENSORS[stem]
+    elif part in _LAYER_TENSORS:
+      layer = stem.split('.')[1]
+      name = f'model.layers.{layer}.{_LAYER_TENSORS[part]}'
+    else:
+      name = stem  # nothing asks for it
+    found[f'{name}.{leaf}'] = _stored(path, tensor, heads.get(part))
+  return found
+
+
+def _stored(path, tensor, heads) -> Stored:
+  shape = tuple(int(n) for n in reversed(tensor.shape))
+  kind, rows = tensor.tensor_type, shape[0] if len(shape) > 1 else 1
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  try:
+    gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+  except (NotImplementedError, ValueError):
+    return Stored(shape, kind.name, None)
+  place = tensor.data_offset, (rows, tensor.n_bytes // rows)
+  read = functools.partial(_read, path, place, kind, shape)
+  if heads:
+    read = functools.partial(_unpermuted, read, shape[0] // heads)
+  return Stored(shape, 'float32', read)
+
+
+def _read(path, place, kind, shape, index) -> np.ndarray:
+  """Rows of a tensor, dequantised; a vector is one row."""
+  data = np.memmap(path, np.uint8, 'r', *place)
+  rows = data[index[0]] if len(shape) > 1 else data
+  return gguf.dequantize(np.array(rows), kind)[
+    (slice(None), *index[1:]) if len(shape) > 1 else (0, *index)
+  ]
+
+
+def _unpermuted(read, size: int, index) -> np.ndarray:
+  """Rows of a query or key projection in Hugging Face's order.
+
+  llama.cpp rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face
+  rows half a head apart (i, i + H/2); the GGUF is stored for the former.
+
+  Args:
+    read: of the stored order.
+    size: rows of a head, H.
+    index: of the tensor.
+  """
+  rows, *rest = index
+  first, last = rows.start // size * size, -(-rows.stop // size) * size
+  value = read((slice(first, last), *rest))
+  pairs = value.reshape(-1, size // 2, 2, *value.shape[1:])
+  value = pairs.swapaxes(1, 2).reshape(value.shape)
+  return value[rows.start - first : rows.stop - first]
