@@ -179,12 +179,14 @@ def _write(file, text):
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def disk_full(error: Exception) -> str | None:
+def disk_full(error: BaseException) -> str | None:
   """What the system says of a full disk, None if `error` isn't of one.
 
-  By the text as well, as libraries wrap the system's error in their own.
+  Goes by the text, as libraries wrap the system's errors in their own.
   """
-  for code in _FULL:
-    if os.strerror(code) in str(error):
-      return os.strerror(code)
+  while error:
+    for code in _FULL:
+      if os.strerror(code) in str(error):
+        return os.strerror(code)
+    error = error.__cause__ or error.__context__
   return None

@@ -339,33 +339,32 @@ def run(
   saved.begin(int(state.step), state)
   book.rewind(int(state.step))
   rows_RxT = reward_WxT.reshape(-1, config.search.context)
-  bar = book.progress(total, int(state.step))
-  for step in range(int(state.step), total):
-    begun = time.perf_counter()
-    index, stage, starts = curriculum.stage_at(plan, step)
-    tokens = curriculum.draw(rows_RxT, step, stage.rows, config.seed)
-    state, metrics = step_fn(
-      forget(state) if starts else state,
-      model_params,
-      tokens,
-      target(sites, stage.sparsity),
-      modules,
-    )
-    line = {
-      'step': step,
-      'stage': index,
-      'sparsity': stage.sparsity,
-      'candidates': config.search.candidates,
-      'reward_tokens': tokens.size,
-      **{name: x.item() for name, x in jax.device_get(metrics).items()},
-    }
-    book.append({**line, 'seconds': round(time.perf_counter() - begun, 3)})
-    bar.set_postfix(
-      reward=f'{line["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.1%}'
-    )
-    bar.update(1)
-    saved.save(step + 1, state)
-  bar.close()
+  with book.progress(total, int(state.step)) as bar:
+    for step in range(int(state.step), total):
+      begun = time.perf_counter()
+      index, stage, starts = curriculum.stage_at(plan, step)
+      tokens = curriculum.draw(rows_RxT, step, stage.rows, config.seed)
+      state, metrics = step_fn(
+        forget(state) if starts else state,
+        model_params,
+        tokens,
+        target(sites, stage.sparsity),
+        modules,
+      )
+      line = {
+        'step': step,
+        'stage': index,
+        'sparsity': stage.sparsity,
+        'candidates': config.search.candidates,
+        'reward_tokens': tokens.size,
+        **{name: x.item() for name, x in jax.device_get(metrics).items()},
+      }
+      book.append({**line, 'seconds': round(time.perf_counter() - begun, 3)})
+      bar.set_postfix(
+        reward=f'{line["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.1%}'
+      )
+      bar.update(1)
+      saved.save(step + 1, state)
   taken = {**cost(config, plan), 'compilations': step_fn._cache_size()}
   return finalists(state, net, config.budget.sparsity), taken
 
