@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffp_jax import rope
 from ffp_jax.config import RequestError
+from ffp_jax.fields import Fields
 from ffp_jax.model import ACTIVATIONS, Decoder, ModelConfig
 
 
@@ -42,6 +44,9 @@ def _layer(prefix, attention_norm, ffn_norm, out, ffn):
     name = f'{at}self_attn.{theirs}'
     table[f'attention/{ours}'] = Tensor(f'{name}.weight', 1)
     table[f'attention/{ours}_bias'] = Tensor(f'{name}.bias', 0)
+  for ours, theirs in {'query': 'q_norm', 'key': 'k_norm'}.items():
+    name = f'{at}self_attn.{theirs}'
+    table[f'attention/{ours}_norm'] = Tensor(f'{name}.weight', 0)
   table['attention/out'] = Tensor(f'{at}self_attn.{out}.weight', 3)
   table['attention/out_bias'] = Tensor(f'{at}self_attn.{out}.bias', 0)
   for ours, theirs in ffn.items():
@@ -99,110 +104,187 @@ def _tensor_of(path: str, family: str, layer: int | None) -> Tensor:
   return tensor._replace(name=name)
 
 
-def _rope_config(hf: dict) -> ModelConfig:
-  """LLaMA, and all of Mistral but its window."""
-  rope = hf.get('rope_parameters') or {}
-  scaling = hf.get('rope_scaling') or {}
-  kind = {**scaling, **rope}
-  kind = kind.get('rope_type', kind.get('type', 'default'))
-  if kind not in ('default', None):
-    raise RequestError(
-      f'config.json: rope scaling {kind!r} is not supported; '
-      'use a model with default rotary positions'
+def _head_size(fields: Fields, width: int, heads: int) -> int:
+  """H where the file leaves it to be width / heads."""
+  if width % heads:
+    raise fields.error(
+      f'hidden_size {width} is not a multiple of num_attention_heads {heads}'
     )
-  heads = hf['num_attention_heads']
-  groups = hf.get('num_key_value_heads') or heads
+  return width // heads
+
+
+def _rope_config(fields: Fields) -> ModelConfig:
+  """LLaMA, from which the others of its kind depart."""
+  heads = fields.integer('num_attention_heads')
+  groups = fields.optional('num_key_value_heads', heads)
   if heads % groups:
-    raise ValueError(f'{heads} heads on {groups} key/value heads')
-  attention_bias = hf.get('attention_bias', False)
+    raise fields.error(
+      f'num_attention_heads {heads} is not a multiple of '
+      f'num_key_value_heads {groups}'
+    )
+  width = fields.integer('hidden_size')
+  if fields.given('head_dim'):
+    head_size = fields.integer('head_dim')
+  else:
+    head_size = _head_size(fields, width, heads)
+  theta, scaling = rope.read(fields, head_size)
+  attention_bias = fields.flag('attention_bias')
   return ModelConfig(
-    vocab=hf['vocab_size'],
-    width=hf['hidden_size'],
-    layers=hf['num_hidden_layers'],
+    vocab=fields.integer('vocab_size'),
+    width=width,
+    layers=fields.integer('num_hidden_layers'),
     groups=groups,
     heads_per_group=heads // groups,
-    head_size=hf.get('head_dim') or hf['hidden_size'] // heads,
-    ffn=hf['intermediate_size'],
+    head_size=head_size,
+    ffn=fields.integer('intermediate_size'),
     norm='rms',
-    norm_eps=hf.get('rms_norm_eps', 1e-6),
+    norm_eps=fields.number('rms_norm_eps'),
     positions='rope',
-    rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))),
-    max_positions=hf.get('max_position_embeddings', 2048),
-    activation=hf.get('hidden_act', 'silu'),
+    rope_theta=theta,
+    rope_scaling=scaling,
+    max_positions=fields.integer('max_position_embeddings'),
+    activation=fields.choice('hidden_act', ACTIVATIONS),
     gated=True,
     qkv_bias=attention_bias,
     out_bias=attention_bias,
-    ffn_bias=hf.get('mlp_bias', False),
-    tied=hf.get('tie_word_embeddings', False),
+    ffn_bias=fields.flag('mlp_bias'),
+    tied=fields.flag('tie_word_embeddings'),
   )
 
 
-def _mistral_config(hf: dict) -> ModelConfig:
-  # transformers' default where the key is absent; null means no window.
-  window = hf.get('sliding_window', 4096)
-  return dataclasses.replace(_rope_config(hf), window=window)
+def _mistral_config(fields: Fields) -> ModelConfig:
+  return dataclasses.replace(
+    _rope_config(fields),
+    qkv_bias=False,
+    out_bias=False,
+    ffn_bias=False,
+    window=fields.optional('sliding_window', None),
+  )
 
 
-def _opt_config(hf: dict) -> ModelConfig:
-  heads = hf['num_attention_heads']
-  embed = hf.get('word_embed_proj_dim') or hf['hidden_size']
-  pre_norm = hf.get('do_layer_norm_before', True)
-  bias = hf.get('enable_bias', True)
+def _qwen2_config(fields: Fields) -> ModelConfig:
+  if fields.flag('use_sliding_window'):
+    raise fields.error(
+      'use_sliding_window is true; windows that differ by layer are not '
+      'supported, use a model without'
+    )
+  return dataclasses.replace(
+    _rope_config(fields), qkv_bias=True, out_bias=False, ffn_bias=False
+  )
+
+
+def _qwen3_config(fields: Fields) -> ModelConfig:
+  bias = fields.flag('attention_bias')
+  return dataclasses.replace(
+    _qwen2_config(fields), qkv_bias=bias, out_bias=bias, qk_norm=True
+  )
+
+
+def _opt_config(fields: Fields) -> ModelConfig:
+  width = fields.integer('hidden_size')
+  heads = fields.integer('num_attention_heads')
+  embed = fields.optional('word_embed_proj_dim', width)
+  pre_norm = fields.flag('do_layer_norm_before')
+  bias = fields.flag('enable_bias')
+  affine = fields.flag('layer_norm_elementwise_affine')
   return ModelConfig(
-    vocab=hf['vocab_size'],
-    width=hf['hidden_size'],
-    layers=hf['num_hidden_layers'],
+    vocab=fields.integer('vocab_size'),
+    width=width,
+    layers=fields.integer('num_hidden_layers'),
     groups=heads,
     heads_per_group=1,
-    head_size=hf['hidden_size'] // heads,
-    ffn=hf['ffn_dim'],
-    norm='layer',
+    head_size=_head_size(fields, width, heads),
+    ffn=fields.integer('ffn_dim'),
+    norm='layer' if affine else 'bare_layer',
     norm_eps=1e-5,
     pre_norm=pre_norm,
-    final_norm=pre_norm and not hf.get('_remove_final_layer_norm', False),
+    final_norm=pre_norm and not fields.flag('_remove_final_layer_norm'),
     positions='learned',
-    max_positions=hf['max_position_embeddings'],
+    max_positions=fields.integer('max_position_embeddings'),
     position_offset=2,
-    activation=hf.get('activation_function', 'relu'),
+    activation=fields.choice('activation_function', ACTIVATIONS),
     gated=False,
     qkv_bias=bias,
     out_bias=bias,
     ffn_bias=bias,
-    tied=hf.get('tie_word_embeddings', True),
-    embed_width=None if embed == hf['hidden_size'] else embed,
+    tied=fields.flag('tie_word_embeddings'),
+    embed_width=None if embed == width else embed,
   )
 
 
 class Family(NamedTuple):
-  """How one model_type is read: its config and its tensor names."""
+  """How one model_type is read."""
 
-  config: object
+  config: object  # Fields to ModelConfig
   names: tuple[dict, dict]
+  absent: dict  # what transformers takes for a key that is not there
 
 
+_LLAMA_ABSENT = {
+  'attention_bias': False,
+  'hidden_act': 'silu',
+  'max_position_embeddings': 2048,
+  'mlp_bias': False,
+  'partial_rotary_factor': 1.0,
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'tie_word_embeddings': False,
+}
+_MISTRAL_ABSENT = _LLAMA_ABSENT | {
+  'max_position_embeddings': 131072,
+  'num_key_value_heads': 8,
+  'sliding_window': 4096,
+}
+_QWEN_ABSENT = _LLAMA_ABSENT | {
+  'max_position_embeddings': 32768,
+  'num_key_value_heads': 32,
+  'use_sliding_window': False,
+}
+_OPT_ABSENT = {
+  '_remove_final_layer_norm': False,
+  'activation_function': 'relu',
+  'do_layer_norm_before': True,
+  'enable_bias': True,
+  'layer_norm_elementwise_affine': True,
+  'tie_word_embeddings': True,
+}
 FAMILIES = {
-  'llama': Family(_rope_config, _ROPE_FAMILY),
-  'mistral': Family(_mistral_config, _ROPE_FAMILY),
-  'opt': Family(_opt_config, _OPT),
+  'llama': Family(_rope_config, _ROPE_FAMILY, _LLAMA_ABSENT),
+  'mistral': Family(_mistral_config, _ROPE_FAMILY, _MISTRAL_ABSENT),
+  'opt': Family(_opt_config, _OPT, _OPT_ABSENT),
+  'qwen2': Family(_qwen2_config, _ROPE_FAMILY, _QWEN_ABSENT),
+  'qwen3': Family(
+    _qwen3_config, _ROPE_FAMILY, _QWEN_ABSENT | {'head_dim': 128}
+  ),
 }
 
 
 def read_json(directory: pathlib.Path) -> dict:
-  """config.json of a model directory, with a `model_type` we know."""
+  """config.json of a model directory that can be read on.
+
+  Raises:
+    RequestError: it is missing, no JSON object, of a family we don't know,
+      or of a quantised model.
+  """
   path = directory / 'config.json'
   try:
-    hf = json.loads(path.read_text())
+    hf = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
     raise RequestError(
       f'{directory}: no config.json; is this a model directory?'
     ) from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise RequestError(f'{path}: not valid JSON ({error})') from error
   family = hf.get('model_type') if isinstance(hf, dict) else None
-  if family not in FAMILIES:
+  if family not in tuple(FAMILIES):
     known = ', '.join(FAMILIES)
     raise RequestError(
       f'{path}: model_type {family!r} is not supported; use one of {known}'
+    )
+  if hf.get('quantization_config'):
+    raise RequestError(
+      f'{path}: the weights are quantised (quantization_config); use the '
+      'model they were made from'
     )
   return hf
 
@@ -214,37 +296,18 @@ def model_config(directory: pathlib.Path) -> ModelConfig:
     RequestError: config.json is missing, broken, incomplete or unsupported.
   """
   hf = read_json(directory)
-  try:
-    config = FAMILIES[hf['model_type']].config(hf)
-  except KeyError as error:
-    raise RequestError(
-      f'{directory / "config.json"}: {error.args[0]!r} is missing'
-    ) from error
-  except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise RequestError(
-      f'{directory / "config.json"}: sizes that make no model ({error})'
-    ) from error
-  if not (config.layers > 0 and config.ffn > 0 and config.heads_per_group > 0):
-    raise RequestError(
-      f'{directory / "config.json"}: layers, FFN width and heads must be '
-      'positive, and heads a multiple of key/value heads'
-    )
-  if config.activation not in ACTIVATIONS:
-    raise RequestError(
-      f'{directory / "config.json"}: activation {config.activation!r} is not '
-      f'supported; use one of {", ".join(ACTIVATIONS)}'
-    )
-  if 'ffp_jax' in hf:
-    try:
-      kept = (tuple(hf['ffp_jax'][k]) for k in ('kept_groups', 'kept_ffn'))
-      groups, ffn = kept
-    except (KeyError, TypeError) as error:
-      raise RequestError(
-        f'{directory / "config.json"}: ffp_jax must give kept_groups and '
-        'kept_ffn, one number a layer'
-      ) from error
-    config = dataclasses.replace(config, kept_groups=groups, kept_ffn=ffn)
-  return config
+  family = FAMILIES[hf['model_type']]
+  fields = Fields(str(directory / 'config.json'), family.absent | hf)
+  config = family.config(fields)
+  if 'ffp_jax' not in hf:
+    return config
+  kept = Fields(f'{fields.where}: ffp_jax', fields.group('ffp_jax'))
+  L = config.layers
+  return dataclasses.replace(
+    config,
+    kept_groups=kept.integers('kept_groups', length=L, most=config.groups),
+    kept_ffn=kept.integers('kept_ffn', length=L, most=config.ffn),
+  )
 
 
 @functools.cache

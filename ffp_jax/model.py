@@ -1,4 +1,4 @@
-"""The decoder: one flax module for LLaMA, Mistral and OPT.
+"""The decoder: one flax module for every family.
 
 Shape letters: B batch, T time, D model width, V vocabulary, L layers, F FFN
 channels, K key/value groups, G query heads per group, H head size.
@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ffp_jax import rope
 from ffp_jax.sharding import constrain
 
 
@@ -38,18 +39,20 @@ class ModelConfig:
   heads_per_group: int  # G
   head_size: int  # H
   ffn: int  # F
-  norm: str = 'rms'  # 'rms' or 'layer'
+  norm: str = 'rms'  # 'rms', 'layer' or, without parameters, 'bare_layer'
   norm_eps: float = 1e-5
   pre_norm: bool = True
   final_norm: bool = True
   positions: str = 'rope'  # 'rope' or 'learned'
   rope_theta: float = 10000.0
+  rope_scaling: rope.Scaling = rope.Scaling()
   max_positions: int = 2048
   position_offset: int = 0
   activation: str = 'silu'
   gated: bool = True
   qkv_bias: bool = False
   out_bias: bool = False
+  qk_norm: bool = False  # RMSNorm of each query and key head
   ffn_bias: bool = False
   window: int | None = None
   tied: bool = False
@@ -77,6 +80,15 @@ ACTIVATIONS = {
 }
 
 
+_NORMS = {
+  'rms': nn.RMSNorm,
+  'layer': nn.LayerNorm,
+  'bare_layer': functools.partial(
+    nn.LayerNorm, use_scale=False, use_bias=False
+  ),
+}
+
+
 class Norm(nn.Module):
   """RMSNorm or LayerNorm over the last axis, computed in float32."""
 
@@ -84,21 +96,26 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kind = {'rms': nn.RMSNorm, 'layer': nn.LayerNorm}[self.config.norm]
+    kind = _NORMS[self.config.norm]
     norm = kind(epsilon=self.config.norm_eps, dtype=jnp.float32, name='norm')
     return norm(x).astype(x.dtype)
 
 
-def rotate(x_BxTxNxH, theta):
+def rotate(x_BxTxNxH, frequency_h, amplitude):
   """Rotary position embedding, halves convention (arXiv 2104.09864)."""
-  half = x_BxTxNxH.shape[-1] // 2
-  inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   time = jnp.arange(x_BxTxNxH.shape[1], dtype=jnp.float32)
-  angle_Tx1xh = (time[:, None] * inverse)[:, None, :]
-  sin, cos = jnp.sin(angle_Tx1xh), jnp.cos(angle_Tx1xh)
+  angle_Tx1xh = (time[:, None] * frequency_h)[:, None, :]
+  sin, cos = amplitude * jnp.sin(angle_Tx1xh), amplitude * jnp.cos(angle_Tx1xh)
   a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x_BxTxNxH.dtype)
+
+
+def _rms_norm(x, scale, epsilon):
+  """RMSNorm over the last axis, computed in float32."""
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(wide**2, axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -117,6 +134,9 @@ class Attention(nn.Module):
       if c.qkv_bias:
         bias = self.param(f'{name}_bias', _BIAS, shape)
         setattr(self, f'{name}_bias', bias)
+    for name in ('query', 'key') if c.qk_norm else ():
+      scale = self.param(f'{name}_norm', nn.initializers.ones, (H,))
+      setattr(self, f'{name}_norm', scale)
     self.out = self.param('out', _WEIGHT, (K, G, H, D))
     if c.out_bias:
       self.out_bias = self.param('out_bias', _BIAS, (D,))
@@ -133,8 +153,13 @@ class Attention(nn.Module):
       return y.reshape(*x_BxTxD.shape[:2], -1, c.head_size)
 
     q, k, v = project('query'), project('key'), project('value')
+    if c.qk_norm:
+      q = _rms_norm(q, self.query_norm, c.norm_eps)
+      k = _rms_norm(k, self.key_norm, c.norm_eps)
     if c.positions == 'rope':
-      q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
+      scaling, time = c.rope_scaling, x_BxTxD.shape[1]
+      turns = rope.frequencies(scaling, c.rope_theta, c.head_size, time)
+      q, k = (rotate(x, turns, scaling.amplitude) for x in (q, k))
     window = None if c.window is None else (c.window - 1, 0)
     mixed = jax.nn.dot_product_attention(
       q, k, v, is_causal=True, local_window_size=window

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from absl.testing import absltest, parameterized
 
-from ffp_jax import loss
+from ffp_jax import export, hf, loss, sites
 from ffp_jax.model import Decoder
 from tests import testing
 
 _ONE_A_FAMILY = ('llama_biased', 'mistral_short_window', 'opt_pre_norm')
+_GRADIENTS = (*_ONE_A_FAMILY, 'qwen3_grouped')
 
 
 def setUpModule():
@@ -92,9 +93,19 @@ class DecoderTest(_TestCase):
     self.assert_close(ours[0], attention)
     self.assert_close(ours[1], ffn)
 
+  @parameterized.parameters('opt_pre_norm', 'llama_grouped', 'llama_dynamic')
+  def test_padding_on_the_right(self, name):
+    pair = testing.pair(name)
+    tokens = testing.tokens(2, 11)
+    real = np.arange(11) < np.array([[11], [6]])
+    tokens[~real] = 1
+    ours, _ = _masked(name)(tokens, _ones(pair))
+    theirs = testing.torch_logits(pair.torch, tokens, real)
+    self.assert_close(ours[real], theirs[real])
+
   # Rematerialisation must not change the gradient: once is enough.
   @parameterized.parameters(
-    *zip(_ONE_A_FAMILY, (False, True, False), strict=True)
+    *zip(_GRADIENTS, (False, True, False, False), strict=True)
   )
   def test_gradient_of_masks(self, name, remat):
     pair = testing.pair(name)
@@ -144,6 +155,44 @@ def _torch_value_and_grad(pair, tokens, masks):
       handle.remove()
   value.backward()
   return value.item(), [leaf.grad.numpy() for leaf in leaves]
+
+
+def _size(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+class SlicedTest(_TestCase):
+  @parameterized.parameters(*testing.CASES)
+  def test_sliced_logits_are_masked_logits(self, name):
+    pair = testing.pair(name)
+    tokens = testing.tokens(2, 11)
+    masks = testing.random_masks(pair.config)
+    small, config = export.slice_params(pair.params, pair.config, masks)
+    decoder = Decoder(config)
+    ours = jax.jit(lambda p, t: decoder.apply({'params': p}, t))(small, tokens)
+    masked, _ = _masked(name)(tokens, masks)
+    self.assert_close(ours, masked)
+
+  @parameterized.parameters(*testing.CASES)
+  def test_sizes_add_up(self, name):
+    pair = testing.pair(name)
+    total = sum(x.numel() for x in pair.torch.parameters())
+    self.assertEqual(_size(pair.params), total)
+    self.assertEqual(hf.param_count(pair.config), total)
+    table = sites.sites(pair.config, round_heads=1, round_ffn=1)
+    prunable = sum(
+      linear.weight.numel() + (0 if linear.bias is None else len(linear.bias))
+      for block in testing.blocks(pair.torch)
+      for linear in block.values()
+    )
+    self.assertEqual(table.total, prunable)
+    for seed in range(2):
+      masks = testing.random_masks(pair.config, seed)
+      small, config = export.slice_params(pair.params, pair.config, masks)
+      counts = np.concatenate([mask.sum(-1) for mask in masks])
+      removed = table.total - table.kept_cost(counts)
+      self.assertEqual(_size(small), total - removed)
+      self.assertEqual(hf.param_count(config), total - removed)
 
 
 class InvariantsTest(_TestCase):

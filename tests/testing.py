@@ -38,6 +38,16 @@ _OPT = {
   'max_position_embeddings': 20,
   'dropout': 0.0,
 }
+
+
+def _stretched(kind, **numbers):
+  """Changes to _ROPE: positions stretched from 8, fewer than tests use."""
+  if kind in ('llama3', 'yarn'):
+    numbers['original_max_position_embeddings'] = 8
+  rope = {'rope_type': kind, 'rope_theta': 100.0, 'factor': 4.0} | numbers
+  return {'head_dim': 16, 'rope_parameters': rope}
+
+
 # name -> (transformers config class, its arguments)
 CASES = {
   # Head size 16 is not 48 / 6.
@@ -65,6 +75,34 @@ CASES = {
       'head_dim': 8,
     },
   ),
+  'llama_linear': (
+    transformers.LlamaConfig,
+    _ROPE | _stretched('linear'),
+  ),
+  'llama_dynamic': (
+    transformers.LlamaConfig,
+    _ROPE | _stretched('dynamic') | {'max_position_embeddings': 8},
+  ),
+  'llama_llama3': (
+    transformers.LlamaConfig,
+    _ROPE | _stretched('llama3', low_freq_factor=0.1, high_freq_factor=1.0),
+  ),
+  'llama_yarn': (
+    transformers.LlamaConfig,
+    _ROPE | _stretched('yarn', beta_fast=0.8, beta_slow=0.1),
+  ),
+  'mistral_yarn_scales': (
+    transformers.MistralConfig,
+    _ROPE
+    | _stretched(
+      'yarn',
+      beta_fast=0.8,
+      beta_slow=0.1,
+      truncate=False,
+      mscale=3.0,
+      mscale_all_dim=0.5,
+    ),
+  ),
   'mistral_short_window': (
     transformers.MistralConfig,
     _ROPE | {'head_dim': 8, 'sliding_window': 3},
@@ -73,10 +111,16 @@ CASES = {
     transformers.MistralConfig,
     _ROPE | {'num_key_value_heads': 3, 'sliding_window': 30},
   ),
+  # 6 heads of 6 are narrower than 48.
   'mistral_no_window': (
     transformers.MistralConfig,
-    _ROPE | {'num_key_value_heads': 6, 'sliding_window': None},
+    _ROPE | {'num_key_value_heads': 6, 'head_dim': 6, 'sliding_window': None},
   ),
+  'qwen2_tied': (
+    transformers.Qwen2Config,
+    _ROPE | {'tie_word_embeddings': True},
+  ),
+  'qwen3_grouped': (transformers.Qwen3Config, _ROPE | {'head_dim': 10}),
   'opt_pre_norm': (transformers.OPTConfig, _OPT),
   'opt_post_norm_projected': (
     transformers.OPTConfig,
@@ -85,6 +129,10 @@ CASES = {
   'opt_no_final_norm': (
     transformers.OPTConfig,
     _OPT | {'_remove_final_layer_norm': True, 'tie_word_embeddings': False},
+  ),
+  'opt_bare_norm': (
+    transformers.OPTConfig,
+    _OPT | {'layer_norm_elementwise_affine': False},
   ),
   'opt_plain_gelu': (
     transformers.OPTConfig,
@@ -142,11 +190,11 @@ def tokens(batch: int, time: int, seed: int = 0) -> np.ndarray:
 
 
 def random_masks(config: ModelConfig, seed: int = 0) -> Masks:
-  """Random 0/1 masks; every layer has both, unless it has only one unit."""
+  """Random 0/1 masks; every layer has both, but a lone unit is kept."""
   source = np.random.default_rng(seed)
 
   def half(units):
-    mask_LxU = np.arange(config.layers * units).reshape(-1, units) % 2
+    mask_LxU = np.tile(1 - np.arange(units) % 2, (config.layers, 1))
     return source.permuted(mask_LxU, axis=1).astype(np.float32)
 
   return Masks(half(config.groups), half(config.ffn))
@@ -229,10 +277,13 @@ def output_inputs(pair: Pair, tokens_BxT):
   )
 
 
-def torch_logits(model, tokens_BxT) -> np.ndarray:
-  """Logits [B,T,V] of a PyTorch model."""
+def torch_logits(model, tokens_BxT, real_BxT=None) -> np.ndarray:
+  """Logits [B,T,V] of a PyTorch model; `real` is 0 where there is padding."""
+  if real_BxT is not None:
+    real_BxT = torch.tensor(real_BxT).long()
   with torch.no_grad():
-    return model(torch.tensor(tokens_BxT).long()).logits.numpy()
+    output = model(torch.tensor(tokens_BxT).long(), attention_mask=real_BxT)
+    return output.logits.numpy()
 
 
 class CheckpointTestCase(parameterized.TestCase):

@@ -1,0 +1,81 @@
+"""Perplexity in JAX beside PyTorch transformers, the same tokens in float32.
+
+    python -m ffp_jax.benchmarks.parity --model=demo --data=pydoc
+
+Needs torch, which is no requirement of ffp_jax.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from ffp_jax import data, evaluate, files, hf, hub
+from ffp_jax.config import RequestError, refuse
+
+
+def torch_perplexity(directory, windows_WxT) -> float:
+  """exp of PyTorch's mean next-token loss, one window at a time.
+
+  Raises:
+    RequestError: torch is not installed.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise RequestError('parity needs PyTorch: pip install torch') from error
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=torch.float32
+  ).eval()
+  losses = []
+  with torch.no_grad():
+    for window in tqdm(windows_WxT, desc='PyTorch', leave=False):
+      ids = torch.tensor(window[None], dtype=torch.long)
+      losses.append(model(ids, labels=ids).loss.item())
+  return float(np.exp(np.mean(losses)))
+
+
+def compare(model, source, *, context, windows) -> dict:
+  """Both perplexities on the first windows of a text, and the protocol."""
+  directory = hub.locate(model)
+  config = hf.model_config(directory)
+  tokens = evaluate.tokenize(directory, data.read_text(source))
+  evaluate.check_tokens(config, tokens, context)
+  text = data.windows(tokens, context)[:windows]
+  theirs = torch_perplexity(directory, text)
+  params = files.load_params(directory, config, jnp.dtype(jnp.float32))
+  ours = float(np.exp(evaluate.Scorer(config)(params, text, label='JAX')))
+  return {
+    'model': model,
+    'text': source,
+    'context': context,
+    'windows': len(text),
+    'tokens': text.size - len(text),
+    'ppl, JAX': ours,
+    'ppl, PyTorch': theirs,
+    'relative difference': abs(ours - theirs) / theirs,
+  }
+
+
+def main(argv):
+  del argv
+  args = flags.FLAGS
+  try:
+    result = compare(
+      args.model, args.data, context=args.context, windows=args.windows
+    )
+  except RequestError as error:
+    refuse(error)
+  print(json.dumps(result, indent=2))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
+  flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
+  flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
+  flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
+  app.run(main)
