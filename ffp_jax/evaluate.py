@@ -164,24 +164,11 @@ def evaluate(
   text = corpora.read(source, report=True)
   tokens = tokenize(directory, text.content)
   check_tokens(config, tokens.ids, context)
-  most = min(context * (n or 2**31) for n in (max_windows, text.windows))
-  windows, spans = protocols.arrange(
-    protocol, tokens.ids[:most], context, stride
-  )
-  if np.sum(spans @ (-1, 1)) < 1:
-    raise RequestError(
-      f'data: {source!r} has {len(tokens.ids)} tokens, too few to score; '
-      'give more text or a smaller --context'
-    )
-  cut = most < len(tokens.ids)
-  part = f'first {most:,} tokens' if cut else 'all'
-  dtype = dtype_of(dtype)
-  params = files.load_params(directory, config, dtype)
-  scorer = Scorer(config)
-  scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
-  start = time.perf_counter()
-  mean = scorer(params, windows, spans_Wx2=spans, label='perplexity')
-  seconds = time.perf_counter() - start
+  limits = [n * context for n in (max_windows, text.windows) if n]
+  ids = tokens.ids[: min(limits, default=None)]
+  windows, spans = protocols.arrange(protocol, ids, context, stride)
+  cut = len(ids) < len(tokens.ids)
+  part = f'first {len(ids):,} tokens' if cut else 'all'
   used = protocols.describe(
     protocol,
     text.name,
@@ -191,6 +178,13 @@ def evaluate(
     stride=stride,
     bos=tokens.bos,
   )
+  dtype = dtype_of(dtype)
+  params = files.load_params(directory, config, dtype)
+  scorer = Scorer(config)
+  scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
+  start = time.perf_counter()
+  mean = scorer(params, windows, spans_Wx2=spans, label='perplexity')
+  seconds = time.perf_counter() - start
   return {
     'model': model,
     'ppl': float(np.exp(mean)),

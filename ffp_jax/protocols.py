@@ -67,7 +67,16 @@ def arrange(name: str, tokens, context: int, stride: int):
 
   Returns:
     (token ids [W,T], spans [W,2]); the span's end is one past the last.
+
+  Raises:
+    RequestError: there is nothing to score.
   """
+  least = context if name == 'gptq' else 2
+  if len(tokens) < least:
+    raise RequestError(
+      f'data: {len(tokens)} tokens are too few to score, {least} are needed; '
+      'give more text or a smaller --context'
+    )
   if name == 'gptq':
     windows = data.windows(tokens, context)
     return windows, whole(windows)

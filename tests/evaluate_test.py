@@ -147,7 +147,7 @@ class ProtocolTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    (32, 16), (32, 5), (32, 31), (32, 32), (50, None), (64, 1)
+    (32, 16), (32, 5), (32, 31), (32, 32), (50, None), (64, 3)
   )
   def test_sliding(self, context, stride):
     got = _evaluate(
@@ -200,7 +200,7 @@ class ProtocolTest(parameterized.TestCase):
       mock.patch.object(evaluate, 'tokenize', return_value=short),
       mock.patch.object(files, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(
-        RequestError, rf'\Adata: .* has {length} tokens[^\n]*context\Z'
+        RequestError, rf'\Adata: {length} tokens are too few[^\n]*context\Z'
       ),
     ):
       _evaluate(_model(), protocol=protocol)
@@ -276,12 +276,16 @@ class CommandTest(parameterized.TestCase):
     ('a.jsonl', b'{', 'not JSON'), ('a.jsonl.gz', b'{}', 'not readable'),
     ('a.json.gz', b'\x1f\x8b', 'not readable'), ('a.arrow', b'ARROW1', 'not '),
     ('a.parquet', b'PAR1', 'not readable'), ('a.csv', b'a,b', 'neither'),
-    ('a.txt', b'short', 'too few'),
   )  # fmt: skip
   def test_text(self, name, content, word):
     path = self.folder / name
     path.write_bytes(content)
     self.refused('data: ', str(path), word, data=str(path))
+
+  def test_short_text(self):
+    path = self.folder / 'a.txt'
+    path.write_text('short')
+    self.refused('data: ', 'too few', '32', data=str(path))
 
   def test_no_text(self):
     self.refused('no file', data=str(self.folder / 'a.txt'))
