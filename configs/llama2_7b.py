@@ -1,7 +1,7 @@
 """LLaMA-2-7B, 20% of the prunable parameters, one 80 GB GPU, bfloat16.
 
 Command: python -m ffp_jax.main --config=configs/llama2_7b.py \
-  --config.data=wikitext2-train.txt --workdir=DIR
+  --config.data=wikitext2 --workdir=DIR
 The weights are gated on the hub; --config.model also takes a directory.
 Not run yet: no machine with these weights was at hand.
 """

@@ -1,7 +1,7 @@
 """Mistral-7B v0.1, 20% of the prunable parameters, one 80 GB GPU, bfloat16.
 
 Command: python -m ffp_jax.main --config=configs/mistral_7b.py \
-  --config.data=wikitext2-train.txt --workdir=DIR
+  --config.data=wikitext2 --workdir=DIR
 Not run yet: no machine with these weights was at hand.
 """
 

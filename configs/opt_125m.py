@@ -1,7 +1,7 @@
 """OPT-125M, 20% of the prunable parameters, two CPU cores or any GPU.
 
 Command: python -m ffp_jax.main --config=configs/opt_125m.py \
-  --config.data=wikitext2-train.txt --workdir=DIR
+  --config.data=wikitext2 --workdir=DIR
 The repository on the hub must hold safetensors; --config.model also takes a
 directory. Not run yet: no machine with these weights was at hand.
 """

@@ -12,6 +12,8 @@ from absl import logging
 
 from ffp_jax import book
 
+TEXT_BYTES = 8_000_000  # of UTF-8; what follows in a text is not read
+
 
 class RequestError(ValueError):
   """What was asked for can't be done; one line for the user, exit code 2."""
@@ -27,7 +29,7 @@ def defaults() -> ml_collections.ConfigDict:
   """Every key a run has, at the value that suits the demo on two cores."""
   config = ml_collections.ConfigDict()
   config.model = 'demo'  # 'demo', a Hugging Face directory or a hub id
-  config.data = 'pydoc'  # built-in, or a .txt, .jsonl or .parquet file
+  config.data = 'pydoc'  # or wikitext2, ptb, c4, a file or a directory
   config.dtype = 'auto'  # float32 on CPU, bfloat16 elsewhere
   config.seed = 0
 

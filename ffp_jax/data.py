@@ -1,8 +1,5 @@
-"""Text to tokens; deterministic, disjoint splits."""
+"""Tokens to windows; deterministic, disjoint splits."""
 
-import json
-import pathlib
-import pydoc_data.topics
 from typing import NamedTuple
 
 import numpy as np
@@ -19,63 +16,38 @@ class Splits(NamedTuple):
   heldout: np.ndarray  # only for the final figures
 
 
-def _pydoc() -> str:
-  """Python's own language reference, in English."""
-  topics = pydoc_data.topics.topics
-  return '\n\n'.join(topics[key] for key in sorted(topics))
-
-
-def _parquet(path) -> str:
-  import pyarrow.parquet  # heavy, and only here
-
-  return '\n\n'.join(pyarrow.parquet.read_table(path)['text'].to_pylist())
-
-
-def _jsonl(path) -> str:
-  lines = path.read_text(encoding='utf-8').split('\n')
-  return '\n\n'.join(json.loads(x)['text'] for x in lines if x.strip())
-
-
-_READERS = {
-  '.txt': lambda path: path.read_text(encoding='utf-8'),
-  '.jsonl': _jsonl,
-  '.parquet': _parquet,
-}
-BUILTIN = {'pydoc': _pydoc}
-
-
-def read_text(source: str) -> str:
-  """A built-in text or a .txt, .jsonl or .parquet ('text' field) file.
-
-  Raises:
-    RequestError: missing, empty or unreadable text.
-  """
-  if source in BUILTIN:
-    return BUILTIN[source]()
-  path = pathlib.Path(source).expanduser()
-  if path.suffix not in _READERS:
-    raise RequestError(
-      f'data: {source!r} is neither a built-in text ({", ".join(BUILTIN)}) '
-      f'nor a {", ".join(_READERS)} file'
-    )
-  try:
-    text = _READERS[path.suffix](path)
-  except FileNotFoundError as error:
-    raise RequestError(f'data: no file {source!r}; check the path') from error
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    raise RequestError(
-      f'data: {source!r} is not readable {path.suffix} text ({error})'
-    ) from error
-  if not text.strip():
-    raise RequestError(f'data: {source!r} is empty')
-  return text
-
-
 def windows(tokens, context: int) -> np.ndarray:
   """Consecutive windows, int32 [windows, context]; the rest is dropped."""
   count = len(tokens) // context
   tokens = np.asarray(tokens[: count * context], np.int32)
   return tokens.reshape(count, context)
+
+
+def overlapping(tokens, context: int, stride: int):
+  """Windows that start every `stride` tokens, and what to score in each.
+
+  Every token but the first is scored once, with at least context - stride
+  tokens before it (or all there are, if fewer). With stride = context the
+  first token of each window has none, and isn't scored.
+
+  Args:
+    tokens: [N], 2 or more.
+    context: tokens a window.
+    stride: from 1 to context.
+
+  Returns:
+    (int32 windows [W,context], the last one filled up with zeros; int32
+    spans [W,2], the first position scored in each and the one past the last).
+  """
+  count = 1 + -(-max(len(tokens) - context, 0) // stride)
+  starts = stride * np.arange(count)
+  padded = np.zeros(starts[-1] + context, np.int32)
+  padded[: len(tokens)] = tokens
+  # A view: copies of long windows at a short stride may not fit.
+  windows = np.lib.stride_tricks.sliding_window_view(padded, context)[::stride]
+  first = np.where(starts, max(context - stride, 1), 1)
+  last = np.minimum(len(tokens) - starts, context)
+  return windows, np.stack([first, last], axis=1).astype(np.int32)
 
 
 def split(all_WxT, *, calibration, reward, validation, heldout, seed) -> Splits:

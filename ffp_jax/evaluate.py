@@ -1,12 +1,13 @@
 """Perplexity of a model directory, dense or pruned.
 
-python -m ffp_jax.evaluate --model=DIR --data=FILE --context=512
+python -m ffp_jax.evaluate --model=DIR --data=wikitext2:test --context=2048
 """
 
 import json
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import data, files, hf, hub
+from ffp_jax import corpora, files, hf, hub, protocols, sharding
 from ffp_jax.config import RequestError, refuse
-from ffp_jax.loss import nll
+from ffp_jax.loss import token_nll
 from ffp_jax.model import Decoder, ModelConfig
 
 
@@ -49,25 +50,48 @@ class Scorer:
 
   def __init__(self, config: ModelConfig):
     apply = apply_of(config)
-    self._nll = jax.jit(lambda p, t, m: nll(apply, p, t, m))
 
-  def __call__(self, params, windows_WxT, masks=None, *, label=None) -> float:
-    """Mean negative log-likelihood, one window at a time.
+    def mean_nll(params, tokens_BxT, span_2, masks):
+      losses = token_nll(apply, params, tokens_BxT, masks)
+      at = jnp.arange(1, tokens_BxT.shape[1])
+      inside = (at >= span_2[0]) & (at < span_2[1])
+      return jnp.mean(losses, where=inside)
+
+    self._nll = jax.jit(mean_nll)
+
+  def __call__(
+    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
+  ) -> float:
+    """Mean negative log-likelihood of the tokens scored, a window at a time.
 
     Args:
       params: of the decoder.
-      windows_WxT: token ids; T - 1 of each window are scored.
+      windows_WxT: token ids.
       masks: `Masks` or None.
+      spans_Wx2: first position scored in each window, 1 or more, and the one
+        past the last; None for T - 1 of each window.
       label: of the progress bar, None for no bar.
     """
+    if spans_Wx2 is None:
+      spans_Wx2 = protocols.whole(windows_WxT)
     quiet = label is None or not sys.stderr.isatty()
     bar = tqdm(windows_WxT, desc=label, disable=quiet, leave=False)
-    losses = [self._nll(params, w[None], masks)[0].item() for w in bar]
-    return float(np.mean(losses))
+    losses = [
+      self._nll(params, window[None], span, masks).item()
+      for window, span in zip(bar, spans_Wx2, strict=True)
+    ]
+    return float(np.average(losses, weights=spans_Wx2 @ (-1, 1)))
 
 
-def tokenize(directory: pathlib.Path, text: str) -> np.ndarray:
-  """Token ids of a text by the model's own tokenizer, tokenised once.
+class Tokens(NamedTuple):
+  """A text as a model's tokenizer has it."""
+
+  ids: np.ndarray  # int32 [N]
+  bos: int | None  # the tokenizer's beginning-of-sequence id
+
+
+def tokenize(directory: pathlib.Path, text: str) -> Tokens:
+  """A text by the model's own tokenizer, tokenised once.
 
   Raises:
     RequestError: the directory has no tokenizer that can be loaded.
@@ -80,7 +104,8 @@ def tokenize(directory: pathlib.Path, text: str) -> np.ndarray:
   except (OSError, ValueError, KeyError, TypeError) as error:
     line = str(error).strip().splitlines()[0]
     raise RequestError(f'{directory}: no usable tokenizer ({line})') from error
-  return np.asarray(tokenizer(text, verbose=False)['input_ids'], np.int32)
+  ids = tokenizer(text, verbose=False)['input_ids']
+  return Tokens(np.asarray(ids, np.int32), tokenizer.bos_token_id)
 
 
 def check_tokens(config: ModelConfig, tokens, context: int):
@@ -108,45 +133,66 @@ def dtype_of(name: str):
   return jnp.dtype(name)
 
 
-def evaluate(model, source, *, context, max_windows=None) -> dict:
+def evaluate(
+  model,
+  source,
+  *,
+  context,
+  protocol='gptq',
+  stride=None,
+  max_windows=None,
+  dtype='auto',
+) -> dict:
   """Loads a model and computes its perplexity on a text.
 
   Args:
     model: directory or hub id, dense or pruned.
-    source: text, as `data.read_text` takes it.
+    source: text, as `corpora.read` takes it.
     context: tokens a window.
-    max_windows: only the first so many, None for all.
+    protocol: see `protocols.arrange`.
+    stride: tokens, None for the protocol's own.
+    max_windows: only the first so many times `context` tokens, None for all.
+    dtype: see `dtype_of`.
 
   Returns:
-    dict of ppl, tokens (scored), windows, seconds, tokens_per_second, and
-    the model, text and context they belong to.
+    dict of the model, ppl, `protocols.Protocol`, dtype, seconds and
+    tokens_per_second (scored).
   """
+  stride = protocols.stride(protocol, context, stride)
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokens = tokenize(directory, data.read_text(source))
-  check_tokens(config, tokens, context)
-  windows = data.windows(tokens, context)[:max_windows]
-  if not len(windows):
-    raise RequestError(
-      f'data: {source!r} has {len(tokens)} tokens, fewer than one window; '
-      'give more text or a smaller --context'
-    )
-  params = files.load_params(directory, config, dtype_of('auto'))
-  scorer = Scorer(config)
-  scorer(params, windows[:1])  # compiles
-  start = time.perf_counter()
-  mean = scorer(params, windows, label='perplexity')
-  seconds = time.perf_counter() - start
-  scored = windows.size - len(windows)
+  text = corpora.read(source, report=True)
+  tokens = tokenize(directory, text.content)
+  check_tokens(config, tokens.ids, context)
+  limits = [n * context for n in (max_windows, text.windows) if n]
+  ids = tokens.ids[: min(limits, default=None)]
+  windows, spans = protocols.arrange(protocol, ids, context, stride)
+  cut = len(ids) < len(tokens.ids)
+  part = f'first {len(ids):,} tokens' if cut else 'all'
+  used = protocols.describe(
+    protocol,
+    text.name,
+    f'{part} of {text.extent}',
+    windows,
+    spans,
+    stride=stride,
+    bos=tokens.bos,
+  )
+  dtype = dtype_of(dtype)
+  with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
+    params = files.load_params(directory, config, dtype)
+    scorer = Scorer(config)
+    scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
+    start = time.perf_counter()
+    mean = scorer(params, windows, spans_Wx2=spans, label='perplexity')
+    seconds = time.perf_counter() - start
   return {
     'model': model,
-    'text': source,
-    'context': context,
-    'windows': len(windows),
     'ppl': float(np.exp(mean)),
-    'tokens': scored,
+    'protocol': used._asdict(),
+    'dtype': dtype.name,
     'seconds': round(seconds, 3),
-    'tokens_per_second': round(scored / seconds, 1),
+    'tokens_per_second': round(used.tokens / seconds, 1),
   }
 
 
@@ -172,7 +218,10 @@ def main(argv):
       args.model,
       args.data,
       context=args.context,
+      protocol=args.protocol,
+      stride=args.stride,
       max_windows=args.max_windows,
+      dtype=args.dtype,
     )
     line = json.dumps(result, indent=2)
     if args.out:
@@ -184,10 +233,27 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
-  flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
+  flags.DEFINE_string(
+    'data', 'pydoc', 'pydoc, wikitext2, ptb or c4 (:SPLIT), file or directory.'
+  )
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
+  flags.DEFINE_enum(
+    'protocol', 'gptq', protocols.NAMES, 'Windows side by side, or overlapping.'
+  )
   flags.DEFINE_integer(
-    'max_windows', None, 'First windows only.', lower_bound=1
+    'stride', None, 'Of --protocol=sliding, in tokens; half the context.'
+  )
+  flags.DEFINE_integer(
+    'max_windows',
+    None,
+    'Only the first so many x context tokens.',
+    lower_bound=1,
+  )
+  flags.DEFINE_enum(
+    'dtype',
+    'auto',
+    ('auto', 'float32', 'bfloat16'),
+    'auto: float32 on CPU, bfloat16 elsewhere.',
   )
   flags.DEFINE_string('out', None, 'JSON file to write.')
   app.run(main, flags_parser=parse)

@@ -14,6 +14,7 @@ from ffp_jax import (
   gguf_model,
   hf,
   safetensors_file,
+  sharding,
   stored,
   torch_file,
 )
@@ -111,7 +112,7 @@ def load_params(
     config: from `model_config`.
     dtype: of the parameters.
     shardings: pytree like the parameters of `jax.sharding.Sharding`; None
-      puts all of them on the default device.
+      for those of `sharding.of_params` on the mesh that is set.
 
   Returns:
     The nested 'params' dict of jax arrays.
@@ -121,12 +122,11 @@ def load_params(
       tensor holds what is not finite, found as it is read.
   """
   where, wanted = check_files(directory, config, dtype)
-  specs = flax.traverse_util.flatten_dict(hf.param_shapes(config, dtype))
-  if shardings is None:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = dict.fromkeys(specs, here)
-  else:
-    shardings = flax.traverse_util.flatten_dict(shardings)
+  shapes = hf.param_shapes(config, dtype)
+  shardings = flax.traverse_util.flatten_dict(
+    shardings or sharding.of_params(shapes)
+  )
+  specs = flax.traverse_util.flatten_dict(shapes)
   parts = {path: {} for path in specs}
   for tensor, path, i, shape in wanted:
     parts[path][i] = tensor, shape

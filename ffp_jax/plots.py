@@ -76,7 +76,7 @@ def perplexity(results):
   ax.spines['left'].set_visible(False)
   ax.tick_params(axis='y', length=0, labelsize=10)
   ax.set_xlabel('perplexity (log scale)' if log else 'perplexity')
-  protocol = ' '.join(wording.protocol(results['protocol'], shorten=True))
+  protocol = '\n'.join(wording.protocol(results['protocol'], shorten=True))
   note = figure.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=_GREY)
   note.set_parse_math(False)  # a path may hold dollar signs
   return figure

@@ -11,6 +11,7 @@ from absl import logging
 from ffp_jax import calibrate as ridge
 from ffp_jax import (
   checkpoint,
+  corpora,
   curriculum,
   data,
   evaluate,
@@ -19,6 +20,7 @@ from ffp_jax import (
   hf,
   hub,
   importance,
+  protocols,
   report,
   search,
   sharding,
@@ -65,9 +67,6 @@ def go(config, job, first, book, command) -> dict:
   with book.timed('load'):
     dtype = evaluate.dtype_of(config.dtype)
     params = files.load_params(job.directory, job.model, dtype)
-    params = jax.device_put(
-      params, sharding.of_params(params, jax.sharding.get_mesh())
-    )
     loss = evaluate.Scorer(job.model)
   with book.timed('dense loss'):
     dense = loss(params, job.text.reward, job.dense, label='dense loss')
@@ -103,6 +102,7 @@ class Job(NamedTuple):
   model: hf.ModelConfig
   sites: sites_lib.Sites
   text: data.Splits
+  protocol: protocols.Protocol  # of the held-out figures
 
   @property
   def dense(self):
@@ -134,17 +134,28 @@ def prepare(config) -> Job:
   )
   config_lib.check_reachable(sites, config)
   files.check_files(directory, model, evaluate.dtype_of(config.dtype))
-  tokens = evaluate.tokenize(directory, data.read_text(config.data))
-  evaluate.check_tokens(model, tokens, config.text.context)
-  text = data.split(
-    data.windows(tokens, config.text.context),
+  text = corpora.read(config.data)
+  tokens = evaluate.tokenize(directory, text.content)
+  context = config.text.context
+  evaluate.check_tokens(model, tokens.ids, context)
+  splits = data.split(
+    data.windows(tokens.ids, context),
     calibration=config.text.calibration_windows,
     reward=config.text.reward_windows,
     validation=config.text.validation_windows,
     heldout=config.text.heldout_windows,
     seed=config.seed,
   )
-  return Job(directory, model, sites, text)
+  protocol = protocols.describe(
+    'gptq',
+    text.name,
+    f'held-out (end of {text.extent})',
+    splits.heldout,
+    protocols.whole(splits.heldout),
+    stride=context,
+    bos=tokens.bos,
+  )
+  return Job(directory, model, sites, splits, protocol)
 
 
 def start(config, sites, workdir) -> search.SearchState:
@@ -296,13 +307,7 @@ def judge(config, job, params, keep, repaired, loss) -> dict:
     mean = loss(weights, job.text.heldout, masks, label=name)
     results[name] = {'ppl': float(np.exp(mean))}
     logging.info('held-out perplexity, %s: %.2f', name, results[name]['ppl'])
-  results['protocol'] = {
-    'text': config.data,
-    'split': 'held-out (end of the text)',
-    'context': config.text.context,
-    'windows': len(job.text.heldout),
-    'tokens': job.text.heldout.size - len(job.text.heldout),
-  }
+  results['protocol'] = job.protocol._asdict()
   return results
 
 

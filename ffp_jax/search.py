@@ -302,7 +302,7 @@ def make_step(net, optim, nll: Callable, config) -> Callable:
     new = SearchState(params, opt_state, state.key, state.step + 1, memory)
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step)
 
 
 def start(config, sites: Sites) -> SearchState:

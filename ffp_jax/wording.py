@@ -22,12 +22,14 @@ def compare(results):
 
 
 def protocol(used, shorten=False) -> list[str]:
-  """What was scored and how, in two sentences."""
+  """What was scored and how, in one sentence."""
   text = used['text']
   if shorten and len(text) > 30:  # a long path: its end tells it apart
     text = '...' + text[-27:]
+  bos = 'begins with BOS' if used['bos'] else 'no BOS'
   return [
     f'Text: {text}; split: {used["split"]};',
+    f'protocol: {used["name"]}, stride {used["stride"]:,}, {bos};',
     f'{used["windows"]:,} windows of {used["context"]:,} tokens, '
     f'{used["tokens"]:,} tokens scored.',
   ]

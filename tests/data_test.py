@@ -1,155 +1,10 @@
-import json
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
-
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
 from ffp_jax import data
 from ffp_jax.config import RequestError
 
-_DOCUMENTS = ('First line.\nSecond.', 'Zweites Stück: 日本語 👍🏽', '  third  ')
 _SIZES = {'calibration': 5, 'reward': 4, 'validation': 3, 'heldout': 6}
-
-
-class _TestCase(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-  def file(self, name, content) -> str:
-    path = self.folder / name
-    if isinstance(content, str):
-      path.write_text(content, encoding='utf-8', newline='')
-    else:
-      path.write_bytes(content)
-    return str(path)
-
-  def jsonl(self, documents, name='a.jsonl', **kwargs) -> str:
-    lines = (json.dumps({'text': x, 'id': 1}, **kwargs) for x in documents)
-    return self.file(name, '\n'.join(lines) + '\n')
-
-  def parquet(self, columns, name='a.parquet') -> str:
-    path = self.folder / name
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return str(path)
-
-  def assert_refused(self, call, *words):
-    """RequestError of one line, with every word in it."""
-    with self.assertRaises(RequestError) as caught:
-      call()
-    message = str(caught.exception)
-    self.assertNotIn('\n', message)
-    for word in words:
-      self.assertIn(word, message)
-
-
-class ReadTextTest(_TestCase):
-  def test_txt(self):
-    text = '\n\n'.join(_DOCUMENTS)
-    self.assertEqual(data.read_text(self.file('a.txt', text)), text)
-
-  @parameterized.parameters(False, True)
-  def test_jsonl_equals_txt(self, ascii_only):
-    path = self.jsonl(_DOCUMENTS, ensure_ascii=ascii_only)
-    self.assertEqual(data.read_text(path), '\n\n'.join(_DOCUMENTS))
-
-  def test_parquet_equals_txt(self):
-    path = self.parquet({'id': [1, 2, 3], 'text': list(_DOCUMENTS)})
-    self.assertEqual(data.read_text(path), '\n\n'.join(_DOCUMENTS))
-
-  def test_jsonl_skips_blank_lines(self):
-    path = self.file('a.jsonl', '{"text": "a"}\n\n  \n{"text": "b"}')
-    self.assertEqual(data.read_text(path), 'a\n\nb')
-
-  def test_jsonl_with_carriage_returns(self):
-    path = self.file('a.jsonl', '{"text": "a"}\r\n{"text": "b"}\r\n')
-    self.assertEqual(data.read_text(path), 'a\n\nb')
-
-  @parameterized.parameters('\u2028', '\u2029', '\x85')
-  def test_jsonl_strings_may_hold_unicode_line_ends(self, end):
-    # JSON asks for escapes below U+0020 only; these are common in web text.
-    path = self.jsonl([f'one{end}line', 'two'], ensure_ascii=False)
-    self.assertEqual(data.read_text(path), f'one{end}line\n\ntwo')
-
-  def test_pydoc(self):
-    text = data.read_text('pydoc')
-    self.assertGreater(len(text), 100_000)
-    self.assertEqual(data.read_text('pydoc'), text)
-    self.assertIn('The "yield" statement', text)
-
-  def test_pydoc_is_the_same_in_another_process(self):
-    # Hashes of strings differ there; the order of topics must not.
-    code = (
-      'import hashlib; from ffp_jax import data; '
-      'print(hashlib.sha256(data.read_text("pydoc").encode()).hexdigest())'
-    )
-    root = pathlib.Path(__file__).parents[1]
-    seen = {
-      subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=root,
-        env=os.environ | {'PYTHONHASHSEED': seed},
-        capture_output=True,
-        check=True,
-        text=True,
-      ).stdout
-      for seed in ('1', '2')
-    }
-    self.assertLen(seen, 1)
-
-  @parameterized.parameters('.txt', '.jsonl', '.parquet')
-  def test_missing(self, suffix):
-    path = str(self.folder / f'none{suffix}')
-    self.assert_refused(lambda: data.read_text(path), path)
-
-  @parameterized.parameters(
-    ('a.txt', ''), ('a.txt', ' \n\t\n'), ('a.jsonl', ''), ('a.jsonl', '\n\n'),
-    ('a.jsonl', '{"text": ""}'),
-  )  # fmt: skip
-  def test_empty(self, name, text):
-    path = self.file(name, text)
-    self.assert_refused(lambda: data.read_text(path), path, 'empty')
-
-  def test_empty_parquet(self):
-    path = self.parquet({'text': pyarrow.array([], pyarrow.string())})
-    self.assert_refused(lambda: data.read_text(path), path, 'empty')
-
-  @parameterized.parameters('a.txt', 'a.jsonl', 'a.parquet')
-  def test_binary(self, name):
-    path = self.file(name, bytes(range(256)) * 8)
-    self.assert_refused(lambda: data.read_text(path), path)
-
-  @parameterized.parameters(
-    'no json', '{"text": "a"}\n{"text": ', '{"content": "a"}', '["text"]',
-    '"text"', '{"text": 3}', '{"text": null}', '7',
-  )  # fmt: skip
-  def test_jsonl_without_text(self, content):
-    path = self.file('a.jsonl', content)
-    self.assert_refused(lambda: data.read_text(path), path)
-
-  @parameterized.parameters(
-    {'content': ['a']}, {'text': [1, 2]}, {'text': ['a', None]}
-  )
-  def test_parquet_without_text(self, **columns):
-    path = self.parquet(columns)
-    self.assert_refused(lambda: data.read_text(path), path)
-
-  @parameterized.parameters('a.csv', 'a', 'a.txt.gz', 'wikitext', '', '.txt')
-  def test_unknown_suffix(self, name):
-    self.assert_refused(
-      lambda: data.read_text(name), repr(name), 'pydoc', '.txt', '.parquet'
-    )
-
-  def test_directory(self):
-    (self.folder / 'a.txt').mkdir()
-    path = str(self.folder / 'a.txt')
-    self.assert_refused(lambda: data.read_text(path), path)
 
 
 class WindowsTest(parameterized.TestCase):
@@ -162,7 +17,60 @@ class WindowsTest(parameterized.TestCase):
       self.assertEqual(got.flatten().tolist(), list(range(count * context)))
 
 
-class SplitTest(_TestCase):
+class OverlappingTest(parameterized.TestCase):
+  def spelled_out(self, length, context, stride):
+    """(tokens, position, what came before in the window) of all scored."""
+    tokens = np.arange(100, 100 + length)
+    windows, spans = data.overlapping(tokens, context, stride)
+    self.assertEqual(windows.dtype, np.int32)
+    self.assertEqual(windows.shape, (len(spans), context))
+    return windows, [
+      (window[at], at)
+      for window, (first, end) in zip(windows, spans, strict=True)
+      for at in range(first, end)
+    ]
+
+  @parameterized.parameters(
+    *((n, 8, stride) for n in (2, 7, 8, 9, 16, 23, 24, 25)
+      for stride in (1, 3, 4, 7)),
+  )  # fmt: skip
+  def test_each_token_is_scored_once_with_its_context(
+    self, length, context, stride
+  ):
+    windows, scored = self.spelled_out(length, context, stride)
+    self.assertEqual([t for t, _ in scored], list(range(101, 100 + length)))
+    for token, at in scored:
+      self.assertGreaterEqual(at, min(context - stride, token - 100))
+    # What a window shows of the text is the text.
+    for i, window in enumerate(windows):
+      text = range(100 + i * stride, min(100 + i * stride + 8, 100 + length))
+      self.assertEqual(window[: len(text)].tolist(), list(text))
+      self.assertFalse(window[len(text) :].any())
+
+  @parameterized.parameters(
+    (2, 1), (8, 1), (9, 2), (12, 2), (13, 3), (16, 3), (17, 4)
+  )
+  def test_no_window_more_than_needed(self, length, count):
+    windows, _ = self.spelled_out(length, 8, 4)
+    self.assertLen(windows, count)
+
+  @parameterized.parameters((16, 2), (20, 3), (17, 3), (5, 1))
+  def test_stride_of_a_window_leaves_out_the_first_of_each(self, length, count):
+    windows, scored = self.spelled_out(length, 8, 8)
+    self.assertLen(windows, count)
+    expected = [100 + i for i in range(length) if i % 8]
+    self.assertEqual([t for t, _ in scored], expected)
+
+  @parameterized.parameters(0, 1)
+  def test_too_few_tokens_score_nothing(self, length):
+    self.assertEqual(self.spelled_out(length, 8, 4)[1], [])
+
+  def test_windows_are_no_copies(self):
+    windows, _ = data.overlapping(np.arange(2**20), 2**16, 1)
+    self.assertEqual(windows.strides, (4, 4))
+
+
+class SplitTest(parameterized.TestCase):
   def split(self, windows=30, seed=0, **sizes):
     all_WxT = data.windows(np.arange(windows * 4), 4)
     return data.split(all_WxT, seed=seed, **(_SIZES | sizes))
@@ -216,9 +124,10 @@ class SplitTest(_TestCase):
 
   @parameterized.parameters(17, 1, 0)
   def test_too_few_windows(self, windows):
-    self.assert_refused(
-      lambda: self.split(windows), f'{windows} windows', '4', '18', 'context'
-    )
+    with self.assertRaisesRegex(
+      RequestError, rf'\A.* {windows} windows of 4 .* 18; [^\n]*context.*\Z'
+    ):
+      self.split(windows)
 
 
 if __name__ == '__main__':

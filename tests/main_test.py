@@ -137,10 +137,11 @@ class RunTest(_TestCase):
     written = json.loads(out.read_text())
     self.assertEqual(json.loads(done.stdout), written)
     self.assertEqual(written['model'], str(workdir / 'pruned'))
-    self.assertEqual(written['text'], str(text))
-    self.assertEqual(written['context'], 32)
-    self.assertEqual(written['windows'], 7)
-    self.assertEqual(written['tokens'], 7 * 31)
+    protocol = written['protocol']
+    self.assertEqual(protocol['text'], str(text))
+    self.assertEqual(protocol['context'], 32)
+    self.assertEqual(protocol['windows'], 7)
+    self.assertEqual(protocol['tokens'], 7 * 31)
     self.assertGreater(written['ppl'], 1.0)
 
 

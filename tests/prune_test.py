@@ -172,11 +172,19 @@ class FinishedTest(_TestCase):
     for name in _MODELS:
       self.assertBetween(results[name]['ppl'], 1.0, np.inf)
     self.assertLen({results[name]['ppl'] for name in _MODELS}, len(_MODELS))
-    self.assertEqual(results['protocol']['text'], str(_text()))
-    self.assertIn('held-out', results['protocol']['split'])
-    self.assertEqual(results['protocol']['context'], 32)
-    self.assertEqual(results['protocol']['windows'], 5)
-    self.assertEqual(results['protocol']['tokens'], 5 * 31)
+    self.assertEqual(
+      results['protocol'],
+      {
+        'name': 'gptq',
+        'text': str(_text()),
+        'split': 'held-out (end of the text)',
+        'context': 32,
+        'stride': 32,
+        'bos': False,
+        'windows': 5,
+        'tokens': 5 * 31,
+      },
+    )
     self.assertEqual(results['candidates_evaluated'], _STEPS * 2)
     self.assertEqual(results['compilations'], 1)
     allocation = _read(workdir / 'allocation.json')
@@ -205,12 +213,14 @@ class FinishedTest(_TestCase):
     directory = workdir / folder if folder == 'pruned' else _model()
     tokens = evaluate.tokenize(directory, _text().read_text())
     np.testing.assert_array_equal(
-      tokens, evaluate.tokenize(_model(), _text().read_text())
+      tokens.ids, evaluate.tokenize(_model(), _text().read_text()).ids
     )
-    held = data.windows(tokens, 32)[-5:].reshape(-1)
+    held = data.windows(tokens.ids, 32)[-5:].reshape(-1)
+    held = tokens._replace(ids=held)
     with mock.patch.object(evaluate, 'tokenize', return_value=held):
       got = evaluate.evaluate(str(directory), str(_text()), context=32)
-    self.assertEqual(got['tokens'], results['protocol']['tokens'])
+    expected = results['protocol'] | {'split': 'all of the text'}
+    self.assertEqual(got['protocol'], expected)
     expected = results[name]['ppl']
     self.assertLess(abs(got['ppl'] / expected - 1), 1e-5)
 

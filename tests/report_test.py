@@ -59,7 +59,10 @@ def _results(**changes):
     'protocol': {
       'text': 'pydoc',
       'split': 'held-out (end of the text)',
+      'name': 'gptq',
       'context': 512,
+      'stride': 512,
+      'bos': False,
       'windows': 32,
       'tokens': 16352,
     },
@@ -286,8 +289,8 @@ class WriteTest(_Folder):
       '| dense | 16.58 | 1.00 |',
       '| uniform + calibration | 21.03 | 1.27 |',
       '| searched + calibration | 19.65 | 1.19 |',
-      'Text: pydoc; split: held-out (end of the text); 32 windows of 512 '
-      'tokens, 16,352 tokens scored.',
+      'Text: pydoc; split: held-out (end of the text); protocol: gptq, stride '
+      '512, no BOS; 32 windows of 512 tokens, 16,352 tokens scored.',
       '| reward | 512 | 12,264 | 15.00 | 20.00 | 0.750 |',
       '| held-out | 512 | 16,352 | 16.58 | 21.25 | 0.780 |',
       'Sparsity 20.000% asked, 19.998% achieved',
@@ -378,7 +381,10 @@ class SummaryTest(absltest.TestCase):
     protocol = {
       'text': '/a/long/path' * 20 + '/wiki.txt',
       'split': 'held-out (end of the text)',
+      'name': 'sliding',
       'context': 131072,
+      'stride': 131072,
+      'bos': True,
       'windows': 99999,
       'tokens': large,
     }

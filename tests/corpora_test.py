@@ -1,0 +1,287 @@
+import gzip
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+from absl.testing import absltest, parameterized
+from huggingface_hub import errors
+
+from ffp_jax import corpora
+from ffp_jax.config import RequestError
+
+_ROWS = ('', ' = A title = \n', '', ' Some words . \n')
+
+
+class _TestCase(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+  def file(self, name, content) -> str:
+    path = self.folder / name
+    path.write_text(content, encoding='utf-8', newline='')
+    return str(path)
+
+  def assert_refused(self, source, *words):
+    """RequestError of one line, with every word in it."""
+    with self.assertRaises(RequestError) as caught:
+      corpora.read(source)
+    message = str(caught.exception)
+    self.assertStartsWith(message, 'data: ')
+    self.assertNotIn('\n', message)
+    for word in words:
+      self.assertIn(word, message)
+
+
+class BuiltInTest(_TestCase):
+  def test_pydoc(self):
+    text = corpora.read('pydoc')
+    self.assertGreater(len(text.content), 100_000)
+    self.assertEqual(corpora.read('pydoc'), text)
+    self.assertIn('The "yield" statement', text.content)
+    self.assertEqual(text[1:], ('pydoc', 'the text', None))
+
+  def test_pydoc_is_the_same_in_another_process(self):
+    # Hashes of strings differ there; the order of topics must not.
+    code = (
+      'import hashlib; from ffp_jax import corpora; '
+      'text = corpora.read("pydoc").content; '
+      'print(hashlib.sha256(text.encode()).hexdigest())'
+    )
+    root = pathlib.Path(__file__).parents[1]
+    seen = {
+      subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=root,
+        env=os.environ | {'PYTHONHASHSEED': seed},
+        capture_output=True,
+        check=True,
+        text=True,
+      ).stdout
+      for seed in ('1', '2')
+    }
+    self.assertLen(seen, 1)
+
+
+class FilesTest(_TestCase):
+  def test_documents_are_joined_by_blank_lines(self):
+    path = self.file('a.jsonl', '{"text": "a\\n"}\n{"text": ""}\n{"text": "b"}')
+    text = corpora.read(path)
+    self.assertEqual(text, ('a\n\n\n\n\nb', path, 'the text', None))
+
+  def test_directory(self):
+    self.file('c.txt', 'c1\nc2')
+    self.file('a.jsonl', '{"text": "a"}\n{"text": "b"}')
+    self.file('empty.txt', '')
+    self.file('notes.md', 'no')
+    text = corpora.read(str(self.folder))
+    self.assertEqual(text.content, 'a\n\nb\n\nc1\nc2')
+    self.assertEqual(text.name, str(self.folder))
+
+  def test_home(self):
+    self.file('a.txt', 'a')
+    with mock.patch.dict(os.environ, {'HOME': str(self.folder)}):
+      self.assertEqual(corpora.read('~/a.txt').content, 'a')
+
+  def test_a_corpus_name_is_never_a_directory(self):
+    (self.folder / 'c4').mkdir()
+    self.file('c4/a.txt', 'a')
+    before = pathlib.Path.cwd()
+    os.chdir(self.folder)
+    self.addCleanup(os.chdir, before)
+    self.assertEqual(corpora.read('./c4').content, 'a')
+    self.assert_refused('c4:test', "no split 'test', only train, validation")
+
+  @parameterized.parameters('', ' \n\t\n', '\ufeff')
+  def test_empty(self, content):
+    for name in ('a.txt', 'a.jsonl') if content != '\ufeff' else ('a.txt',):
+      path = self.file(name, content)
+      self.assert_refused(path, path, 'is empty')
+    self.assert_refused(str(self.folder), 'is empty')
+
+  @parameterized.parameters('a.parquet', 'a.arrow', 'a.jsonl.gz')
+  def test_empty_file_of_other_formats(self, name):
+    path = self.file(name, '')
+    self.assert_refused(path, path, 'is empty')
+
+  @parameterized.parameters(
+    'a.csv', 'a', 'a.txt.gz', 'wikitext', 'Wikitext2', '', '.txt', 'pydoc:x'
+  )
+  def test_neither_name_nor_format(self, name):
+    self.assert_refused(name, repr(name), 'pydoc, wikitext2, ptb, c4', '.arrow')
+
+  @parameterized.parameters('.txt', '.jsonl', '.parquet', '.arrow', '.json.gz')
+  def test_missing(self, suffix):
+    path = str(self.folder / f'none{suffix}')
+    self.assert_refused(path, f'no file {path!r}', 'check the path')
+
+
+class CutTest(_TestCase):
+  """A text is cut at a number of bytes, whatever its format."""
+
+  documents = ('first words', 'ñandú 日本語 👍', '', 'the last words')
+
+  @parameterized.parameters('txt', 'jsonl', 'parquet', 'directory')
+  def test_cut(self, kind):
+    if kind == 'parquet':
+      path = self.folder / 'a.parquet'
+      table = pyarrow.table({'text': list(self.documents)})
+      pyarrow.parquet.write_table(table, path)
+    elif kind == 'jsonl':
+      lines = (
+        json.dumps({'text': x}, ensure_ascii=False) for x in self.documents
+      )
+      path = self.file('a.jsonl', '\n'.join(lines))
+    elif kind == 'txt':
+      path = self.file('a.txt', '\n\n'.join(self.documents))
+    else:
+      self.file('a.txt', '\n\n'.join(self.documents[:2]))
+      path = self.file('b.txt', '\n\n' + self.documents[3])
+      path = self.folder
+    whole = '\n\n'.join(self.documents)
+    size = len(whole.encode())
+    for limit in range(40, size + 5):
+      got = corpora.read(str(path), limit=limit)
+      self.assertEqual(
+        got.content, whole.encode()[:limit].decode(errors='ignore')
+      )
+      cut = limit < size
+      self.assertEqual(got.extent != 'the text', cut)
+
+  def test_says_so(self):
+    path = self.file('a.txt', 'some words ' * 200_000)
+    with self.assertLogs('absl', 'WARNING') as logs:
+      text = corpora.read(path, limit=1_500_000)
+    self.assertEqual(text.extent, 'the first 1.5 MB')
+    self.assertLen(logs.output, 1)
+    for word in (path, '1,500,000 bytes'):
+      self.assertIn(word, logs.output[0])
+    with self.assertNoLogs('absl', 'WARNING'):
+      corpora.read(path)
+
+
+class HubTest(_TestCase):
+  """Corpora by name, with a hub of real files under `folder`."""
+
+  def setUp(self):
+    super().setUp()
+    self.asked = []
+    self.enterContext(
+      mock.patch.object(huggingface_hub, 'hf_hub_download', self.download)
+    )
+
+  def download(self, repository, file, *, repo_type, revision):
+    self.assertEqual(repo_type, 'dataset')
+    self.asked.append((repository, revision, file))
+    path = self.folder / file
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      if path.suffix == '.gz':
+        with gzip.open(path, 'wt') as out:
+          for i in range(1500):
+            print(json.dumps({'text': f'd{i}\n', 'url': ''}), file=out)
+      else:
+        field = 'sentence' if 'treebank' in file else 'text'
+        rows = (file.split('/')[1], *_ROWS)
+        table = pyarrow.table({field: rows})
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    return str(path)
+
+  @parameterized.parameters(
+    ('wikitext2', 'train'), ('wikitext2:test', 'test'),
+    ('wikitext2:validation', 'validation'),
+  )  # fmt: skip
+  def test_wikitext2(self, source, split):
+    text = corpora.read(source)
+    file = f'{split}-00000-of-00001.parquet'
+    # Empty rows count.
+    self.assertEqual(text.content, '\n\n'.join([file, *_ROWS]))
+    self.assertEqual(text[1:], (f'wikitext2:{split}', 'the text', None))
+    self.assertEqual(
+      self.asked, [('Salesforce/wikitext', None, f'wikitext-2-raw-v1/{file}')]
+    )
+
+  @parameterized.parameters(('ptb', 'train'), ('ptb:test', 'test'))
+  def test_ptb(self, source, split):
+    text = corpora.read(source)
+    self.assertEqual(text.content, ' '.join([split, *_ROWS]))
+    self.assertEqual(text[1:], (f'ptb:{split}', 'the text', None))
+    file = f'penn_treebank/{split}/0000.parquet'
+    self.assertEqual(
+      self.asked,
+      [('ptb-text-only/ptb_text_only', 'refs/convert/parquet', file)],
+    )
+
+  def test_c4(self):
+    train, validation = (corpora.read(x) for x in ('c4', 'c4:validation'))
+    every = [f'd{i}\n' for i in range(1500)]
+    self.assertEqual(train.content, ' '.join(every))
+    self.assertEqual(train[1:], ('c4:train', 'the text', None))
+    self.assertEqual(validation.content, ' '.join(every[:1100]))
+    self.assertEqual(validation[1:], ('c4:validation', 'the text', 256))
+    self.assertEqual(
+      self.asked,
+      [
+        ('allenai/c4', None, 'en/c4-train.00000-of-01024.json.gz'),
+        ('allenai/c4', None, 'en/c4-validation.00000-of-00008.json.gz'),
+      ],
+    )
+
+  @parameterized.parameters(
+    ('wikitext2', 'test'), ('ptb', 'test'), ('c4', 'validation')
+  )
+  def test_the_split_that_papers_report(self, name, split):
+    text = corpora.read(name, report=True)
+    self.assertEqual(text.name, f'{name}:{split}')
+    self.assertEqual(text, corpora.read(f'{name}:{split}'))
+    self.assertEqual(
+      corpora.read(f'{name}:train', report=True), corpora.read(name)
+    )
+
+  def test_cut(self):
+    text = corpora.read('ptb', limit=12)
+    self.assertEqual(text.content, 'train   = A ')
+
+  def test_no_such_split(self):
+    self.assert_refused(
+      'wikitext2:tset', "no split 'tset'", 'train, validation, test'
+    )
+    self.assertEmpty(self.asked)
+
+  @parameterized.parameters(
+    errors.LocalEntryNotFoundError('no\nnetwork'),
+    errors.OfflineModeIsEnabled('offline'),
+    OSError('disk full'),
+    RuntimeError('of the HTTP library'),
+  )
+  def test_not_reachable(self, error):
+    with mock.patch.object(
+      huggingface_hub, 'hf_hub_download', side_effect=error
+    ):
+      self.assert_refused(
+        'c4', "'c4'", 'allenai/c4', type(error).__name__, 'give a local file'
+      )
+
+
+class OfflineTest(_TestCase):
+  @parameterized.parameters('wikitext2', 'ptb:test', 'c4')
+  def test_one_line(self, source):
+    offline = mock.patch.object(
+      huggingface_hub.constants, 'HF_HUB_OFFLINE', True
+    )
+    empty = mock.patch.object(
+      huggingface_hub.constants, 'HF_HUB_CACHE', str(self.folder)
+    )
+    with offline, empty:
+      self.assert_refused(source, 'not to be had from the hub', 'local file')
+
+
+if __name__ == '__main__':
+  absltest.main()
