@@ -116,34 +116,6 @@ def constrain(x, *axes):
   return jax.lax.with_sharding_constraint(x, layout)
 
 
-def side_by_side(f, xs, *, block: int):
-  """`f` of every x, so many at once, split over the mesh's candidates.
-
-  Args:
-    f: of one x.
-    xs: array [N, ...].
-    block: how many each part of the mesh takes at once; the next smaller
-      divisor of N if N isn't a multiple.
-
-  Returns:
-    Results stacked, [N, ...] each.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  parts = 1 if mesh.empty else mesh.shape['candidates']
-  count = len(xs)
-  once = max(
-    n for n in range(1, count + 1) if count % n == 0 and n <= block * parts
-  )
-  axis = 'candidates' if parts > 1 and once % parts == 0 else None
-  at_once = jax.vmap(f, spmd_axis_name=axis)
-  blocks = xs.reshape(count // once, once, *xs.shape[1:])
-  inner = (None,) * (xs.ndim - 1)
-  out = jax.lax.map(
-    lambda x: at_once(constrain(x, 'candidates', *inner)), blocks
-  )
-  return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), out)
-
-
 def of_params(shapes, mesh: Mesh | None = None):
   """The sharding of every parameter.
 
@@ -194,26 +166,6 @@ def side_by_side(f, xs, *, block: int):
     lambda x: at_once(constrain(x, 'candidates', *inner)), blocks
   )
   return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), out)
-
-
-def of_params(shapes, mesh: Mesh):
-  """The sharding of every parameter.
-
-  Args:
-    shapes: the parameters, or their `jax.ShapeDtypeStruct`s, nested.
-    mesh: from `make_mesh`.
-
-  Returns:
-    `NamedSharding`s, nested alike.
-  """
-
-  def one(path, leaf):
-    *_, module, name = (key.key for key in path)
-    axes = _PARAMS.get(f'{module}/{name}', (None,) * leaf.ndim)
-    axes = (None,) * (leaf.ndim - len(axes)) + axes
-    return NamedSharding(mesh, spec(leaf.shape, axes, mesh.shape))
-
-  return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def fetch(x) -> np.ndarray:

@@ -141,6 +141,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     'budget.sparsity': 0.25,
     'budget.round_ffn': 2,
     'search.context': 16,
+    'mesh.tensor': 1,
     'search.steps': (2, 4),
     'search.rows': (1, 1),
     'policy.hidden': (8,),
