@@ -54,7 +54,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.rows = (2, 2)  # of search.context tokens, a candidate
   config.search.context = 256  # short: attention is cheaper
   config.search.candidates = 2  # even
-  config.search.block = 1  # candidates scored at once
+  config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.05  # units around a cut, share of the module
   config.search.reward = 'ratio'  # or 'log_ratio'
   config.search.lowest_ratio = 0.1
@@ -107,7 +107,6 @@ _POSITIVE = (
   'budget.round_ffn',
   'budget.round_heads',
   'search.candidates',
-  'search.block',
   'search.remember',
   'policy.std',
   'policy.learning_rate',
@@ -162,6 +161,8 @@ def _validate_search(config):
     raise RequestError(
       f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'
     )
+  if search.block < 0:
+    raise RequestError('search.block: must be positive, or 0 for what fits')
   if search.candidates % 2:
     raise RequestError('search.candidates: must be even (antithetic pairs)')
   if config.text.context % search.context:

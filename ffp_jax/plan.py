@@ -7,46 +7,28 @@ Compiles the search step and the calibration of one layer ahead of time, for
 as many virtual devices, and asks the compiler what memory they take.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import calibrate, evaluate, hf, hub, loss, masks, search, sharding
+from ffp_jax import (
+  allocate,
+  calibrate,
+  evaluate,
+  hf,
+  hub,
+  loss,
+  masks,
+  memory,
+  search,
+  sharding,
+)
 from ffp_jax import config as config_lib
 from ffp_jax import sites as sites_lib
 
 _GIB = 2**30
-
-
-class Memory(NamedTuple):
-  """Bytes on one device while a compiled function runs."""
-
-  arguments: int
-  temporary: int
-  output: int
-
-  @property
-  def total(self) -> int:
-    return sum(self)
-
-
-def memory(function, *args, **kwargs) -> Memory:
-  """What a jitted function takes, compiled and not run.
-
-  Args:
-    function: jitted.
-    *args, **kwargs: arrays, or `jax.ShapeDtypeStruct`s with shardings.
-  """
-  stats = function.lower(*args, **kwargs).compile().memory_analysis()
-  return Memory(
-    stats.argument_size_in_bytes,
-    stats.temp_size_in_bytes,
-    stats.output_size_in_bytes - stats.alias_size_in_bytes,
-  )
 
 
 def abstract_params(model, dtype, mesh):
@@ -59,7 +41,7 @@ def abstract_params(model, dtype, mesh):
   )
 
 
-def search_memory(config, model, params) -> Memory:
+def search_memory(config, model, params) -> memory.Memory:
   """Of the step of the curriculum's stage with the most rows."""
   sites = sites_lib.sites(
     model,
@@ -73,24 +55,28 @@ def search_memory(config, model, params) -> Memory:
   net, optim = search.network(config, sites)
   apply = evaluate.apply_of(model, remat=config.search.remat)
   step = search.make_step(
-    net, optim, lambda p, t, m: loss.nll(apply, p, t, m), config
+    net,
+    optim,
+    lambda p, t, m: loss.nll(apply, p, t, m),
+    config,
+    config.search.block or 1,
   )
   first = search.prior(sites, config.search.attention_prior)
   state = search.init(
     jax.random.key(0), net, optim, first, remember=config.search.remember
   )
   rows = max(config.search.rows)
-  return memory(
+  return memory.needs(
     step,
     state,
     params,
     np.zeros((rows, config.search.context), np.int32),
-    search.target(sites, config.budget.sparsity),
-    search.modules(sites, rank),
+    allocate.target(sites, config.budget.sparsity),
+    allocate.modules(sites, rank),
   )
 
 
-def calibration_memory(config, model, params) -> Memory:
+def calibration_memory(config, model, params) -> memory.Memory:
   """Of one layer: its weights, and the residual streams of all windows."""
   text = config.text
   windows = text.calibration_windows + text.validation_windows
@@ -106,7 +92,7 @@ def calibration_memory(config, model, params) -> Memory:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
 
   keep = jnp.ones(model.groups), jnp.ones(model.ffn)
-  return memory(
+  return memory.needs(
     calibrate._layer,
     jax.tree.map(of_layer, params['stack']),
     streams,

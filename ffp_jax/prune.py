@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ffp_jax import calibrate as ridge
 from ffp_jax import (
+  allocate,
   checkpoint,
   corpora,
   curriculum,
@@ -26,6 +26,7 @@ from ffp_jax import (
   sharding,
   signals,
 )
+from ffp_jax import calibrate as ridge
 from ffp_jax import config as config_lib
 from ffp_jax import masks as masks_lib
 from ffp_jax import sites as sites_lib
@@ -181,7 +182,7 @@ def resume(first, book) -> search.SearchState:
   return first if state is None else state
 
 
-def rank_units(config, job, params) -> search.Modules:
+def rank_units(config, job, params) -> allocate.Modules:
   """Scores the units on the calibration text and orders each module's."""
   norms = None
   if importance.NEEDS_NORMS[config.importance]:
@@ -190,7 +191,7 @@ def rank_units(config, job, params) -> search.Modules:
     norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
-  modules = search.modules(job.sites, masks_lib.rank_all(scores))
+  modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
   return jax.block_until_ready(modules)  # for an honest clock
 
 
@@ -221,9 +222,9 @@ def find(config, job, params, modules, state, book):
 
 def rescore(config, job, params, modules, loss, finalists, cost):
   """The finalist with the smallest loss on the whole reward text."""
-  goal = search.target(job.sites, config.budget.sparsity)
+  goal = allocate.target(job.sites, config.budget.sparsity)
   counts = {
-    tuple(allocate(config, row, goal, modules)): row for row in finalists
+    tuple(counts_of(config, row, goal, modules)): row for row in finalists
   }
   tried = [
     Best(
@@ -244,20 +245,20 @@ def rescore(config, job, params, modules, loss, finalists, cost):
   return best, {**cost, 'tokens_evaluated': tokens}
 
 
-_allocate = jax.jit(search.allocate, static_argnames='low')
+_counts_of = jax.jit(allocate.counts_of, static_argnames='low')
 
 
-def allocate(config, priority_S, goal, modules) -> np.ndarray:
+def counts_of(config, priority_S, goal, modules) -> np.ndarray:
   """Priorities to counts at the run's budget."""
   low = config.search.lowest_ratio
-  return np.asarray(_allocate(priority_S, goal, modules, low=low))
+  return np.asarray(_counts_of(priority_S, goal, modules, low=low))
 
 
 def uniform(config, job, modules):
   """Masks of the same budget spread evenly."""
-  goal = search.target(job.sites, config.budget.sparsity)
+  goal = allocate.target(job.sites, config.budget.sparsity)
   even = np.zeros(len(job.sites.units), np.float32)
-  counts = allocate(config, even, goal, modules)
+  counts = counts_of(config, even, goal, modules)
   return masks_lib.from_counts(modules.rank, jnp.array(counts))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax import budget, curriculum, masks, policy
+from ffp_jax import allocate, curriculum, masks, memory, policy
 from ffp_jax.loss import reward as reward_of
 from ffp_jax.model import Masks
 from ffp_jax.sharding import side_by_side
@@ -30,26 +30,6 @@ _UPDATE_KEYS = (
   'value_weight',
   'entropy_weight',
 )
-
-
-class Modules(NamedTuple):
-  """`Sites` as the arrays that run on the device, and the units' ranks."""
-
-  rank: Masks
-  share_S: jax.Array
-  floor_ratio_S: jax.Array
-  units_S: jax.Array
-  cost_S: jax.Array
-  step_S: jax.Array
-  floor_S: jax.Array
-
-
-class Target(NamedTuple):
-  """One sparsity, in the forms that the step needs."""
-
-  sparsity: jax.Array
-  keep: jax.Array  # share of the removable cost
-  limit: jax.Array  # in units of `Sites.scale`, from `budget.wrap`
 
 
 class Memory(NamedTuple):
@@ -67,60 +47,6 @@ class SearchState(NamedTuple):
   key: jax.Array
   step: jax.Array
   memory: Memory
-
-
-def modules(sites: Sites, rank: Masks) -> Modules:
-  """Puts `sites` and the ranks of the units on the device."""
-  removable = sites.units * sites.unit_cost
-  return Modules(
-    rank=rank,
-    share_S=jnp.asarray(removable / removable.sum(), jnp.float32),
-    floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
-    units_S=jnp.asarray(sites.units, jnp.int32),
-    cost_S=jnp.asarray(budget.wrap(sites.unit_cost // sites.scale)),
-    step_S=jnp.asarray(sites.step, jnp.int32),
-    floor_S=jnp.asarray(sites.floor, jnp.int32),
-  )
-
-
-def target(sites: Sites, sparsity: float) -> Target:
-  """The budget of a sparsity."""
-  limit = sites.limit(sparsity) - sites.fixed
-  removable = sites.total - sites.fixed
-  return Target(
-    jnp.float32(sparsity),
-    jnp.float32(limit / removable),
-    jnp.asarray(budget.wrap(limit // sites.scale)),
-  )
-
-
-def allocate(priority_S, target: Target, modules: Modules, *, low):
-  """Priorities to counts [S], the budget met."""
-  ratio_S = project(priority_S, target, modules, low=low)
-  return counts(ratio_S, target, modules)
-
-
-def project(priority_S, target: Target, modules: Modules, *, low):
-  """`budget.project` on these modules."""
-  return budget.project(
-    priority_S,
-    target.keep,
-    share_S=modules.share_S,
-    floor_S=modules.floor_ratio_S,
-    low=low,
-  )
-
-
-def counts(ratio_S, target: Target, modules: Modules):
-  """`budget.to_counts` on these modules."""
-  return budget.to_counts(
-    ratio_S,
-    target.limit,
-    units_S=modules.units_S,
-    cost_S=modules.cost_S,
-    step_S=modules.step_S,
-    floor_S=modules.floor_S,
-  )
 
 
 def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
@@ -168,9 +94,9 @@ def score(
     (reward, d reward / d priority [S]); zeros where the loss isn't finite.
   """
   ratio_S, pull_back = jax.vjp(
-    lambda p: project(p, target, modules, low=low), priority_S
+    lambda p: allocate.project(p, target, modules, low=low), priority_S
   )
-  count_S = counts(ratio_S, target, modules)
+  count_S = allocate.counts(ratio_S, target, modules)
   nll, gradient = jax.value_and_grad(loss_of)(
     masks.from_counts(modules.rank, count_S)
   )
@@ -243,13 +169,14 @@ def network(config, sites: Sites):
   return policy.Policy(len(sites.units), tuple(c.hidden), c.std), optim
 
 
-def make_step(net, optim, nll: Callable, config) -> Callable:
+def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
   """The jitted search step.
 
   Args:
     net, optim: from `network`.
     nll: (params, tokens [B,T], Masks or None) -> losses [B].
     config: of the run.
+    block: candidates that each part of the mesh scores at once.
 
   Returns:
     (state, model params, tokens [B,T], Target, Modules) ->
@@ -279,7 +206,7 @@ def make_step(net, optim, nll: Callable, config) -> Callable:
         kind=c.reward,
       )
 
-    reward, gradient = side_by_side(score_one, priority, block=c.block)
+    reward, gradient = side_by_side(score_one, priority, block=block)
     batch = policy.Batch(
       priority, noise, policy.log_prob(proposal, priority), reward, gradient
     )
@@ -332,8 +259,12 @@ def run(
     (priorities worth re-scoring [M,S], what the search took).
   """
   net, optim = network(config, sites)
-  step_fn = make_step(net, optim, nll, config)
   plan = curriculum.plan(config)
+  step_fn, made = _step_that_fits(
+    functools.partial(make_step, net, optim, nll, config),
+    config,
+    *(state, model_params, allocate.target(sites, plan[-1].sparsity), modules),
+  )
   total = sum(stage.steps for stage in plan)
   # Before the first line of metrics: where these are, so is a checkpoint.
   saved.begin(int(state.step), state)
@@ -348,7 +279,7 @@ def run(
         forget(state) if starts else state,
         model_params,
         tokens,
-        target(sites, stage.sparsity),
+        allocate.target(sites, stage.sparsity),
         modules,
       )
       line = {
@@ -365,8 +296,21 @@ def run(
       )
       bar.update(1)
       saved.save(step + 1, state)
-  taken = {**cost(config, plan), 'compilations': step_fn._cache_size()}
+  taken = {
+    **cost(config, plan),
+    'compilations': sum(f._cache_size() for f in made),
+  }
   return finalists(state, net, config.budget.sparsity), taken
+
+
+def _step_that_fits(make, config, state, model_params, target, modules):
+  """`memory.halving` with a block that fits, if none is configured."""
+  c = config.search
+  tokens = np.zeros((max(c.rows), c.context), np.int32)
+  block = c.block or memory.fitting(
+    make(1), c.candidates, *(state, model_params, tokens, target, modules)
+  )
+  return memory.halving(make, block)
 
 
 def cost(config, plan) -> dict:

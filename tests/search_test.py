@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import curriculum, loss, masks, search
+from ffp_jax import allocate, curriculum, loss, masks, search
 from ffp_jax import sites as sites_lib
 from ffp_jax.book import Book
 from ffp_jax.config import defaults
@@ -64,7 +64,7 @@ def _rank(config=_WIDE, seed=0):
 
 @functools.cache
 def _modules():
-  return search.modules(_SITES, _rank())
+  return allocate.modules(_SITES, _rank())
 
 
 def _harm(kept_S, xp=np):
@@ -119,8 +119,8 @@ def _run(config, cliff=2.0):
 
 
 def _counts(priority_S, sparsity, low):
-  goal = search.target(_SITES, sparsity)
-  return np.asarray(search.allocate(priority_S, goal, _modules(), low=low))
+  goal = allocate.target(_SITES, sparsity)
+  return np.asarray(allocate.counts_of(priority_S, goal, _modules(), low=low))
 
 
 class CountGradientTest(parameterized.TestCase):
@@ -179,8 +179,8 @@ class AllocateTest(parameterized.TestCase):
       round_ffn=rounds[1],
     )
     source = np.random.default_rng(0)
-    goal = search.target(table, sparsity)
-    modules = search.modules(table, _rank())
+    goal = allocate.target(table, sparsity)
+    modules = allocate.modules(table, _rank())
     for _ in range(3):
       priority_S = np.float32(spread * source.standard_normal(2 * _L))
       count_S = np.asarray(
@@ -201,15 +201,15 @@ class AllocateTest(parameterized.TestCase):
         self.assertEqual(sparsity, 0.0)
 
   def test_equal_priorities_are_uniform(self):
-    goal = search.target(_SITES, 0.25)
+    goal = allocate.target(_SITES, 0.25)
     count_S = _ALLOCATE(jnp.full(2 * _L, 3.0), goal, _modules(), low=0.1)
     np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
 
   def test_projection_meets_the_kept_share(self):
-    goal = search.target(_SITES, 0.3)
+    goal = allocate.target(_SITES, 0.3)
     source = np.random.default_rng(0)
     priority_S = np.float32(2.0 * source.standard_normal(2 * _L))
-    ratio_S = search.project(priority_S, goal, _modules(), low=0.1)
+    ratio_S = allocate.project(priority_S, goal, _modules(), low=0.1)
     kept = np.asarray(ratio_S, np.float64) @ (_SITES.units * _SITES.unit_cost)
     self.assertAlmostEqual(kept / _SITES.total, 0.7, places=5)
     np.testing.assert_array_equal(np.argsort(ratio_S), np.argsort(priority_S))
@@ -217,7 +217,7 @@ class AllocateTest(parameterized.TestCase):
   def test_target_leaves_out_what_cannot_go(self):
     biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
     table = sites_lib.sites(biased, round_heads=1, round_ffn=1)
-    goal = search.target(table, 0.5)
+    goal = allocate.target(table, 0.5)
     limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
     self.assertGreater(table.fixed, 0)
@@ -225,7 +225,7 @@ class AllocateTest(parameterized.TestCase):
     self.assertEqual(goal.limit, limit // table.scale)
 
 
-_ALLOCATE = jax.jit(search.allocate, static_argnames='low')
+_ALLOCATE = jax.jit(allocate.counts_of, static_argnames='low')
 
 
 @functools.partial(jax.jit, static_argnames=('kind', 'steep'))
@@ -244,7 +244,7 @@ def _score_at(priority_S, factor, target, modules, kind, steep):
 
 def _score(priority_S, factor=1.0, kind='ratio', steep=False):
   """(reward, gradient) of `factor` times the synthetic loss."""
-  goal = search.target(_SITES, 0.4)
+  goal = allocate.target(_SITES, 0.4)
   return _score_at(
     np.float32(priority_S), factor, goal, _modules(), kind, steep
   )
@@ -477,18 +477,18 @@ class ModelSearchTest(absltest.TestCase):
       return loss.nll(apply, params, tokens, masks)
 
     table = sites_lib.sites(_TINY, round_heads=1, round_ffn=1)
-    modules = search.modules(table, _rank(_TINY))
-    goal = search.target(table, 0.3)
+    modules = allocate.modules(table, _rank(_TINY))
+    goal = allocate.target(table, 0.3)
     net, optim = search.network(config, table)
     state = search.init(
       jax.random.key(0), net, optim, search.prior(table, 0.0), remember=2
     )
     tokens = _own_tokens(lambda t: apply(params, t, None), 4, 16)
-    step = search.make_step(net, optim, nll, config)
+    step = search.make_step(net, optim, nll, config, block=1)
 
     @jax.jit
     def reward(priority_S):
-      count_S = search.allocate(priority_S, goal, modules, low=0.1)
+      count_S = allocate.counts_of(priority_S, goal, modules, low=0.1)
       keep = masks.from_counts(modules.rank, count_S)
       pruned = nll(params, tokens, keep).mean()
       return jnp.exp(nll(params, tokens, None).mean() - pruned)

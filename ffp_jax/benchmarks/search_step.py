@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import evaluate, files, hf, hub, masks, search, sites
+from ffp_jax import allocate, evaluate, files, hf, hub, masks, search, sites
 from ffp_jax.config import defaults
 from ffp_jax.loss import nll
 
@@ -46,8 +46,8 @@ def search_steps(config, job_sites, model, params, tokens):
     jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
     jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
   )
-  modules = search.modules(job_sites, rank)
-  goal = search.target(job_sites, config.budget.sparsity)
+  modules = allocate.modules(job_sites, rank)
+  goal = allocate.target(job_sites, config.budget.sparsity)
   net, optim = search.network(config, job_sites)
   prior = search.prior(job_sites, config.search.attention_prior)
 
@@ -60,7 +60,7 @@ def search_steps(config, job_sites, model, params, tokens):
     return sum(jnp.mean(x) for x in masks) * jnp.ones(len(tokens))
 
   def stepper(loss):
-    step = search.make_step(net, optim, loss, config)
+    step = search.make_step(net, optim, loss, config, block=1)
     key = jax.random.key(0)
     holder = [
       search.init(key, net, optim, prior, remember=config.search.remember)
