@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
+import jax
 import numpy as np
 
 from ffp_jax import files, hf
@@ -48,7 +49,8 @@ def slice_params(params, config: ModelConfig, keep: Masks):
     (params of the sliced decoder, its `ModelConfig`).
   """
   kept = Masks(*(fetch(mask) > 0 for mask in keep))
-  small = {name: tree for name, tree in params.items() if name != 'stack'}
+  ends = {name: tree for name, tree in params.items() if name != 'stack'}
+  small = jax.tree.map(fetch, ends)
   for i in range(config.layers):
     units = {'attention': kept.attention[i], 'ffn': kept.ffn[i]}
     small[f'layer_{i}'] = {
