@@ -33,7 +33,7 @@ class Fields:
 
   def integer(self, key: str) -> int:
     value = self._value(key, int, 'a positive integer')
-    if value < 1:
+    if not 1 <= value < 2**31:
       raise self.error(f'{key} must be a positive integer, found {value}')
     return value
 

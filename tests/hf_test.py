@@ -313,6 +313,7 @@ class ConfigErrorTest(_TestCase):
     ('boolean', 'llama_grouped', {'num_hidden_layers': True}, 'True'),
     ('null', 'llama_grouped', {'intermediate_size': None}, 'None'),
     ('list', 'opt_pre_norm', {'hidden_size': [48]}, '[48]'),
+    ('huge', 'opt_pre_norm', {'vocab_size': 2**31}, 'vocab_size'),
     ('no_flag', 'llama_grouped', {'attention_bias': 'no'}, "'no'"),
     ('flag_is_number', 'opt_pre_norm', {'enable_bias': 1}, 'enable_bias'),
     ('epsilon', 'llama_grouped', {'rms_norm_eps': -1e-5}, 'rms_norm_eps'),
