@@ -12,7 +12,6 @@ from ffp_jax.config import RequestError
 
 _FIELDS = ('text', 'sentence')  # the first that is there
 _ROWS = 64  # of a columnar file, in memory at once
-_BUFFER = 1 << 20  # bytes, of a parquet column
 
 
 def _field(names, where) -> str:
@@ -80,7 +79,7 @@ def _json_lines(path, limit):
 def _parquet(path, limit):
   import pyarrow.parquet  # heavy, and only here
 
-  with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+  with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
     field = _field(file.schema_arrow.names, path)
     for batch in file.iter_batches(_ROWS, columns=[field]):
       yield from (value.as_py() for value in batch.column(0))

@@ -221,6 +221,15 @@ class ProtocolTest(parameterized.TestCase):
       expected = windows * (31 if protocol == 'gptq' else 32)
       self.assertEqual(used['tokens'], expected - (protocol == 'sliding'))
 
+  def test_bos_that_the_tokenizer_does_not_add(self):
+    tokens = evaluate.tokenize(_model(), _text().read_text())
+    for bos, expected in (_BOS, False), (int(tokens.ids[0]), True):
+      with mock.patch.object(
+        evaluate, 'tokenize', return_value=tokens._replace(bos=bos)
+      ):
+        got = _evaluate(_model(), max_windows=1)
+      self.assertEqual(got['protocol']['bos'], expected)
+
   def test_dtype(self):
     exact, rough = (
       _evaluate(_model(), max_windows=3, dtype=x)
