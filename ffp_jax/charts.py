@@ -102,6 +102,7 @@ def frontier(points: list[Point]) -> str:
   return _svg(
     'Perplexity against parameters; all of it is in the table that follows.',
     parts,
+    top=_TOP - 22,  # there is no legend
   )
 
 
@@ -161,8 +162,8 @@ def _text(left, top, text, anchor):
   return f'<text x="{left}" y="{top}" text-anchor="{anchor}">{text}</text>'
 
 
-def _svg(label, parts):
+def _svg(label, parts, top=0):
   return (
-    f'<svg role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+    f'<svg role="img" viewBox="0 {top} {_WIDTH} {_HEIGHT - top}" '
     f'aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
   )

@@ -172,7 +172,7 @@ def _allocation(allocation):
   yield Text(
     'An attention group is one key/value head with its query heads. Layer 0 '
     f'is next to the input. A uniform allocation would keep about {even:.1%} '
-    'everywhere; the stronger the colour, the less is kept.'
+    'everywhere.'
   )
   yield Picture('Share kept in every layer', 'plot_kept.png')
   rows = []
@@ -185,7 +185,7 @@ def _allocation(allocation):
       )
     rows.append(tuple(row))
   yield Table(
-    'Share kept in every layer',
+    'Share kept in every layer; the stronger the colour, the less',
     ('layer', 'attention groups', 'FFN channels'),
     rows,
   )
