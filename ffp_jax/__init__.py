@@ -1,0 +1,3 @@
+"""FastForward Pruning: structured pruning of LLMs in JAX."""
+
+__version__ = '0.1.0'

@@ -37,7 +37,7 @@ def kept(allocation):
     ax.bar([layer['layer'] for layer in layers], share, color=color, width=0.75)
     ax.axhline(mean, color='black', linewidth=1, linestyle=(0, (4, 3)))
     ax.annotate(
-      f'budget\n{mean:.1%}',
+      f'uniform\n{mean:.1%}',
       (1, mean),
       xycoords=('axes fraction', 'data'),
       xytext=(5, 0),
@@ -93,15 +93,16 @@ def search(metrics):
     )
   ]
   curves = {
-    'reward_max': ('best of the step', _ORANGE),
-    'reward_mean': ('mean of the step', _BLUE),
+    'reward_max': ('best of the step', _ORANGE, '-', _ORANGE),
+    'reward_mean': ('mean of the step', _BLUE, '--', 'white'),
   }
   for stage in stages:  # apart, since rewards compare within a stage only
     x = [end - line['candidates'] / 2 for end, line in stage]
-    for key, (label, color) in curves.items():
+    for key, (label, color, dash, fill) in curves.items():
       y = [math.nan if line[key] is None else line[key] for _, line in stage]
       label = label if stage is stages[0] else None
-      ax.plot(x, y, color=color, label=label, marker='o', markersize=3)
+      look = {'linestyle': dash, 'marker': 'o', 'markerfacecolor': fill}
+      ax.plot(x, y, color=color, label=label, markersize=4, **look)
   _mark_stages(ax, [stage[0] for stage in stages], ends[-1])
   ax.set(xlabel='candidates evaluated', ylabel='reward', xlim=(0, ends[-1]))
   ax.xaxis.get_major_locator().set_params(integer=True)

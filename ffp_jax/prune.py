@@ -90,6 +90,7 @@ def go(config, job, first, book, command) -> dict:
   book.write_json('allocation.json', allocation(config, job, best))
   results |= rewards(job, dense, best) | sizes(job, best, dtype, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
+  results |= {'versions': report.versions(), 'device': device()}
   book.write_json('results.json', results)
   if book.writes:
     report.write(book.workdir)
@@ -348,6 +349,11 @@ def rewards(job, dense, best) -> dict:
       'context': windows.shape[1],
     }
   }
+
+
+def device() -> str:
+  """What the run computes on, such as '4 x TPU v4'."""
+  return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
 
 
 def sizes(job, best, dtype, size) -> dict:

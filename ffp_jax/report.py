@@ -1,10 +1,21 @@
-"""The report of a finished run: Markdown, plots, and a summary."""
+"""The report of a finished run, a comparison of several, and a summary.
 
+python -m ffp_jax.report DIR [DIR ...] [--out=FILE.html]
+"""
+
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
+import platform
+import shutil
 
-from ffp_jax import plots, wording
+from absl import app, flags
+
+from ffp_jax import __version__, blocks, comparison, page, plots, wording
 from ffp_jax.book import lines, plain, replace
+from ffp_jax.config import RequestError, refuse
+from ffp_jax.sections import Run, report
 
 
 def summary(results: dict, allocation: dict) -> str:
@@ -36,151 +47,113 @@ def summary(results: dict, allocation: dict) -> str:
   )
 
 
-def write(workdir: pathlib.Path):
-  """Writes report.md and its plots from the JSON files of a finished run.
+def versions() -> dict[str, str]:
+  """Of what a run's figures depend on, for results.json."""
+  packages = {
+    name: importlib.metadata.version(name) for name in ('jax', 'flax')
+  }
+  python = platform.python_version()
+  return {'python': python, **packages, 'ffp_jax': __version__}
 
-  Without search steps there is no plot_search.png.
+
+def read(workdir: pathlib.Path) -> Run:
+  """What a finished run left in its directory.
+
+  Raises:
+    RequestError: it isn't the directory of a finished run.
+  """
+  try:
+    config, allocation, results = (
+      json.loads((workdir / f'{name}.json').read_text())
+      for name in ('config', 'allocation', 'results')
+    )
+    missing = {'versions', 'device', 'protocol'} - set(results)
+  except (OSError, TypeError, ValueError) as error:
+    raise RequestError(
+      f'report: {workdir} is not the directory of a finished run ({error})'
+    ) from error
+  if missing:
+    raise RequestError(
+      f'report: {workdir / "results.json"} lacks {", ".join(sorted(missing))}; '
+      'it is not from this version of ffp_jax'
+    )
+  path = workdir / 'metrics.jsonl'
+  metrics = lines(path) if path.exists() else []
+  return Run(str(workdir), config, allocation, results, metrics)
+
+
+def write(workdir: pathlib.Path):
+  """Writes report.html, report.md and its plots, and tb, of a finished run.
+
+  Without search steps there is no plot_search.png. TensorBoard's scalars are
+  written if tensorboardX is installed.
 
   Args:
     workdir: holds config.json, allocation.json, results.json and, if there
       was a search, metrics.jsonl.
+
+  Raises:
+    RequestError: see `read`.
   """
-  names = ('config', 'allocation', 'results')
-  config, allocation, results = (
-    json.loads((workdir / f'{name}.json').read_text()) for name in names
+  run = read(workdir)
+  plots.kept(run.allocation).savefig(workdir / 'plot_kept.png')
+  plots.perplexity(run.results).savefig(workdir / 'plot_perplexity.png')
+  if run.metrics:
+    plots.search(run.metrics).savefig(workdir / 'plot_search.png')
+  found = list(report(run))
+  replace(workdir / 'report.md', blocks.markdown(found))
+  title = f'Pruning {run.config["model"]}'
+  replace(workdir / 'report.html', page.page(title, found))
+  if importlib.util.find_spec('tensorboardX'):
+    _write_scalars(workdir / 'tb', run.metrics)
+
+
+def _write_scalars(directory, metrics):
+  """Every number of every step, for TensorBoard; replaces older ones."""
+  from tensorboardX import SummaryWriter  # optional
+
+  shutil.rmtree(directory, ignore_errors=True)
+  with SummaryWriter(str(directory)) as writer:
+    for line in metrics:
+      for name, value in line.items():
+        if name != 'step' and value is not None:
+          writer.add_scalar(f'search/{name}', value, line['step'])
+
+
+def parse(argv):
+  """Reads the flags; refuses what isn't one."""
+  flags.FLAGS.set_gnu_getopt(True)  # flags may follow directories
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    refuse(error)
+  if len(rest) < 2:
+    refuse('report: give the directory of a finished run, or of several')
+  if len(rest) == 2 and flags.FLAGS['out'].present:
+    refuse('--out: is for several runs; one has its report beside it')
+  out = pathlib.Path(flags.FLAGS.out)
+  if out.is_dir() or not out.resolve().parent.is_dir():
+    refuse(f'--out: {str(out)!r} is a directory, or in none')
+  return rest
+
+
+def main(argv):
+  workdirs = [pathlib.Path(name).expanduser() for name in argv[1:]]
+  try:
+    if len(workdirs) == 1:
+      out = workdirs[0] / 'report.html'
+      write(workdirs[0])
+    else:
+      out = pathlib.Path(flags.FLAGS.out)
+      found = comparison.compare([read(workdir) for workdir in workdirs])
+      replace(out, page.page('Pruning runs compared', found))
+  except (RequestError, OSError) as error:
+    refuse(error)
+  print(out)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string(
+    'out', 'comparison.html', 'HTML file to write, of several runs.'
   )
-  path = workdir / 'metrics.jsonl'
-  metrics = lines(path) if path.exists() else []
-  plots.kept(allocation).savefig(workdir / 'plot_kept.png')
-  plots.perplexity(results).savefig(workdir / 'plot_perplexity.png')
-  if metrics:
-    plots.search(metrics).savefig(workdir / 'plot_search.png')
-  sections = [
-    *_request(config, results),
-    *_perplexities(results),
-    *_sizes(results, allocation),
-    *_cost(results),
-    *_search(metrics),
-    *_allocation(allocation),
-  ]
-  replace(workdir / 'report.md', '\n\n'.join(sections) + '\n')
-
-
-def _request(config, results):
-  yield f'# Pruning `{config["model"]}`'
-  yield '\n'.join(
-    [
-      f'- model: `{config["model"]}`',
-      f'- text: `{config["data"]}`',
-      f'- sparsity: {config["budget"]["sparsity"]:.2%} of the prunable '
-      'parameters (attention and FFN of the decoder layers)',
-      f'- seed: {config["seed"]}',
-      '- every setting: [config.json](config.json)',
-    ]
-  )
-  if 'command' in results:
-    yield f'```\n{results["command"]}\n```'
-
-
-def _perplexities(results):
-  yield '## Perplexity'
-  yield _table('model | perplexity | x dense', wording.compare(results))
-  yield ' '.join(wording.protocol(results['protocol'])) + (
-    ' Lower is better. *Uniform* spends the same budget with one share for '
-    'every module; *searched* is the allocation that the search found.'
-  )
-  yield '![Held-out perplexity of each model](plot_perplexity.png)'
-  yield '### Reward against held-out text'
-  yield (
-    'Both before calibration. The search saw the reward text and never the '
-    'held-out text; where the ratio is lower on the latter, the allocation '
-    'fits the reward text.'
-  )
-  seen, unseen = results['reward'], results['protocol']
-  dense, searched = (results[k]['ppl'] for k in ('dense', 'searched'))
-  rows = [
-    ('reward', seen, seen['dense_ppl'], seen['searched_ppl']),
-    ('held-out', unseen, dense, searched),
-  ]
-  yield _table(
-    'text | context | tokens | dense | searched | dense / searched',
-    [
-      (name, f'{use["context"]:,}', f'{use["tokens"]:,}')
-      + (
-        wording.ppl(dense),
-        wording.ppl(searched),
-        wording.ratio(dense, searched, 3),
-      )
-      for name, use, dense, searched in rows
-    ],
-  )
-
-
-def _sizes(results, allocation):
-  asked, got = (allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
-  dense, removed = results['params_dense'], results['params_removed']
-  prunable = results['params_prunable']
-  yield '## Size'
-  yield (
-    f'Sparsity {asked:.3%} asked, {got:.3%} achieved, of the prunable '
-    f'parameters; {removed / dense:.2%} of all parameters removed.'
-  )
-  rows = {
-    'parameters, all': (dense, results['params_pruned']),
-    'parameters, prunable': (prunable, prunable - removed),
-    'weights, bytes': (results['bytes_dense'], results['bytes_pruned']),
-  }
-  yield _table(
-    'what | dense | pruned | change',
-    [
-      (k, f'{a:,}', f'{b:,}', wording.change(a, b))
-      for k, (a, b) in rows.items()
-    ],
-  )
-
-
-def _cost(results):
-  yield '## Cost'
-  yield '\n'.join(
-    [
-      f'- candidates evaluated: {results["candidates_evaluated"]:,}',
-      f'- tokens evaluated: {results["tokens_evaluated"]:,}, a backward pass '
-      'counted as two forward ones',
-      f'- compilations of the search step: {results["compilations"]:,}',
-    ]
-  )
-  seconds = results['seconds']
-  rows = [(stage, f'{s:,.1f}') for stage, s in seconds.items()]
-  total = ('**all**', f'**{sum(seconds.values()):,.1f}**')
-  yield _table('stage | seconds', [*rows, total])
-
-
-def _search(metrics):
-  yield '## Search'
-  if not metrics:
-    yield 'No search steps were taken.'
-    return
-  yield (
-    'Rewards compare within a stage only: each has its own sparsity and tokens.'
-  )
-  yield '![Reward of the candidates evaluated](plot_search.png)'
-
-
-def _allocation(allocation):
-  yield '## Allocation'
-  yield '![Share kept in every layer, attention and FFN](plot_kept.png)'
-  rows = []
-  for layer in allocation['layers']:
-    row = [str(layer['layer'])]
-    for kind in ('attention', 'ffn'):
-      kept, total = layer[f'{kind}_kept'], layer[f'{kind}_total']
-      row.append(f'{kept:,} / {total:,} ({kept / total:.0%})')
-    rows.append(row)
-  yield _table('layer | attention groups kept | FFN channels kept', rows)
-
-
-def _table(header, rows) -> str:
-  names = header.split(' | ')
-  # The first column holds names, the others numbers.
-  rules = [':--'] + ['--:'] * (len(names) - 1)
-  return '\n'.join(f'| {" | ".join(row)} |' for row in [names, rules, *rows])
+  app.run(main, flags_parser=parse)

@@ -21,6 +21,11 @@ def compare(results):
   ]
 
 
+def final(results) -> str:
+  """The model that was saved: searched, and calibrated if the run did."""
+  return 'calibrated' if 'calibrated' in results else 'searched'
+
+
 def protocol(used, shorten=False) -> list[str]:
   """What was scored and how, in one sentence."""
   text = used['text']
@@ -58,3 +63,13 @@ def change(before, after) -> str:
 def size(count) -> str:
   """Bytes in megabytes."""
   return f'{count / 1e6:,.1f} MB'
+
+
+def reward(value) -> str:
+  """A reward, None for one that is not finite."""
+  return 'not finite' if value is None else f'{value:.3f}'
+
+
+def number(value) -> str:
+  """Any measurement, with four significant digits."""
+  return 'not finite' if value is None else f'{value:,.4g}'

@@ -1,0 +1,111 @@
+"""Blocks as one HTML page that needs no network and runs no script."""
+
+import html
+import importlib.resources
+from collections.abc import Iterable
+
+from ffp_jax.blocks import (
+  Bar,
+  Block,
+  Code,
+  Heading,
+  Heat,
+  Items,
+  Picture,
+  Table,
+  Text,
+)
+
+# The policy lets nothing be fetched or run, whatever a name may smuggle in;
+# the icon keeps browsers from asking for one.
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def page(title: str, blocks: Iterable[Block]) -> str:
+  """A whole page; `title` is for the browser's tab."""
+  style = importlib.resources.files('ffp_jax').joinpath('page.css').read_text()
+  body = '\n'.join(filter(None, map(_html, blocks)))
+  return _PAGE.format(title=html.escape(title), style=style, body=body)
+
+
+def _html(block):
+  match block:
+    case Heading(level, text):
+      return f'<h{level}>{html.escape(text)}</h{level}>'
+    case Text(text):
+      return f'<p>{html.escape(text)}</p>'
+    case Code(text):
+      return f'<pre><code>{html.escape(text)}</code></pre>'
+    case Items(rows):
+      inner = '\n'.join(
+        f'<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>'
+        for name, value in rows
+      )
+      return f'<dl>\n{inner}\n</dl>'
+    case Table():
+      return _table(block)
+    case Picture():
+      return _picture(block)
+
+
+def _picture(picture):
+  if not picture.svg:
+    return ''
+  parts = [
+    f'<figure>\n{picture.svg}',
+    f'<figcaption>{html.escape(picture.text)}</figcaption>\n</figure>',
+  ]
+  if picture.data:
+    summary = html.escape(f'{picture.data.caption}, as a table')
+    parts.append(
+      f'<details>\n<summary>{summary}</summary>\n{_table(picture.data)}\n'
+      '</details>'
+    )
+  return '\n'.join(parts)
+
+
+def _table(table):
+  head = ''.join(map(_head, table.header, table.rows[0]))
+  rows = '\n'.join(
+    f'<tr><th scope="row">{html.escape(first)}</th>'
+    f'{"".join(map(_cell, cells))}</tr>'
+    for first, *cells in table.rows
+  )
+  return (
+    f'<table>\n<caption>{html.escape(table.caption)}</caption>\n'
+    f'<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>'
+  )
+
+
+def _head(name, below):
+  if not name:  # an empty header would be announced as one
+    return '<td></td>'
+  look = ' class="bar"' if isinstance(below, Bar) else ''
+  return f'<th scope="col"{look}>{html.escape(name)}</th>'
+
+
+def _cell(cell):
+  if isinstance(cell, str):
+    return f'<td>{html.escape(cell)}</td>'
+  look = {Bar: 'bar', Heat: 'heat'}[type(cell)]
+  style = f'--share:{min(cell.share, 1.0):.3f}'
+  return f'<td class="{look}" style="{style}">{html.escape(cell.text)}</td>'

@@ -1,0 +1,288 @@
+"""What the report of one run says, block by block."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ffp_jax import charts, wording
+from ffp_jax.blocks import (
+  Bar,
+  Block,
+  Code,
+  Heading,
+  Heat,
+  Items,
+  Picture,
+  Table,
+  Text,
+)
+
+
+class Run(NamedTuple):
+  """What a finished run left behind.
+
+  Attributes:
+    name: its directory, as the user calls it.
+    config, allocation, results: what the JSON files of these names hold.
+    metrics: one line a search step; may be empty.
+  """
+
+  name: str
+  config: dict
+  allocation: dict
+  results: dict
+  metrics: list[dict]
+
+
+def report(run: Run) -> Iterator[Block]:
+  """All of one run."""
+  yield Heading(1, f'Pruning {run.config["model"]}')
+  yield Text(_in_short(run.results))
+  yield from _request(run.config)
+  yield from _perplexities(run)
+  yield from _measured(run.results)
+  yield from _sizes(run)
+  yield from _allocation(run.allocation)
+  yield from _search(run)
+  yield from _cost(run.results)
+  yield from _provenance(run)
+
+
+def _in_short(results):
+  key = wording.final(results)
+  dense, ppl = (results[k]['ppl'] for k in ('dense', key))
+  before, after = (results[f'params_{k}'] for k in ('dense', 'pruned'))
+  return (
+    f'{before:,} parameters became {after:,} '
+    f'({wording.change(before, after)}). On held-out text the perplexity is '
+    f'{wording.ppl(ppl)}, that of the dense model {wording.ppl(dense)}: '
+    f'{wording.ratio(ppl, dense, 2)} times as high.'
+  )
+
+
+def _request(config):
+  yield Heading(2, 'What was asked')
+  yield Items(
+    [
+      ('model', config['model']),
+      ('text', config['data']),
+      (
+        'sparsity',
+        f'{config["budget"]["sparsity"]:.2%} of the prunable parameters, which '
+        'are those of attention and FFN in the decoder layers',
+      ),
+    ]
+  )
+
+
+def _perplexities(run):
+  results = run.results
+  yield Heading(2, 'Perplexity')
+  yield Text(
+    'How badly a model predicts text: lower is better. Dense is the model as '
+    'it was. Uniform removes the same share of every layer; searched removes '
+    'from each layer what the search found. Calibration then adjusts the '
+    'weights that remain.'
+  )
+  finite = [results[k]['ppl'] or 0.0 for k in wording.MODELS if k in results]
+  rows = []
+  for name, ppl, times in wording.compare(results):
+    share = finite[len(rows)] / max(*finite, 1.0)
+    rows.append((name, Bar(ppl, share), times))
+  yield Table(
+    'Perplexity on held-out text', ('model', 'perplexity', 'x dense'), rows
+  )
+  yield Text(' '.join(wording.protocol(results['protocol'])))
+  yield Picture('Held-out perplexity of each model', 'plot_perplexity.png')
+  yield from _overfit(results)
+
+
+def _overfit(results):
+  yield Heading(3, 'Reward against held-out text')
+  yield Text(
+    'The search saw the reward text and never the held-out text. A lower ratio '
+    'on the held-out text means that the allocation fits the reward text. Both '
+    'are before calibration.'
+  )
+  seen, unseen = results['reward'], results['protocol']
+  ppls = [
+    [seen['dense_ppl'], results['dense']['ppl']],
+    [seen['searched_ppl'], results['searched']['ppl']],
+  ]
+  rows = [
+    ('tokens a window', *(f'{x["context"]:,}' for x in (seen, unseen))),
+    ('tokens scored', *(f'{x["tokens"]:,}' for x in (seen, unseen))),
+    ('perplexity, dense', *map(wording.ppl, ppls[0])),
+    ('perplexity, searched', *map(wording.ppl, ppls[1])),
+    (
+      'dense / searched',
+      *(wording.ratio(*pair, 3) for pair in zip(*ppls, strict=True)),
+    ),
+  ]
+  yield Table(
+    'Perplexity before calibration', ('', 'reward text', 'held-out text'), rows
+  )
+
+
+def _measured(results):
+  """Tasks and speeds, where the run measured them: rows of named numbers."""
+  titles = {'tasks': 'Tasks', 'speed': 'Speed'}
+  for key, title in titles.items():
+    if key in results:
+      names = list(next(iter(results[key].values())))
+      yield Heading(2, title)
+      yield Table(
+        f'{title}, dense and pruned',
+        ('', *names),
+        [
+          (row, *(wording.number(values[name]) for name in names))
+          for row, values in results[key].items()
+        ],
+      )
+
+
+def _sizes(run):
+  results = run.results
+  asked, got = (run.allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
+  dense, removed = results['params_dense'], results['params_removed']
+  prunable = results['params_prunable']
+  yield Heading(2, 'Size')
+  yield Text(
+    f'Sparsity {asked:.3%} asked, {got:.3%} achieved, of the prunable '
+    f'parameters; {removed / dense:.2%} of all parameters removed.'
+  )
+  rows = {
+    'parameters': (dense, results['params_pruned']),
+    'of them prunable': (prunable, prunable - removed),
+    'bytes of weights': (results['bytes_dense'], results['bytes_pruned']),
+  }
+  yield Table(
+    'Size before and after',
+    ('', 'dense', 'pruned'),
+    [
+      (k, f'{a:,}', f'{b:,} ({wording.change(a, b)})')
+      for k, (a, b) in rows.items()
+    ],
+  )
+
+
+def _allocation(allocation):
+  even = 1 - allocation['sparsity_target']
+  yield Heading(2, 'What every layer keeps')
+  yield Text(
+    'An attention group is one key/value head with its query heads. Layer 0 '
+    f'is next to the input. A uniform allocation would keep about {even:.1%} '
+    'everywhere.'
+  )
+  yield Picture('Share kept in every layer', 'plot_kept.png')
+  rows = []
+  for layer in allocation['layers']:
+    row = [str(layer['layer'])]
+    for kind in ('attention', 'ffn'):
+      kept, total = layer[f'{kind}_kept'], layer[f'{kind}_total']
+      row.append(
+        Heat(f'{kept / total:.0%} ({kept:,} / {total:,})', kept / total)
+      )
+    rows.append(tuple(row))
+  yield Table(
+    'Share kept in every layer; the stronger the colour, the less',
+    ('layer', 'attention groups', 'FFN channels'),
+    rows,
+  )
+
+
+def _search(run):
+  yield Heading(2, 'Search')
+  if not run.metrics:
+    yield Text('No search steps were taken.')
+    return
+  kinds = {
+    'ratio': 'the perplexity of the dense model divided by its own',
+    'log_ratio': "1 / (1 + the loss that it adds to the dense model's)",
+  }
+  yield Text(
+    'Every step tries some candidates. The reward of a candidate is '
+    f'{kinds[run.config["search"]["reward"]]}, on tokens of the reward text: '
+    'higher is better. Rewards compare within a stage only: each has its own '
+    'sparsity and tokens.'
+  )
+  yield _stages(run.metrics)
+  yield Picture(
+    'Reward of the candidates over the search: the best and the mean of '
+    'every step',
+    'plot_search.png',
+    charts.reward(run.metrics),
+    Table(
+      'Reward of every step',
+      ('step', 'stage', 'mean', 'best'),
+      [
+        (
+          str(line['step'] + 1),
+          str(line['stage'] + 1),
+          wording.reward(line['reward_mean']),
+          wording.reward(line['reward_max']),
+        )
+        for line in run.metrics
+      ],
+    ),
+  )
+
+
+def _stages(metrics):
+  rows = []
+  for stage, lines in itertools.groupby(metrics, lambda line: line['stage']):
+    lines = list(lines)
+    best = [x['reward_max'] for x in lines if x['reward_max'] is not None]
+    rows.append(
+      (
+        str(stage + 1),
+        f'{lines[0]["sparsity"]:.1%}',
+        f'{lines[0]["reward_tokens"]:,}',
+        f'{sum(line["candidates"] for line in lines):,}',
+        wording.reward(max(best, default=None)),
+      )
+    )
+  return Table(
+    'Stages of the curriculum',
+    ('stage', 'sparsity', 'tokens', 'candidates', 'best reward'),
+    rows,
+  )
+
+
+def _cost(results):
+  seconds = results['seconds']
+  total = sum(seconds.values())
+  yield Heading(2, 'Cost')
+  yield Items(
+    [
+      ('candidates evaluated', f'{results["candidates_evaluated"]:,}'),
+      (
+        'tokens evaluated',
+        f'{results["tokens_evaluated"]:,}, a backward pass counted as two '
+        'forward ones',
+      ),
+      ('compilations of the search step', f'{results["compilations"]:,}'),
+      ('device', results['device']),
+    ]
+  )
+  yield Table(
+    'Time by stage of the run',
+    ('stage', 'seconds'),
+    [
+      *((k, Bar(f'{s:,.1f}', s / (total or 1.0))) for k, s in seconds.items()),
+      ('all', Bar(f'{total:,.1f}', 1.0)),
+    ],
+  )
+
+
+def _provenance(run):
+  versions = run.results['versions'].items()
+  yield Heading(2, 'How to run it again')
+  yield Code(run.results['command'])
+  yield Items(
+    [
+      ('seed', str(run.config['seed'])),
+      ('versions', ', '.join(f'{name} {number}' for name, number in versions)),
+      ('every setting', 'config.json, beside this report'),
+    ]
+  )
