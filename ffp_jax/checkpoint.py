@@ -72,6 +72,8 @@ class Checkpoints:
 
   def flush(self):
     """Saves the last state `save` was given, due or not; from any thread."""
+    if jax.process_count() > 1:
+      return  # they may be at different steps; the last one due must do
     with self._lock:
       self._manager.wait_until_finished()
       if self._newest and self._newest[0] != self._manager.latest_step():

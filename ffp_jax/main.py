@@ -2,8 +2,9 @@
 
 python -m ffp_jax.main --config=configs/llama.py --workdir=DIR
 
-Exit codes: 0 done, 2 refused, 74 disk full, 75 stopped by SIGTERM or SIGINT;
-after the last two the same command goes on.
+Exit codes: 0 done, 2 refused, 74 disk full, 75 stopped by SIGTERM or SIGINT
+or by the end of another process of the run; after the last two the same
+command goes on.
 """
 
 import pathlib
@@ -71,10 +72,14 @@ def main(argv):
   except RequestError as error:
     refuse(error)
   except Exception as error:
-    reason = book.disk_full(error)
-    if not reason:
-      raise
-    refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+    if reason := book.disk_full(error):
+      refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+    if sharding.lost_touch(error):
+      signals.leave(
+        f'another process of the run has ended ({error}); start all of them '
+        f'again, they go on: {command}'
+      )
+    raise
   if not sharding.leads():
     return
   print(

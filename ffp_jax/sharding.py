@@ -22,6 +22,8 @@ from ffp_jax.config import RequestError
 
 MESH_AXES = ('candidates', 'fsdp', 'tensor')
 
+_SILENCE = 30  # seconds after which a process that says nothing is dead
+
 # Logical axis to mesh axis. An array takes each mesh axis once, for the first
 # of its axes that the mesh axis divides: with odd groups the query heads of a
 # group are split, with few rows the model width is.
@@ -187,8 +189,16 @@ def join(coordinator: str, processes: int | None, process: int | None):
     RequestError: the others can't be found.
   """
   address = None if coordinator == 'auto' else coordinator
+  # It would take SIGTERM for itself; signals.py ends the process.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(address, processes, process)
+    jax.distributed.initialize(
+      address,
+      processes,
+      process,
+      heartbeat_timeout_seconds=_SILENCE,
+      shutdown_timeout_seconds=_SILENCE,
+    )
   except (RuntimeError, ValueError) as error:
     raise RequestError(
       f'--coordinator: cannot join the other processes ({error})'
@@ -198,6 +208,12 @@ def join(coordinator: str, processes: int | None, process: int | None):
 def leads() -> bool:
   """Whether this is the one process of a run that writes."""
   return jax.process_index() == 0
+
+
+def lost_touch(error: Exception) -> bool:
+  """Whether an error may come of the end of another process."""
+  failed = isinstance(error, jax.errors.JaxRuntimeError)
+  return failed and jax.process_count() > 1
 
 
 @contextlib.contextmanager

@@ -21,6 +21,13 @@ def save_first(save):
     _saves.remove(save)
 
 
+def leave(message: str):
+  """Prints one line and exits with EXIT_CODE, waiting for nobody."""
+  line = f'ffp_jax: {" ".join(message.split())}'
+  print(line, file=sys.stderr, flush=True)
+  os._exit(EXIT_CODE)
+
+
 def exit_on_signals(command: str):
   """Makes SIGTERM and SIGINT save, print one line and exit with EXIT_CODE.
 
@@ -46,8 +53,6 @@ def exit_on_signals(command: str):
         save()
     except Exception as error:  # the checkpoint before is as good as ever
       saved = f'could not save ({" ".join(str(error).split())[:200]})'
-    print(f'ffp_jax: {name}: {saved}; go on with: {command}', file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(EXIT_CODE)
+    leave(f'{name}: {saved}; go on with: {command}')
 
   threading.Thread(target=wait, daemon=True).start()

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -225,16 +226,33 @@ class SameResultTest(parameterized.TestCase):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     _write(folder, family)
     prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
-    codes, said = _together(folder, folder / 'two', (2, 2, 2))
-    self.assertEqual(codes, [0, 0], said)
+    two = _start_two(folder, folder / 'two', (2, 2, 2))
+    said = [process.communicate(timeout=300) for process in two]
+    self.assertEqual([process.returncode for process in two], [0, 0], said)
     self.assert_same(_outcome(folder / 'two'), _outcome(folder / 'one'))
     # The other process had nothing to say.
-    self.assertIn('searched', said[0])
-    self.assertEqual(said[1], '')
+    self.assertIn('searched', said[0][0])
+    self.assertEqual(said[1][0], '')
+
+  def test_the_end_of_one_process_ends_the_other(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    _write(folder, 'llama')
+    for end in (0, 1):
+      workdir = folder / f'end{end}'
+      two = _start_two(folder, workdir, (1, 8, 1))
+      deadline = time.monotonic() + 200
+      while not (workdir / 'metrics.jsonl').exists():
+        self.assertLess(time.monotonic(), deadline)
+        time.sleep(0.2)
+      two[end].kill()
+      _, said = two[1 - end].communicate(timeout=120)
+      self.assertNotEqual(two[1 - end].returncode, 0)
+      self.assertRegex(said, 'process of the run has ended|another task died')
+      two[end].communicate()
 
 
-def _together(folder, workdir, mesh, **kwargs):
-  """Runs two processes of four devices; (exit codes, what they printed)."""
+def _start_two(folder, workdir, mesh):
+  """Starts two processes of four devices."""
   file = folder / 'config.py'
   file.write_text(
     'import pathlib\n'
@@ -246,7 +264,7 @@ def _together(folder, workdir, mesh, **kwargs):
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   flags = '--xla_force_host_platform_device_count=4'
-  processes = [
+  return [
     subprocess.Popen(
       [
         *(sys.executable, '-m', 'ffp_jax.main', f'--config={file}'),
@@ -261,8 +279,6 @@ def _together(folder, workdir, mesh, **kwargs):
     )
     for i in range(2)
   ]
-  said = [process.communicate(timeout=300)[0] for process in processes]
-  return [process.returncode for process in processes], said
 
 
 if __name__ == '__main__':
