@@ -21,7 +21,11 @@ from tests import tiny_run
 _ROOT = pathlib.Path(__file__).parent.parent
 _SIZES = {'candidates': 2, 'fsdp': 2, 'tensor': 2}
 _FAMILIES = {
-  'llama': {'num_key_value_heads': 3, 'num_attention_heads': 6},
+  'llama': {
+    'num_key_value_heads': 3,
+    'num_attention_heads': 6,
+    'head_dim': 8,
+  },
   'mistral': {'head_dim': 8, 'sliding_window': 20},
   'opt': {
     'ffn_dim': 48,
