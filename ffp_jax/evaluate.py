@@ -15,7 +15,14 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import corpora, files, hf, hub, protocols, sharding
+from ffp_jax import (
+  corpora,
+  files,
+  hf,
+  hub,
+  protocols,
+  sharding,
+)
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.loss import token_nll
 from ffp_jax.model import Decoder, ModelConfig

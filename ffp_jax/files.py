@@ -9,18 +9,17 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from ffp_jax import (
+from ffp_jax import hf, sharding
+from ffp_jax.config import RequestError
+from ffp_jax.formats import (
   flax_file,
   gguf_model,
-  hf,
   safetensors_file,
-  sharding,
   stored,
   torch_file,
 )
-from ffp_jax.config import RequestError
+from ffp_jax.formats.stored import Stored
 from ffp_jax.model import ModelConfig
-from ffp_jax.stored import Stored
 
 _OPENERS = (
   safetensors_file.open_tensors,

@@ -9,8 +9,9 @@ import tempfile
 import huggingface_hub
 from huggingface_hub import errors
 
-from ffp_jax import demo_model, gguf_model, gguf_tokenizer, stored
+from ffp_jax import demo_model
 from ffp_jax.config import RequestError
+from ffp_jax.formats import gguf_model, gguf_tokenizer, stored
 
 _PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 

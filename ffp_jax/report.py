@@ -12,7 +12,14 @@ import shutil
 
 from absl import app, flags
 
-from ffp_jax import __version__, blocks, comparison, page, plots, wording
+from ffp_jax import (
+  __version__,
+  blocks,
+  comparison,
+  page,
+  plots,
+  wording,
+)
 from ffp_jax.book import lines, plain, replace
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.sections import Run, report

@@ -10,7 +10,8 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import files, gguf_model, hf, hub
+from ffp_jax import files, hf, hub
+from ffp_jax.formats import gguf_model
 from tests.testing import CheckpointTestCase
 
 _T = gguf.GGMLQuantizationType

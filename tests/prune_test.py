@@ -10,7 +10,14 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import data, evaluate, export, files, hf, prune
+from ffp_jax import (
+  data,
+  evaluate,
+  export,
+  files,
+  hf,
+  prune,
+)
 from ffp_jax.book import Book
 from ffp_jax.config import RequestError
 from tests import tiny_run

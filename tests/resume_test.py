@@ -22,7 +22,16 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import book, checkpoint, files, hf, prune, search, signals, sites
+from ffp_jax import (
+  book,
+  checkpoint,
+  files,
+  hf,
+  prune,
+  search,
+  signals,
+  sites,
+)
 from ffp_jax.book import Book
 from ffp_jax.config import RequestError
 from tests import kill, tiny_run

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import allocate, evaluate, files, hf, hub, masks, search, sites
+from ffp_jax import (
+  allocate,
+  evaluate,
+  files,
+  hf,
+  hub,
+  masks,
+  search,
+  sites,
+)
 from ffp_jax.config import defaults
 from ffp_jax.loss import nll
 

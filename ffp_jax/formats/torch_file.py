@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 
 from ffp_jax.config import RequestError
-from ffp_jax.stored import Stored, fresh, numpy_dtype
+from ffp_jax.formats.stored import Stored, fresh, numpy_dtype
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:

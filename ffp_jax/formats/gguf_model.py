@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 from ffp_jax.config import RequestError
-from ffp_jax.stored import Stored, fresh
+from ffp_jax.formats.stored import Stored, fresh
 
 _TENSORS = {
   'token_embd': 'model.embed_tokens',

@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from ffp_jax.config import RequestError
-from ffp_jax.gguf_model import field
+from ffp_jax.formats.gguf_model import field
 
 _GPT2 = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),)
 

@@ -10,7 +10,7 @@ import pathlib
 import msgpack
 import numpy as np
 
-from ffp_jax.stored import Stored, fresh, numpy_dtype, region
+from ffp_jax.formats.stored import Stored, fresh, numpy_dtype, region
 
 _NDARRAY = 1  # extension type of flax.serialization
 _CHUNKED = '__msgpack_chunked_array__'  # how it stores more than 1 GiB

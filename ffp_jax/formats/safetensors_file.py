@@ -6,7 +6,7 @@ import pathlib
 
 import safetensors
 
-from ffp_jax.stored import Stored, fresh, numpy_dtype, region, unique
+from ffp_jax.formats.stored import Stored, fresh, numpy_dtype, region, unique
 
 _DTYPES = {'F16': 'float16', 'BF16': 'bfloat16', 'F32': 'float32'}
 

@@ -1,0 +1,1 @@
+"""Checkpoint formats: tensor names to where and how each is read."""
