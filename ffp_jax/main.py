@@ -59,12 +59,17 @@ def main(argv):
   command = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
   signals.exit_on_signals(command)
   # Imported here, so that a wrong flag is refused at once.
+  import jax
+
   from ffp_jax import prune, report, sharding
 
   logging.set_verbosity(logging.INFO)
   # Ours alone: orbax and others speak through absl too.
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+    cache = str(workdir.absolute().parent / '.compiled')
+    jax.config.update('jax_compilation_cache_dir', cache)
   try:
     if _COORDINATOR.value:
       sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

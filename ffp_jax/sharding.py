@@ -80,10 +80,9 @@ def make_mesh(candidates: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     raise RequestError(f'{given}: each must be positive, at most one -1')
   sizes |= dict.fromkeys(free, len(devices) // known)
   used = int(np.prod(list(sizes.values())))
-  if not used or used > len(devices):
+  if used > len(devices) or (free and used < len(devices)):
     raise RequestError(
-      f'{given}: more than the {len(devices)} device(s) here; '
-      'set one to -1, for what is left'
+      f'{given}: cannot be made of the {len(devices)} device(s) here'
     )
   return jax.make_mesh(
     tuple(sizes.values()),
