@@ -238,9 +238,10 @@ def _flat(tree, prefix=''):
   return out
 
 
-# What a run may go on with another value of, as no result depends on it. The
-# number of steps is not: the learning rates fall over the whole search.
-_MAY_CHANGE = ('checkpoint.',)
+# What a run may go on with another value of: no result depends on it, but for
+# the order in which numbers are summed on another mesh. The number of steps is
+# not among them: the learning rates fall over the whole search.
+_MAY_CHANGE = ('checkpoint.', 'mesh.', 'search.block', 'search.remat')
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from ffp_jax import hf, prune, sharding
+from ffp_jax.book import Book
 from ffp_jax.config import RequestError
 from ffp_jax.model import ModelConfig
 from tests import tiny_run
@@ -198,6 +200,10 @@ def _outcome(workdir):
   return allocation, priority, metrics, perplexity
 
 
+class _StoppedError(Exception):
+  pass
+
+
 class SameResultTest(parameterized.TestCase):
   def assert_same(self, found, expected):
     """Up to the order in which float32 numbers are summed."""
@@ -239,6 +245,25 @@ class SameResultTest(parameterized.TestCase):
     self.assertIn('searched', said[0][0])
     self.assertEqual(said[1][0], '')
 
+  def test_goes_on_with_other_devices(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    _write(folder, 'llama')
+    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    real = Book.append
+
+    def append(book, line):
+      real(book, line)
+      if line['step'] == 1:
+        raise _StoppedError
+
+    for first, then in (((2, 2, 2), (1, 2, 2)), ((1, 1, 4), (4, 1, 1))):
+      workdir = folder / f'{first} {then}'
+      with mock.patch.object(Book, 'append', append):
+        with self.assertRaises(_StoppedError):
+          prune.run(_config(folder, first), workdir, command='')
+      prune.run(_config(folder, then), workdir, command='')
+      self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
+
   def test_the_end_of_one_process_ends_the_other(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     _write(folder, 'llama')
@@ -256,6 +281,67 @@ class SameResultTest(parameterized.TestCase):
       two[end].communicate()
 
 
+class LoadTest(absltest.TestCase):
+  def test_each_process_reads_its_half(self):
+    """Peak memory of two processes that load one model between them."""
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    tiny_run.write_model(
+      folder / 'model',
+      hidden_size=1024,
+      intermediate_size=8192,
+      head_dim=256,
+      num_hidden_layers=2,
+    )
+    size = (folder / 'model' / 'model.safetensors').stat().st_size
+    self.assertGreater(size, 200e6)
+    port = _free_port()
+    processes = [
+      subprocess.Popen(
+        [sys.executable, '-c', _LOAD, folder / 'model', str(port), str(i)],
+        cwd=_ROOT,
+        env=os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for i in range(2)
+    ]
+    for process in processes:
+      out, said = process.communicate(timeout=200)
+      self.assertEqual(process.returncode, 0, said)
+      self.assertBetween(int(out) / size, 0.45, 0.65)
+
+
+# Bytes by which resident memory grows at most while a model is loaded.
+_LOAD = """
+import pathlib, re, sys
+import jax, numpy as np
+from ffp_jax import files, hf, sharding
+
+folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+sharding.join(f'localhost:{port}', 2, int(process))
+config = hf.model_config(folder)
+
+def resident(name):
+  status = pathlib.Path('/proc/self/status').read_text()
+  return 1024 * int(re.search(name + r':\\s+(\\d+)', status).group(1))
+
+with jax.set_mesh(sharding.make_mesh(1, 2, 1)):
+  files.check_files(folder, config, np.dtype(np.float32))
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
+  before = resident('VmRSS')
+  params = files.load_params(folder, config, np.dtype(np.float32))
+  jax.block_until_ready(params)
+  print(resident('VmHWM') - before)
+"""
+
+
+def _free_port() -> int:
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
 def _start_two(folder, workdir, mesh):
   """Starts two processes of four devices."""
   file = folder / 'config.py'
@@ -265,9 +351,7 @@ def _start_two(folder, workdir, mesh):
     'def get_config():\n'
     f'  return sharding_test._config(pathlib.Path({str(folder)!r}), {mesh})\n'
   )
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
+  port = _free_port()
   flags = '--xla_force_host_platform_device_count=4'
   return [
     subprocess.Popen(
