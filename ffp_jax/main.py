@@ -53,7 +53,7 @@ def main(argv):
     refuse(error)
   print(report.summary(results, Book(workdir).read_json('allocation.json')))
   print(f'\nmodel       {workdir / "pruned"}')
-  print(f'report      {workdir / "report.md"}')
+  print(f'report      {workdir / "report.html"}')
 
 
 if __name__ == '__main__':
