@@ -288,7 +288,9 @@ class EscapeTest(absltest.TestCase):
 
   def test_every_block(self):
     table = blocks.Table(
-      _NASTY, (_NASTY, _NASTY), [(_NASTY, blocks.Heat(_NASTY, 0.5))]
+      _NASTY,
+      (_NASTY, _NASTY),
+      [(_NASTY, blocks.Heat(_NASTY, 0.5)), (_NASTY, _NASTY)],
     )
     found = [
       blocks.Heading(1, _NASTY),
@@ -299,7 +301,7 @@ class EscapeTest(absltest.TestCase):
       blocks.Picture(_NASTY, '', '<svg></svg>', table),
     ]
     root = self.check(found)
-    self.assertEqual(root.one('body').text.count(_NASTY), 17)
+    self.assertEqual(root.one('body').text.count(_NASTY), 21)
 
 
 def _luminance(colour):
