@@ -13,6 +13,7 @@ _WIDTH, _HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 352, 40, 200
 _LETTER, _LINE = 7.5, 14  # of a label
 _MANY_TIMES = 10  # values this far apart need a log scale
+_MANY_STEPS = 60  # dots would hide one another
 
 
 class Point(NamedTuple):
@@ -50,32 +51,34 @@ class _Axis(NamedTuple):
     return [float(x) for x in values if self.low <= x <= self.high]
 
 
+# look -> (key, label, where its legend starts)
+_CURVES = {
+  'mean': ('reward_mean', 'mean of the step', 200),
+  'best': ('reward_max', 'best of the step', _LEFT),
+}
+
+
 def reward(metrics: list[dict]) -> str:
   """Best and mean reward of every step over the candidates so far."""
   ends = list(itertools.accumulate(line['candidates'] for line in metrics))
-  keys = {'mean': 'reward_mean', 'best': 'reward_max'}
-  values = [line[k] for line in metrics for k in keys.values()]
+  values = [line[key] for line in metrics for key, _, _ in _CURVES.values()]
   x = _Axis(0, ends[-1], _LEFT, _RIGHT)
-  y = _spanning([v for v in values if v is not None])
+  y = _spanning([value for value in values if value is not None])
   parts = _frame(x, y, 'candidates evaluated', 'reward')
-  pairs = list(zip(ends, metrics, strict=True))
+  pairs = zip(ends, metrics, strict=True)
   for stage, group in itertools.groupby(pairs, lambda pair: pair[1]['stage']):
     group = list(group)
     at = x(group[0][0] - group[0][1]['candidates'])
     parts.append(f'<path class="stage" d="M{at} {_TOP - 14}V{_BOTTOM}"/>')
     parts.append(_text(at + 3, _TOP - 4, f'{stage + 1}', 'start'))
-    for look, key in keys.items():
+    for look, (key, _, _) in _CURVES.items():
       points = [
         (x(end - line['candidates'] / 2), line[key]) for end, line in group
       ]
       parts += _curve(look, points, y)
-  for at, (look, label) in zip(
-    (_LEFT, 200),
-    {'best': 'best of the step', 'mean': 'mean of the step'}.items(),
-    strict=True,
-  ):
+  for look, (_, label, at) in _CURVES.items():
     parts.append(f'<path class="{look}" d="M{at} 10h20"/>')
-    parts.append(f'<circle class="{look}" cx="{at + 10}" cy="10"/>')
+    parts.append(_dot(look, at + 10, 10))
     parts.append(_text(at + 26, 14, label, 'start'))
   return _svg(
     'Reward against candidates evaluated; all of it is in the table that '
@@ -96,8 +99,7 @@ def frontier(points: list[Point]) -> str:
   parts.append(f'<path class="best" d="{_path(line)}"/>')
   taken = []
   for (left, top), point in sorted(zip(spots, points, strict=True)):
-    look = 'best' if point.best else 'mean'
-    parts.append(f'<circle class="{look}" cx="{left}" cy="{top}"/>')
+    parts.append(_dot('best' if point.best else 'mean', left, top))
     parts.append(_label(left, top, point.label, taken))
   return _svg(
     'Perplexity against parameters; all of it is in the table that follows.',
@@ -134,8 +136,8 @@ def _curve(look, points, y):
     if known:
       spots = [(left, y(value)) for left, value in part]
       yield f'<path class="{look}" d="{_path(spots)}"/>'
-      for left, top in spots:
-        yield f'<circle class="{look}" cx="{left}" cy="{top}"/>'
+      if len(points) <= _MANY_STEPS:
+        yield from (_dot(look, *spot) for spot in spots)
 
 
 def _label(left, top, text, taken):
@@ -151,6 +153,10 @@ def _label(left, top, text, taken):
   taken.append((start, start + width, top))
   at = left + 6 if inside else left - 6
   return _text(at, round(top + 4, 2), text, 'start' if inside else 'end')
+
+
+def _dot(look, left, top):
+  return f'<circle class="{look}" cx="{left}" cy="{top}"/>'
 
 
 def _path(spots):

@@ -34,12 +34,11 @@ def compare(runs: list[Run]) -> Iterator[Block]:
 
 
 def _alike(numbered):
-  def kind(pair):
-    run = pair[1]
-    return run.config['model'], json.dumps(run.results['protocol'])
-
-  numbered = sorted(numbered, key=kind)
-  return [list(same) for _, same in itertools.groupby(numbered, kind)]
+  groups = {}
+  for number, run in numbered:
+    kind = run.config['model'], json.dumps(run.results['protocol'])
+    groups.setdefault(kind, []).append((number, run))
+  return groups.values()
 
 
 def _section(same):

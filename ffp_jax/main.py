@@ -91,7 +91,7 @@ def main(argv):
     report.summary(results, book.Book(workdir).read_json('allocation.json'))
   )
   print(f'\nmodel       {workdir / "pruned"}')
-  print(f'report      {workdir / "report.md"}')
+  print(f'report      {workdir / "report.html"}')
 
 
 if __name__ == '__main__':

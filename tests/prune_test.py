@@ -101,6 +101,7 @@ class FinishedTest(_TestCase):
         'allocation.json',
         'results.json',
         'report.md',
+        'report.html',
         'checkpoints',
         'pruned',
       },
@@ -116,6 +117,10 @@ class FinishedTest(_TestCase):
         (workdir / name).read_bytes().hex(), b'\x89PNG'.hex()
       )
     self.assertIn('how to run it', report)
+    self.assertIn('how to run it', (workdir / 'report.html').read_text())
+    results = _read(workdir / 'results.json')
+    self.assertContainsSubset({'jax', 'ffp_jax'}, results['versions'])
+    self.assertRegex(results['device'], r'^\d+ x \w+')
 
   def test_config(self):
     workdir, _ = _finished()

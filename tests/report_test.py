@@ -9,95 +9,17 @@ import tempfile
 import time
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest
 from matplotlib import image
 
 from ffp_jax import book, report
 from ffp_jax.book import Book
+from ffp_jax.config import RequestError
+from tests import finished_run
 
 _PLOTS = ('plot_kept.png', 'plot_search.png', 'plot_perplexity.png')
-
-
-def _config():
-  return {
-    'model': 'some/model',
-    'data': 'pydoc',
-    'seed': 7,
-    'budget': {'sparsity': 0.2},
-  }
-
-
-def _allocation(layers=4):
-  return {
-    'sparsity_target': 0.2,
-    'sparsity_achieved': 0.19998,
-    'params_dense': 1000000,
-    'params_pruned': 850000,
-    'layers': [
-      {
-        'layer': i,
-        'attention_kept': 2,
-        'attention_total': 3,
-        'ffn_kept': 1000 + i,
-        'ffn_total': 1536,
-      }
-      for i in range(layers)
-    ],
-    'seed': 7,
-    'priority': np.zeros(2 * layers, np.float32),
-  }
-
-
-def _results(**changes):
-  return {
-    'dense': {'ppl': 16.58},
-    'uniform': {'ppl': 24.57},
-    'uniform_calibrated': {'ppl': 21.03},
-    'searched': {'ppl': 21.25},
-    'calibrated': {'ppl': 19.65},
-    'protocol': {
-      'text': 'pydoc',
-      'split': 'held-out (end of the text)',
-      'name': 'gptq',
-      'context': 512,
-      'stride': 512,
-      'bos': False,
-      'windows': 32,
-      'tokens': 16352,
-    },
-    'reward': {
-      'dense_ppl': 15.0,
-      'searched_ppl': 20.0,
-      'tokens': 12264,
-      'context': 512,
-    },
-    'params_dense': 1000000,
-    'params_pruned': 850000,
-    'params_prunable': 750000,
-    'params_removed': 150000,
-    'bytes_dense': 4000000,
-    'bytes_pruned': 3400000,
-    'seconds': {'load': 1.5, 'search': 30.25},
-    'candidates_evaluated': 12,
-    'tokens_evaluated': 3060,
-    'compilations': 2,
-    'command': 'python -m ffp_jax.main --workdir=/tmp/x',
-    **changes,
-  }
-
-
-def _line(step, **changes):
-  return {
-    'step': step,
-    'stage': step // 3,
-    'sparsity': 0.1 + 0.1 * (step // 3),
-    'candidates': 2,
-    'reward_tokens': 255,
-    'reward_mean': np.float32(0.5 + 0.01 * step),
-    'reward_max': 0.6 + 0.01 * step,
-    **changes,
-  }
 
 
 def _without(results, *keys):
@@ -260,13 +182,8 @@ class ProgressTest(_Folder):
 
 
 class WriteTest(_Folder):
-  def write(self, results, lines):
-    self.book.write_json('config.json', _config())
-    self.book.write_json('allocation.json', _allocation())
-    self.book.write_json('results.json', results)
-    self.metrics.touch()
-    for line in lines:
-      self.book.append(line)
+  def write(self, run):
+    finished_run.write(self.workdir, run)
     report.write(self.workdir)
     return (self.workdir / 'report.md').read_text()
 
@@ -280,87 +197,237 @@ class WriteTest(_Folder):
       self.assertGreater(pixels[..., :3].std(), 0.05, name)
 
   def test_report_holds_what_was_found(self):
-    text = self.write(_results(), [_line(step) for step in range(6)])
+    text = self.write(finished_run.run())
     self.assert_drawn(*_PLOTS)
     for part in (
-      'some/model',
+      '# Pruning some/model\n',
+      '1,000,000 parameters became 850,000 (-15.0%). On held-out text the '
+      'perplexity is 19.65, that of the dense model 16.58: 1.19 times as high.',
       '- seed: 7',
-      'python -m ffp_jax.main --workdir=/tmp/x',
+      '- device: 4 x TPU v4',
+      '- versions: python 3.11.7, jax 0.10.2\n',
+      '```\npython -m ffp_jax.main --workdir=/tmp/x\n```',
       '| dense | 16.58 | 1.00 |',
       '| uniform + calibration | 21.03 | 1.27 |',
       '| searched + calibration | 19.65 | 1.19 |',
       'Text: pydoc; split: held-out (end of the text); protocol: gptq, stride '
       '512, no BOS; 32 windows of 512 tokens, 16,352 tokens scored.',
-      '| reward | 512 | 12,264 | 15.00 | 20.00 | 0.750 |',
-      '| held-out | 512 | 16,352 | 16.58 | 21.25 | 0.780 |',
+      '| tokens scored | 12,264 | 16,352 |',
+      '| perplexity, dense | 15.00 | 16.58 |',
+      '| perplexity, searched | 20.00 | 21.25 |',
+      '| dense / searched | 0.750 | 0.780 |',
       'Sparsity 20.000% asked, 19.998% achieved',
       '15.00% of all parameters',
-      '| parameters, all | 1,000,000 | 850,000 | -15.0% |',
-      '| parameters, prunable | 750,000 | 600,000 | -20.0% |',
-      '| weights, bytes | 4,000,000 | 3,400,000 | -15.0% |',
+      '| parameters | 1,000,000 | 850,000 (-15.0%) |',
+      '| of them prunable | 750,000 | 600,000 (-20.0%) |',
+      '| bytes of weights | 4,000,000 | 3,400,000 (-15.0%) |',
       '- candidates evaluated: 12\n- tokens evaluated: 3,060, a backward '
       'pass counted as two forward ones\n',
       '- compilations of the search step: 2',
       '| search | 30.2 |',
-      '| **all** | **31.8** |',
-      '| 3 | 2 / 3 (67%) | 1,003 / 1,536 (65%) |',
+      '| all | 31.8 |',
+      '| 3 | 67% (2 / 3) | 65% (1,003 / 1,536) |',
+      'the perplexity of the dense model divided by its own',
+      '| 1 | 10.0% | 255 | 6 | 0.620 |\n| 2 | 20.0% | 255 | 6 | 0.650 |',
       *(f']({name})' for name in _PLOTS),
     ):
       self.assertIn(part, text)
+    page = (self.workdir / 'report.html').read_text()
+    self.assertIn('<td>600,000 (-20.0%)</td>', page)
 
   def test_tables_are_whole(self):
-    text = self.write(_results(), [_line(0)])
+    text = self.write(finished_run.run(lines=1))
     for table in text.split('\n\n'):
       if table.startswith('|'):
         bars = {line.count('|') for line in table.splitlines()}
         self.assertLen(bars, 1, table)
 
   def test_without_a_search(self):
-    text = self.write(_results(candidates_evaluated=0), [])
+    text = self.write(finished_run.run(lines=0, candidates_evaluated=0))
     self.assert_drawn('plot_kept.png', 'plot_perplexity.png')
     self.assertNotIn('plot_search.png', text)
     self.assertIn('No search steps', text)
     self.metrics.unlink()
     report.write(self.workdir)
 
-  def test_without_calibration_or_command(self):
-    results = _without(
-      _results(), 'uniform_calibrated', 'calibrated', 'command'
+  def test_without_calibration(self):
+    run = finished_run.run(lines=1)
+    text = self.write(
+      run._replace(
+        results=_without(run.results, 'uniform_calibrated', 'calibrated')
+      )
     )
-    text = self.write(results, [_line(0)])
     self.assert_drawn(*_PLOTS)
     self.assertNotIn('+ calibration', text)
-    self.assertNotIn('```', text)
+    self.assertIn('the perplexity is 21.25', text)
 
   def test_broken_models_and_odd_paths(self):
-    protocol = {**_results()['protocol'], 'text': '/data/$a_$b.txt'}
-    results = _results(
-      uniform={'ppl': np.inf}, searched={'ppl': 3e7}, protocol=protocol
+    protocol = {**finished_run.results()['protocol'], 'text': '/$a|b_*[c](d)'}
+    lines = [
+      finished_run.line(0, reward_mean=np.nan),
+      finished_run.line(1, reward_max=np.nan),
+    ]
+    text = self.write(
+      finished_run.run(
+        lines=lines,
+        settings={'model': '<b>`x`'},
+        uniform={'ppl': np.inf},
+        searched={'ppl': 3e7},
+        protocol=protocol,
+      )
     )
-    lines = [_line(0, reward_mean=np.nan), _line(1, reward_max=np.nan)]
-    text = self.write(results, lines)
     self.assert_drawn(*_PLOTS)
     self.assertIn('| uniform | not finite | - |', text)
     self.assertIn('| searched | 3.00e+07 |', text)
-    self.assertIn('/data/$a_$b.txt', text)
+    self.assertIn(r'/\$a\|b_\*\[c\](d)', text)
+    self.assertStartsWith(text, '# Pruning \\<b>\\`x\\`\n')
 
   def test_a_torn_line_does_not_stop_the_report(self):
-    self.write(_results(), [_line(step) for step in range(4)])
+    self.write(finished_run.run(lines=4))
     with open(self.metrics, 'a') as file:
       file.write('{"step": 4, "sta')
     report.write(self.workdir)
     self.assert_drawn(*_PLOTS)
 
+  def test_it_holds_what_was_measured_besides(self):
+    text = self.write(
+      finished_run.run(
+        tasks={'arc': {'dense': 0.51234, 'pruned': None}},
+        speed={'tokens a second': {'dense': 1234.5, 'pruned': 2000.0}},
+      )
+    )
+    self.assertIn('## Tasks', text)
+    self.assertIn('|  | dense | pruned |', text)
+    self.assertIn('| arc | 0.5123 | not finite |', text)
+    self.assertIn('| tokens a second | 1,234 | 2,000 |', text)
+
+  def test_scalars_where_tensorboardx_is_installed(self):
+    self.write(finished_run.run(lines=2))
+    self.assertFalse((self.workdir / 'tb').exists())
+    site = self.workdir / 'site'
+    site.mkdir()
+    (site / 'tensorboardX.py').write_text(_TENSORBOARDX)
+    with (
+      mock.patch.object(sys, 'path', [str(site), *sys.path]),
+      mock.patch.dict(sys.modules),
+    ):
+      report.write(self.workdir)
+      report.write(self.workdir)
+    (file,) = (self.workdir / 'tb').iterdir()
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    self.assertEqual(written[-1], 'closed')
+    self.assertIn(['search/reward_max', 0.61, 1], written)
+    names = [name for name, _, step in written[:-1] if step == 0]
+    self.assertCountEqual(
+      names, [f'search/{key}' for key in finished_run.line(0) if key != 'step']
+    )
+
+  def test_refuses_what_is_no_finished_run(self):
+    with self.assertRaisesRegex(RequestError, 'not the directory of a finish'):
+      report.write(self.workdir)
+    self.assertFalse(self.workdir.exists())
+    finished_run.write(self.workdir, finished_run.run())
+    for name, text in (
+      ('results.json', '{'),
+      ('results.json', '[]'),
+      ('results.json', '{"versions": {}, "device": ""}'),
+      ('config.json', None),
+    ):
+      path = self.workdir / name
+      path.unlink() if text is None else path.write_text(text)
+      with self.assertRaisesRegex(RequestError, str(self.workdir)):
+        report.write(self.workdir)
+    self.assertFalse(list(self.workdir.glob('report.*')))
+
+
+# Writes what it is told as lines of JSON, into a new file every time.
+_TENSORBOARDX = """
+import json, pathlib, tempfile
+
+class SummaryWriter:
+  def __init__(self, logdir):
+    pathlib.Path(logdir).mkdir(parents=True, exist_ok=True)
+    self.file = open(tempfile.mkstemp(dir=logdir)[1], 'w')
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    print('"closed"', file=self.file)
+    self.file.close()
+
+  def add_scalar(self, tag, value, global_step):
+    print(json.dumps([tag, value, global_step]), file=self.file)
+"""
+
+
+class CommandTest(_Folder):
+  def run_command(self, *arguments):
+    root = pathlib.Path(__file__).parents[1]
+    return subprocess.run(
+      [sys.executable, '-m', 'ffp_jax.report', *map(str, arguments)],
+      cwd=self.enterContext(tempfile.TemporaryDirectory()),
+      env=os.environ | {'PYTHONPATH': str(root)},
+      capture_output=True,
+      text=True,
+    )
+
+  def assert_refused(self, done, pattern):
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertRegex(done.stderr, rf'^ffp_jax: .*{pattern}.*\n$')
+    self.assertEqual(done.stdout, '')
+
+  def test_one_is_redrawn(self):
+    finished_run.write(self.workdir, finished_run.run())
+    done = self.run_command(self.workdir)
+    path = self.workdir / 'report.html'
+    self.assertEqual((done.stdout, done.stderr), (f'{path}\n', ''))
+    self.assertIn('some/model', path.read_text())
+
+  def test_several_are_compared(self):
+    other = self.workdir.with_name('other')
+    for workdir in (self.workdir, other):
+      finished_run.write(workdir, finished_run.run())
+    path = self.workdir.with_name('new.html')
+    done = self.run_command(self.workdir, other, f'--out={path}')
+    self.assertEqual((done.stdout, done.stderr), (f'{path}\n', ''))
+    self.assertIn(str(other), path.read_text())
+    self.assertFalse((other / 'report.html').exists())
+
+  def test_refuses(self):
+    finished_run.write(self.workdir, finished_run.run())
+    other = self.workdir.with_name('other')
+    out = self.workdir.with_name('out.html')
+    self.assert_refused(self.run_command(), 'directory of a finished run')
+    self.assert_refused(
+      self.run_command(self.workdir, other, f'--out={out}'), str(other)
+    )
+    self.assertFalse(out.exists())
+    self.assert_refused(self.run_command(self.workdir, '--nme=1'), 'nme')
+    self.assert_refused(self.run_command(self.workdir, f'--out={out}'), '--out')
+    self.assert_refused(
+      self.run_command(self.workdir, self.workdir, f'--out={other}/x.html'),
+      '--out',
+    )
+
+
+class VersionsTest(absltest.TestCase):
+  def test_they_are_those_installed(self):
+    found = report.versions()
+    self.assertEqual(list(found), ['python', 'jax', 'flax', 'ffp_jax'])
+    self.assertStartsWith(sys.version, found['python'])
+    self.assertEqual(found['jax'], jax.__version__)
+
 
 class SummaryTest(absltest.TestCase):
   def check(self, results):
-    text = report.summary(results, _allocation())
+    text = report.summary(results, finished_run.allocation())
     self.assertLess(len(text.splitlines()), 15)
     self.assertLessEqual(max(map(len, text.splitlines())), 80)
     return text
 
   def test_it_holds_the_findings(self):
-    text = self.check(_results())
+    text = self.check(finished_run.results())
     for name, ppl in (
       ('dense', '16.58'),
       ('uniform', '24.57'),
@@ -373,7 +440,9 @@ class SummaryTest(absltest.TestCase):
       self.assertIn(part, text)
 
   def test_without_calibration(self):
-    results = _without(_results(), 'uniform_calibrated', 'calibrated')
+    results = _without(
+      finished_run.results(), 'uniform_calibrated', 'calibrated'
+    )
     self.assertNotIn('+ calibration', self.check(results))
 
   def test_it_fits_when_all_is_large_or_broken(self):
@@ -389,7 +458,7 @@ class SummaryTest(absltest.TestCase):
       'tokens': large,
     }
     text = self.check(
-      _results(
+      finished_run.results(
         uniform={'ppl': math.inf},
         uniform_calibrated={'ppl': 1e300},
         searched={'ppl': math.nan},
