@@ -12,17 +12,17 @@ import shutil
 
 from absl import app, flags
 
-from ffp_jax import (
-  __version__,
+from ffp_jax import __version__
+from ffp_jax.book import lines, plain, replace
+from ffp_jax.config import RequestError, refuse
+from ffp_jax.reporting import (
   blocks,
   comparison,
   page,
   plots,
   wording,
 )
-from ffp_jax.book import lines, plain, replace
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.sections import Run, report
+from ffp_jax.reporting.sections import Run, report
 
 
 def summary(results: dict, allocation: dict) -> str:

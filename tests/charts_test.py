@@ -2,7 +2,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from ffp_jax import charts
+from ffp_jax.reporting import charts
 from tests import finished_run
 
 

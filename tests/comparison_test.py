@@ -1,7 +1,7 @@
 from absl.testing import absltest
 
-from ffp_jax import comparison
-from ffp_jax.blocks import Table
+from ffp_jax.reporting import comparison
+from ffp_jax.reporting.blocks import Table
 from tests import finished_run
 
 

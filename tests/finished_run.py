@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from ffp_jax.book import Book, plain
-from ffp_jax.sections import Run
+from ffp_jax.reporting.sections import Run
 
 
 def config(**changes):

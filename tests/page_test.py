@@ -4,7 +4,12 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from ffp_jax import blocks, comparison, page, sections
+from ffp_jax.reporting import (
+  blocks,
+  comparison,
+  page,
+  sections,
+)
 from tests import finished_run
 
 _VOID = ('meta', 'link')

@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 
-from ffp_jax import wording
+from ffp_jax.reporting import wording
 
 
 def row(workdir: pathlib.Path) -> dict:

@@ -4,7 +4,7 @@ import html
 import importlib.resources
 from collections.abc import Iterable
 
-from ffp_jax.blocks import (
+from ffp_jax.reporting.blocks import (
   Bar,
   Block,
   Code,
@@ -42,7 +42,11 @@ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 
 def page(title: str, blocks: Iterable[Block]) -> str:
   """A whole page; `title` is for the browser's tab."""
-  style = importlib.resources.files('ffp_jax').joinpath('page.css').read_text()
+  style = (
+    importlib.resources.files('ffp_jax.reporting')
+    .joinpath('page.css')
+    .read_text()
+  )
   body = '\n'.join(filter(None, map(_html, blocks)))
   return _PAGE.format(title=html.escape(title), style=style, body=body)
 

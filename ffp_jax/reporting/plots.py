@@ -3,8 +3,8 @@
 import itertools
 import math
 
-from ffp_jax import wording
-from ffp_jax.wording import MODELS
+from ffp_jax.reporting import wording
+from ffp_jax.reporting.wording import MODELS
 
 _BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '#5f5f5f'
 _LABEL_WIDTH = 0.16  # of a stage's label, as a share of the axes

@@ -4,9 +4,9 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from ffp_jax import charts, wording
-from ffp_jax.blocks import Block, Heading, Items, Picture, Table, Text
-from ffp_jax.sections import Run
+from ffp_jax.reporting import charts, wording
+from ffp_jax.reporting.blocks import Block, Heading, Items, Picture, Table, Text
+from ffp_jax.reporting.sections import Run
 
 
 def compare(runs: list[Run]) -> Iterator[Block]:

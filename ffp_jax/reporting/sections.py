@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ffp_jax import charts, wording
-from ffp_jax.blocks import (
+from ffp_jax.reporting import charts, wording
+from ffp_jax.reporting.blocks import (
   Bar,
   Block,
   Code,
