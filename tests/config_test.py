@@ -69,7 +69,6 @@ class ValidateTest(_TestCase):
     'budget.round_heads',
     'search.context',
     'search.candidates',
-    'search.block',
     'search.remember',
     'policy.std',
     'policy.learning_rate',

@@ -26,6 +26,7 @@ _FAMILIES = {
   'llama': {
     'num_key_value_heads': 3,
     'num_attention_heads': 6,
+    'hidden_size': 48,
     'head_dim': 8,
   },
   'mistral': {'head_dim': 8, 'sliding_window': 20},
@@ -220,17 +221,19 @@ class SameResultTest(parameterized.TestCase):
     for key, value in expected[3].items():
       np.testing.assert_allclose(found[3][key], value, rtol=1e-4, err_msg=key)
 
-  @parameterized.parameters(*_FAMILIES)
-  def test_on_any_mesh(self, family):
+  @parameterized.parameters(
+    ('llama', ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))),
+    ('mistral', ((1, 2, 4),)),
+    ('opt', ((2, 2, 2),)),
+  )
+  def test_on_any_mesh(self, family, meshes):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     _write(folder, family)
-    outcomes = []
-    for mesh in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
+    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    for mesh in meshes:
       workdir = folder / 'x'.join(map(str, mesh))
       prune.run(_config(folder, mesh), workdir, command='')
-      outcomes.append(_outcome(workdir))
-    for found in outcomes[1:]:
-      self.assert_same(found, outcomes[0])
+      self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
 
   @parameterized.parameters(*_FAMILIES)
   def test_by_two_processes(self, family):
