@@ -12,6 +12,7 @@ import sys
 import time
 
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
 _LOG_SECONDS = 10  # between progress lines where there is no terminal
@@ -60,8 +61,7 @@ class Book:
     """Adds a line, which has a step, to metrics.jsonl; NaN becomes null."""
     if self.writes:
       self.workdir.mkdir(parents=True, exist_ok=True)
-      with open(self._metrics, 'a') as file:
-        _write(file, _json(line) + '\n')
+      _append(self._metrics, _json(line) + '\n')
     self._count_time()
 
   @property
@@ -70,7 +70,7 @@ class Book:
 
   def has_metrics(self) -> bool:
     """Whether a search has taken a step."""
-    return self._metrics.exists() and self._metrics.stat().st_size > 0
+    return self._metrics.exists() and bool(self._metrics.read_bytes())
 
   def rewind(self, step: int):
     """Drops from metrics.jsonl what a search resumed at `step` will redo.
@@ -151,7 +151,7 @@ def _json(content, indent=None) -> str:
 def lines(path) -> list[dict]:
   """The objects of a file of JSON lines; a torn line is left out."""
   found = []
-  for line in path.read_text(errors='replace').splitlines():
+  for line in path.read_bytes().decode(errors='replace').splitlines():
     try:
       found.append(json.loads(line))
     except json.JSONDecodeError:
@@ -159,9 +159,31 @@ def lines(path) -> list[dict]:
   return found
 
 
+def place(name: str):
+  """A path from the command line: of a file system, or of a bucket."""
+  return epath.Path(name) if '://' in name else pathlib.Path(name).expanduser()
+
+
+def is_local(path) -> bool:
+  """Whether a path is of a file system; in a bucket objects are replaced
+  whole, and nothing can be appended, renamed or locked."""
+  return isinstance(path, pathlib.Path)
+
+
+def _append(path, text):
+  if is_local(path):
+    with open(path, 'a') as file:
+      _write(file, text)
+  else:
+    path.write_text((path.read_text() if path.exists() else '') + text)
+
+
 def replace(path, text):
   """Writes a file whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(path):
+    path.write_text(text)
+    return
   temp = path.with_name(f'.{path.name}.tmp')
   with open(temp, 'w') as file:
     _write(file, text)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import sys
 
@@ -248,7 +249,7 @@ _MAY_CHANGE = ('checkpoint.', 'mesh.', 'search.block', 'search.remat')
 def claim(workdir: pathlib.Path, config):
   """Holds the workdir against other processes, and config.json in it.
 
-  The lock ends with the process, however that ends.
+  The lock ends with the process, however that ends. A bucket has none.
 
   Raises:
     RequestError: the workdir can't be written, is in use, or holds a run
@@ -256,13 +257,15 @@ def claim(workdir: pathlib.Path, config):
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / 'lock', 'w')
+    local = book.is_local(workdir)
+    lock = open(workdir / 'lock' if local else os.devnull, 'w')
   except OSError as error:
     raise RequestError(
       f'workdir: cannot write to {workdir} ({error.strerror})'
     ) from error
   with lock:
-    _lock(lock, workdir)
+    if local:
+      _lock(lock, workdir)
     _write_config(workdir, config)
     yield
 

@@ -7,7 +7,6 @@ or by the end of another process of the run; after the last two the same
 command goes on.
 """
 
-import pathlib
 import shlex
 import sys
 
@@ -44,8 +43,6 @@ def parse(argv):
     refuse('--config is missing; give a file such as configs/llama.py')
   if not _WORKDIR.value:
     refuse('--workdir is missing; give the directory of the run')
-  if '://' in _WORKDIR.value:
-    refuse('--workdir: must be on a file system; mount the bucket')
   named = _COORDINATOR.value not in (None, 'auto')
   if {_PROCESSES.present > 0, _PROCESS.present > 0} != {named}:
     refuse('--coordinator=HOST:PORT goes with --processes=N and --process=I')
@@ -66,9 +63,9 @@ def main(argv):
   logging.set_verbosity(logging.INFO)
   # Ours alone: orbax and others speak through absl too.
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  workdir = book.place(_WORKDIR.value)
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
-    cache = str(workdir.absolute().parent / '.compiled')
+    cache = str(workdir.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
   try:
     if _COORDINATOR.value:

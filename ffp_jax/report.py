@@ -5,6 +5,7 @@ python -m ffp_jax.report DIR [DIR ...] [--out=FILE.html]
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import pathlib
 import platform
@@ -13,7 +14,7 @@ import shutil
 from absl import app, flags
 
 from ffp_jax import __version__
-from ffp_jax.book import lines, plain, replace
+from ffp_jax.book import is_local, lines, plain, replace
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.reporting import (
   blocks,
@@ -103,15 +104,18 @@ def write(workdir: pathlib.Path):
     RequestError: see `read`.
   """
   run = read(workdir)
-  plots.kept(run.allocation).savefig(workdir / 'plot_kept.png')
-  plots.perplexity(run.results).savefig(workdir / 'plot_perplexity.png')
+  pictures = {'kept': plots.kept(run.allocation)}
+  pictures['perplexity'] = plots.perplexity(run.results)
   if run.metrics:
-    plots.search(run.metrics).savefig(workdir / 'plot_search.png')
+    pictures['search'] = plots.search(run.metrics)
+  for name, picture in pictures.items():
+    picture.savefig(png := io.BytesIO(), format='png')
+    (workdir / f'plot_{name}.png').write_bytes(png.getvalue())
   found = list(report(run))
   replace(workdir / 'report.md', blocks.markdown(found))
   title = f'Pruning {run.config["model"]}'
   replace(workdir / 'report.html', page.page(title, found))
-  if importlib.util.find_spec('tensorboardX'):
+  if is_local(workdir) and importlib.util.find_spec('tensorboardX'):
     _write_scalars(workdir / 'tb', run.metrics)
 
 
