@@ -240,7 +240,12 @@ def _flat(tree, prefix=''):
 
 # What a run may go on with another value of, as no result depends on it. The
 # number of steps is not: the learning rates fall over the whole search.
-_MAY_CHANGE = ('checkpoint.',)
+_MAY_CHANGE = (
+  'checkpoint.',
+  'compare.methods',
+  'compare.sparsities',
+  'compare.seeds',
+)
 
 
 @contextlib.contextmanager

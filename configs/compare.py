@@ -1,0 +1,54 @@
+"""Every allocator at one budget of evaluated tokens, SmolLM2-135M.
+
+Command: python -m ffp_jax.compare --config=configs/compare.py --workdir=DIR
+`--config.compare.methods="('uniform', 'random')"` compares some of them; a
+later command on the same DIR may ask for more methods, sparsities and seeds.
+Not run whole yet.
+"""
+
+import ml_collections
+
+from ffp_jax.config import defaults
+
+
+def get_config():
+  config = defaults()
+  c = config.compare = ml_collections.ConfigDict()
+  c.methods = (
+    'uniform',
+    'ffn_only',
+    'magnitude_global',
+    'wanda_global',
+    'flap',
+    'owl',
+    'depth',
+    'random',
+    'evopress',
+    'eas',
+    'fastforward_published',
+    'fastforward',
+  )
+  c.sparsities = (0.2, 0.3)
+  c.seeds = (0, 1, 2)  # of the splits of the text and of the methods
+  c.tokens = 120_000  # evaluated; a backward pass counts as two forward ones
+  c.checkpoints = (0.25, 0.5, 1.0)  # shares of it, at which to look
+
+  # Searches start from search.attention_prior, the same for all of them.
+  s = c.settings = ml_collections.ConfigDict()
+  s.owl = dict(outlier=5.0, spread=0.08)
+  s.depth = dict(first=0.25)
+  s.random = dict(std=0.5, candidates=8, survivors=(2, 1), rows=(1, 4))
+  s.evopress = dict(level=0.1, offspring=8, survivors=(2, 1), rows=(1, 4))
+  s.eas = dict(population=8, parents=4, mutation=0.2, rows=8)
+  s.fastforward_published = dict(
+    candidates=15,
+    std=1.0,
+    learning_rate=1e-4,
+    hidden=(256, 256, 128),
+    epochs=10,
+    clip=0.2,
+    entropy=0.01,
+    stages=4,
+    first_share=0.05,
+  )
+  return config
