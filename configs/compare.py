@@ -22,9 +22,13 @@ def get_config():
     'flap',
     'owl',
     'depth',
+    'sensitivity',
+    'knapsack',
     'random',
     'evopress',
     'eas',
+    'cmaes',
+    'amc',
     'fastforward_published',
     'fastforward',
   )
@@ -37,9 +41,23 @@ def get_config():
   s = c.settings = ml_collections.ConfigDict()
   s.owl = dict(outlier=5.0, spread=0.08)
   s.depth = dict(first=0.25)
+  s.sensitivity = dict(probe=0.5)
+  s.knapsack = dict(ratios=(0.3, 0.5, 0.7, 0.85))
   s.random = dict(std=0.5, candidates=8, survivors=(2, 1), rows=(1, 4))
   s.evopress = dict(level=0.1, offspring=8, survivors=(2, 1), rows=(1, 4))
   s.eas = dict(population=8, parents=4, mutation=0.2, rows=8)
+  s.cmaes = dict(std=0.5, rows=2)
+  s.amc = dict(
+    hidden=300,
+    actor_rate=1e-4,
+    critic_rate=1e-3,
+    tau=0.01,
+    noise=0.5,
+    decay=0.95,
+    warmup=0.25,  # of the budget
+    memory=100,  # episodes
+    rows=4,
+  )
   s.fastforward_published = dict(
     candidates=15,
     std=1.0,

@@ -7,6 +7,7 @@ calibration and the text; they differ in who gets the budget.
 """
 
 import functools
+import importlib.util
 import pathlib
 import shlex
 import sys
@@ -82,6 +83,8 @@ def check(config):
         f'compare.methods: {name!r} is not one of '
         f'{", ".join(baselines.METHODS)}'
       )
+  if 'cmaes' in c.methods and not importlib.util.find_spec('cma'):
+    raise RequestError('compare.methods: cmaes needs `pip install cma`')
   for key in ('methods', 'sparsities', 'seeds', 'checkpoints'):
     if not c[key]:
       raise RequestError(f'compare.{key}: give at least one')

@@ -4,7 +4,14 @@ See problem.py for the signature. Settings come from the configuration's
 `compare.settings`, one entry a method.
 """
 
-from ffp_jax.baselines import evolution, fastforward, heuristics
+from ffp_jax.baselines import (
+  amc,
+  cmaes,
+  evolution,
+  fastforward,
+  heuristics,
+  sensitivity,
+)
 
 METHODS = {
   'uniform': heuristics.uniform,
@@ -14,9 +21,13 @@ METHODS = {
   'flap': heuristics.flap,
   'owl': heuristics.owl,
   'depth': heuristics.depth,
+  'sensitivity': sensitivity.proportional,
+  'knapsack': sensitivity.knapsack,
   'random': evolution.random,
   'evopress': evolution.evopress,
   'eas': evolution.eas,
+  'cmaes': cmaes.cmaes,
+  'amc': amc.amc,
   'fastforward_published': fastforward.published,
   'fastforward': fastforward.shipped,
 }

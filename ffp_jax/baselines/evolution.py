@@ -107,7 +107,7 @@ def eas(
   mutation,
   rows,
 ):
-  """Mutation and crossover of ratios (EAS, arXiv 2409.17372, section 3.2).
+  """Mutation and crossover of ratios (EAS, arXiv 2409.17372).
 
   A generation is one half mutants of the `parents` best so far, each module
   redrawn with probability `mutation`, one half crossovers that take every

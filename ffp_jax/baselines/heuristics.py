@@ -51,7 +51,7 @@ def wanda_global(problem: Problem, seed: int):
 
 
 def flap(problem: Problem, seed: int):
-  """FLAP's fluctuation (arXiv 2312.11983, equations 4 to 6; AL-AM).
+  """FLAP's fluctuation (arXiv 2312.11983: the metric WIFV, global AL-AM).
 
   The variance of an input times the sum of its squared weights; squared for
   attention, as the authors' code does. Departs in that the variance is over
@@ -68,7 +68,7 @@ def flap(problem: Problem, seed: int):
 
 
 def owl(problem: Problem, seed: int, *, outlier: float, spread: float):
-  """OWL's outlier-weighted ratios (arXiv 2310.05175, section 3.2).
+  """OWL's outlier-weighted ratios (arXiv 2310.05175).
 
   A layer's outliers are the weights whose Wanda score is above `outlier`
   times the layer's mean; ratios differ by at most 2 * `spread`, linearly in
@@ -93,7 +93,7 @@ def owl(problem: Problem, seed: int, *, outlier: float, spread: float):
 def depth(problem: Problem, seed: int, *, first: float):
   """A sparsity that grows with the logarithm of depth.
 
-  SlimGPT's incremental pruning ratio (arXiv 2412.18110, section 3.3): layer
+  SlimGPT's incremental pruning ratio (arXiv 2412.18110): layer
   i of n removes r_0 + (r_{n-1} - r_0) * log(i + 1) / log(n). `first` is r_0
   as a share of the target; r_{n-1} follows from the budget.
   """
