@@ -1,6 +1,9 @@
 import functools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -163,6 +166,28 @@ class RunTest(parameterized.TestCase):
     with self.assertRaisesRegex(config.RequestError, word):
       compare.run(_config(**changes), self.workdir)
     self.assertFalse(self.workdir.exists())
+
+
+class CommandTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (['--config=configs/llama.py', '--workdir=x'], 'compare'),
+    (['--config=configs/compare.py'], '--workdir'),
+    (['--config=configs/compare.py', '--workdir=x', 'y'], "'y'"),
+  )
+  def test_refused(self, arguments, word):
+    done = subprocess.run(
+      [sys.executable, '-m', 'ffp_jax.compare', *arguments],
+      cwd=pathlib.Path(__file__).parent.parent,
+      env=os.environ | tiny_run.ENVIRONMENT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertLen(done.stderr.splitlines(), 1, done.stderr)
+    self.assertStartsWith(done.stderr, 'ffp_jax: ')
+    self.assertIn(word, done.stderr)
 
 
 if __name__ == '__main__':
