@@ -46,7 +46,7 @@ def run(config, workdir: pathlib.Path) -> dict:
   """Compares the methods of `config.compare`; goes on where it stopped.
 
   Args:
-    config: see configs/compare.py.
+    config: see `config.comparison`.
     workdir: gets compare.json, compare.md and the plots.
 
   Returns:
@@ -260,7 +260,7 @@ def parse(argv):
       _ = _CONFIG.value.compare  # a file that didn't load fails here
   except (AttributeError, KeyError) as error:
     key = str(error).strip('"\'')
-    refuse(f'--config: no key {key!r}; see configs/compare.py')
+    refuse(f'--config: no key {key!r}; see `comparison` in ffp_jax/config.py')
   except (flags.Error, OSError, TypeError, ValueError) as error:
     refuse(error)
   if not flags.FLAGS['config'].present or not _WORKDIR.value:

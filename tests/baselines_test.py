@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from configs import compare as record
 from ffp_jax import allocate, baselines, masks
+from ffp_jax import config as config_lib
 from ffp_jax import sites as sites_lib
 from ffp_jax.baselines import amc, fastforward, sensitivity
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
@@ -101,7 +101,7 @@ def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
 
 
 def _config():
-  config = record.get_config()
+  config = config_lib.comparison()
   config.search.context = _CONTEXT
   config.search.candidates = 4
   config.policy.hidden = (8,)

@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from configs import compare as record
 from ffp_jax import baselines, compare, config, hf, prune, sites
 from tests import tiny_run
 
@@ -37,7 +36,7 @@ def _paths():
 
 def _config(**overrides):
   model, text = _paths()
-  out = record.get_config()
+  out = config.comparison()
   changes = tiny_run.config().to_dict()
   changes['compare'] = {
     'methods': _METHODS,
