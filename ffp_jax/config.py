@@ -94,6 +94,69 @@ def defaults() -> ml_collections.ConfigDict:
   return config
 
 
+def comparison() -> ml_collections.ConfigDict:
+  """The defaults, and those of a comparison of allocation methods."""
+  config = defaults()
+  c = config.compare = ml_collections.ConfigDict()
+  c.methods = (
+    'uniform',
+    'ffn_only',
+    'magnitude_global',
+    'wanda_global',
+    'flap',
+    'owl',
+    'depth',
+    'sensitivity',
+    'knapsack',
+    'random',
+    'evopress',
+    'eas',
+    'cmaes',
+    'amc',
+    'fastforward_published',
+    'fastforward',
+  )
+  c.sparsities = (0.2, 0.3)
+  c.seeds = (0, 1, 2)  # of the splits of the text and of the methods
+  c.tokens = 120_000  # evaluated; a backward pass counts as two forward ones
+  c.checkpoints = (0.25, 0.5, 1.0)  # shares of it, at which to look
+
+  # Searches start from search.attention_prior; AMC and FastForward as
+  # published from what their authors do.
+  s = c.settings = ml_collections.ConfigDict()
+  s.owl = dict(outlier=5.0, spread=0.08)
+  s.depth = dict(first=0.25)
+  s.sensitivity = dict(probe=0.5)
+  s.knapsack = dict(ratios=(0.3, 0.5, 0.7, 0.85))
+  s.random = dict(std=0.5, candidates=8, survivors=(2, 1), rows=(1, 4))
+  s.evopress = dict(level=0.1, offspring=8, survivors=(2, 1), rows=(1, 4))
+  s.eas = dict(population=8, parents=4, mutation=0.2, rows=8)
+  s.cmaes = dict(std=0.5, rows=2)
+  s.amc = dict(
+    hidden=300,
+    actor_rate=1e-4,
+    critic_rate=1e-3,
+    tau=0.01,
+    noise=0.5,
+    decay=0.95,
+    warmup=0.25,  # of the budget
+    memory=100,  # episodes
+    rows=4,
+  )
+  s.fastforward_published = dict(
+    candidates=15,
+    std=1.0,
+    learning_rate=1e-4,
+    hidden=(256, 256, 128),
+    epochs=10,
+    clip=0.2,
+    entropy=0.01,
+    stages=4,
+    first_share=0.05,
+  )
+  return config
+
+
 _CHOICES = {
   'dtype': ('auto', 'float32', 'bfloat16'),
   'importance': ('wanda', 'magnitude'),
@@ -242,7 +305,15 @@ def _flat(tree, prefix=''):
 # What a run may go on with another value of: no result depends on it, but for
 # the order in which numbers are summed on another mesh. The number of steps is
 # not among them: the learning rates fall over the whole search.
-_MAY_CHANGE = ('checkpoint.', 'mesh.', 'search.block', 'search.remat')
+_MAY_CHANGE = (
+  'checkpoint.',
+  'compare.methods',
+  'compare.sparsities',
+  'compare.seeds',
+  'mesh.',
+  'search.block',
+  'search.remat',
+)
 
 
 @contextlib.contextmanager

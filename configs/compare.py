@@ -1,0 +1,13 @@
+"""Every allocator at one budget of evaluated tokens, SmolLM2-135M.
+
+Command: python -m ffp_jax.compare --config=configs/compare.py --workdir=DIR
+`--config.compare.methods="('uniform', 'random')"` compares some of them; a
+later command on the same DIR may ask for more methods, sparsities and seeds.
+Not run whole yet.
+"""
+
+from ffp_jax.config import comparison
+
+
+def get_config():
+  return comparison()

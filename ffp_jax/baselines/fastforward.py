@@ -1,0 +1,203 @@
+"""FastForward Pruning: as this package has it, and as its authors published.
+
+Source of both: arXiv 2511.18977.
+"""
+
+import dataclasses
+import math
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ffp_jax import curriculum, policy, search
+from ffp_jax.baselines.problem import Problem
+from ffp_jax.book import Book
+
+_LOWEST = 0.1  # ratio, of the published action space
+
+
+@dataclasses.dataclass(frozen=True)
+class _States:
+  """The search's states as it goes, in the place of checkpoints."""
+
+  seen: list = dataclasses.field(default_factory=list)
+
+  def begin(self, step, state):
+    del step, state
+
+  def save(self, step, state):
+    del step
+    self.seen.append(state)
+
+
+def shipped(problem: Problem, seed: int, *, config):
+  """`search.run` with the numbers of steps that the budget pays for.
+
+  The shares of the stages stay; the finalists are re-scored on the whole
+  reward text, as in `prune.rescore`, where that leaves a step. Until then
+  the incumbent is the policy's mean.
+
+  Args:
+    problem: what scores.
+    seed: of the search.
+    config: of a run of `prune.py`; its seed, sparsity and steps are not used.
+  """
+  config = config.copy_and_resolve_references()
+  config.seed, config.budget.sparsity = seed, problem.sparsity
+  finals = (1 + config.search.remember) * problem.rows_RxT.size
+  steps = _affordable(config, problem.left - finals)
+  config.search.steps = (
+    steps if sum(steps) else _affordable(config, problem.left)
+  )
+  yield problem.project(problem.start_S)
+  if not sum(config.search.steps):
+    return
+  states, net = _States(), search.network(config, problem.sites)[0]
+  with tempfile.TemporaryDirectory() as folder:
+    found, _ = search.run(
+      config,
+      problem.sites,
+      problem.modules,
+      problem.nll,
+      problem.params,
+      problem.rows_RxT,
+      search.start(config, problem.sites),
+      Book(pathlib.Path(folder)),
+      states,
+    )
+  # Charged here, so that every incumbent comes at its own cost.
+  for state, tokens in zip(states.seen, _costs(config), strict=True):
+    problem.charge(tokens)
+    mean_S = search.finalists(state, net, problem.sparsity)[0]
+    yield problem.project(mean_S)
+  counts = list({tuple(c): c for c in map(problem.project, found)}.values())
+  yield counts[np.argmin(problem.score(counts, problem.rows_RxT))]
+
+
+def _affordable(config, tokens: int) -> tuple[int, ...]:
+  """The configured steps, scaled to what `tokens` pay for.
+
+  What is left by rounding goes to the last stage.
+  """
+
+  def cost(stages):
+    return search.cost(config, stages)['tokens_evaluated']
+
+  plan = curriculum.plan(config)
+  scale = max(0, tokens) / cost(plan)
+  scaled = [stage._replace(steps=int(scale * stage.steps)) for stage in plan]
+  rest = max(0, tokens) - cost(scaled)
+  *steps, last = (stage.steps for stage in scaled)
+  return *steps, last + rest // cost([plan[-1]._replace(steps=1)])
+
+
+def _costs(config) -> list[int]:
+  """Tokens of each step."""
+  out = []
+  for stage in curriculum.plan(config):
+    one = [stage._replace(steps=1)]
+    out += stage.steps * [search.cost(config, one)['tokens_evaluated']]
+  return out
+
+
+def published(
+  problem: Problem,
+  seed: int,
+  *,
+  candidates: int,
+  std: float,
+  learning_rate: float,
+  hidden: tuple[int, ...],
+  epochs: int,
+  clip: float,
+  entropy: float,
+  stages: int,
+  first_share: float,
+):
+  """The search as published: plain PPO on actions cut to [0.1, 1].
+
+  A ratio is the absolute value of an action, clipped; `meet` brings the
+  ratios to the budget. The sparsity climbs to the target in equal stairs,
+  the share of the reward text from `first_share` to all along a cube. The
+  answer is the proposal of the last stair with the largest reward, before
+  that the mean. Departs in that both schedules run over the budget of
+  tokens instead of episodes, and that the network is `policy.Policy`.
+  """
+  source = np.random.default_rng(seed)
+  net = policy.Policy(len(problem.start_S), tuple(hidden), std)
+  optim = optax.adam(learning_rate)
+  zeros_S = jnp.zeros(len(problem.start_S))
+  params = policy.init(net, jax.random.key(seed), zeros_S)
+  opt_state = optim.init(params)
+
+  def propose(params, sparsity):
+    return net.apply({'params': params}, sparsity)
+
+  @jax.jit
+  def sample(params, sparsity, noise_NxS):
+    proposal = propose(params, sparsity)
+    action_NxS = policy.act(proposal, noise_NxS)
+    return proposal, action_NxS, policy.log_prob(proposal, action_NxS)
+
+  @jax.jit
+  def update(params, opt_state, batch, sparsity):
+    return policy.update(
+      params,
+      opt_state,
+      batch,
+      sparsity,
+      apply=propose,
+      optim=optim,
+      epochs=epochs,
+      clip=clip,
+      score_weight=1.0,
+      pathwise_weight=0.0,
+      value_weight=0.5,
+      entropy_weight=entropy,
+    )[:2]
+
+  best = math.inf
+  yield meet(problem, zeros_S)
+  while True:
+    progress = problem.used / problem.tokens
+    stair = min(stages, 1 + int(progress * stages))
+    easier = problem.at(problem.sparsity * stair / stages)
+    share = first_share + (1.0 - first_share) * progress**3
+    rows = problem.draw(source, math.ceil(share * len(problem.rows_RxT)))
+    noise = source.standard_normal((candidates, len(zeros_S)), np.float32)
+    sparsity = jnp.float32(easier.sparsity)
+    proposal, action, log_prob = sample(params, sparsity, noise)
+    counts = [meet(easier, row) for row in action]
+    losses = problem.score(counts, rows)
+    reward = jnp.asarray(10.0 * np.exp(-losses), jnp.float32)
+    batch = policy.Batch(action, noise, log_prob, reward, 0.0 * action)
+    params, opt_state = update(params, opt_state, batch, sparsity)
+    if stair < stages:
+      yield meet(problem, proposal.mean_S)
+    elif losses.min() < best:
+      best = losses.min()
+      yield counts[int(losses.argmin())]
+
+
+def meet(problem: Problem, action_S) -> np.ndarray:
+  """Actions to counts, as published.
+
+  What the budget leaves over is spread over the modules in proportion to
+  what they lack; what is too much is cut from the first layer on, each
+  module down to the lowest ratio, until the budget is met.
+  """
+  ratio_S = np.clip(np.abs(np.asarray(action_S, np.float64)), _LOWEST, 1.0)
+  cost_S = problem.sites.units * problem.sites.unit_cost
+  over = ratio_S @ cost_S - problem.limit
+  if over < 0:
+    lack_S = 1.0 - ratio_S
+    return problem.fit(ratio_S - over * lack_S / (lack_S @ cost_S))
+  for s in np.arange(len(ratio_S)).reshape(2, -1).T.reshape(-1):
+    cut = min(over, (ratio_S[s] - _LOWEST) * cost_S[s])
+    ratio_S[s] -= cut / cost_S[s]
+    over -= cut
+  return problem.fit(ratio_S)

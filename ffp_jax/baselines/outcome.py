@@ -1,0 +1,170 @@
+"""A comparison as a page: tables, and plots beside it."""
+
+import itertools
+import pathlib
+
+import numpy as np
+
+from ffp_jax import blocks, wording
+from ffp_jax.blocks import Heading, Picture, Table, Text
+from ffp_jax.book import plain, replace
+
+
+def key(line: dict) -> tuple:
+  """What tells one run of compare.json from another."""
+  return line['method'], line['sparsity'], line['seed']
+
+
+def line(run: dict) -> str:
+  """One run as one line of the log."""
+  run = plain(run)
+  return (
+    f'{run["method"]} at {run["sparsity"]:g}, seed {run["seed"]}: '
+    f'{wording.ppl(run["ppl"])}, calibrated '
+    f'{wording.ppl(run["ppl_calibrated"])}, {run["tokens"]:,} tokens, '
+    f'{run["seconds"]:.0f} s'
+  )
+
+
+def write(results: dict, workdir: pathlib.Path):
+  """Makes compare.md and its plots from what compare.json holds."""
+  curves(results).savefig(workdir / 'plot_curves.png')
+  kept(results).savefig(workdir / 'plot_kept.png')
+  replace(workdir / 'compare.md', blocks.markdown(page(results)))
+
+
+def summary(results: dict) -> str:
+  """The table as plain text."""
+  rows = [
+    f'{"":24}{"sparsity":>10}{"perplexity":>18}{"+ calibration":>18}',
+    f'{"dense":24}{"":>10}{wording.ppl(results["dense_ppl"]):>18}',
+  ]
+  for sparsity, groups in _grouped(results['runs']):
+    for method, runs in groups:
+      before, after = (_spread(runs, k) for k in ('ppl', 'ppl_calibrated'))
+      rows.append(f'{method:24}{sparsity:>10g}{before:>18}{after:>18}')
+  return '\n'.join([*rows, *wording.protocol(results['protocol'], True)])
+
+
+def page(results: dict):
+  """The blocks of compare.md."""
+  yield Heading(1, f'Allocation methods compared on {results["model"]}')
+  yield Text(
+    f'Each method may evaluate {results["tokens"]:,} tokens, a backward pass '
+    'counted as two forward ones. All share scores, projection, calibration '
+    'and text. Means over seeds, and standard deviations where there are '
+    'several.'
+  )
+  yield Text(' '.join(wording.protocol(results['protocol'])))
+  yield Text(f'Dense: perplexity {wording.ppl(results["dense_ppl"])}.')
+  for sparsity, groups in _grouped(results['runs']):
+    yield Heading(2, f'{sparsity:.0%} of the prunable parameters removed')
+    yield Table(
+      'Held-out perplexity, reward and cost',
+      (
+        'method',
+        'seeds',
+        'perplexity',
+        'with calibration',
+        'reward',
+        'tokens',
+        'seconds',
+      ),
+      [_row(method, runs) for method, runs in groups],
+    )
+  yield Picture(
+    'Held-out perplexity of the incumbent against evaluated tokens',
+    png='plot_curves.png',
+  )
+  yield Picture('Share kept in every layer', png='plot_kept.png')
+
+
+def _grouped(runs):
+  """(sparsity, [(method, its runs)]), methods in the order they came."""
+  first = {run['method']: i for i, run in reversed(list(enumerate(runs)))}
+
+  def order(run):
+    return run['sparsity'], first[run['method']]
+
+  ordered = sorted(runs, key=order)
+  for sparsity, same in itertools.groupby(ordered, lambda r: r['sparsity']):
+    groups = itertools.groupby(same, lambda r: r['method'])
+    yield sparsity, [(method, list(found)) for method, found in groups]
+
+
+def _row(method, runs):
+  return (
+    method,
+    str(len(runs)),
+    _spread(runs, 'ppl'),
+    _spread(runs, 'ppl_calibrated'),
+    _spread(runs, 'reward', wording.reward),
+    f'{np.mean([run["tokens"] for run in runs]):,.0f}',
+    f'{np.mean([run["seconds"] for run in runs]):,.0f}',
+  )
+
+
+def _spread(runs, name, form=wording.ppl) -> str:
+  """Mean and standard deviation over seeds; any that isn't finite shows."""
+  values = [run[name] for run in runs]
+  if None in values:
+    return form(None)
+  mean = form(float(np.mean(values)))
+  if len(values) == 1:
+    return mean
+  return f'{mean} ± {form(float(np.std(values, ddof=1)))}'
+
+
+def curves(results: dict):
+  """Held-out perplexity of the incumbents, a panel a sparsity."""
+  panels = list(_grouped(results['runs']))
+  figure, axes = _figure(len(panels), 1, 3.6)
+  for ax, (sparsity, groups) in zip(axes[:, 0], panels, strict=True):
+    for i, (method, runs) in enumerate(groups):
+      looks = zip(*(run['checkpoints'] for run in runs), strict=True)
+      x, y = zip(*map(_mean_look, looks), strict=True)
+      ax.plot(x, y, label=method, marker='o', markersize=3, **_look(i))
+    ax.set(title=f'{sparsity:.0%} removed', ylabel='perplexity', yscale='log')
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
+  axes[-1, 0].set(xlabel='evaluated tokens')
+  return figure
+
+
+def _mean_look(looks):
+  known = [np.nan if x['ppl'] is None else x['ppl'] for x in looks]
+  return looks[0]['tokens'], np.mean(known)
+
+
+def kept(results: dict):
+  """Share kept in every layer at the largest sparsity, means over seeds."""
+  *_, (sparsity, groups) = _grouped(results['runs'])
+  figure, axes = _figure(len(groups), 2, 1.3)
+  figure.suptitle(f'Share kept, {sparsity:.0%} removed')
+  units = np.array(results['units'])
+  for row, (method, runs) in zip(axes, groups, strict=True):
+    share = np.mean([run['counts'] for run in runs], axis=0) / units
+    for ax, part in zip(row, np.split(share, 2), strict=True):
+      ax.bar(np.arange(len(part)), part, width=0.75)
+      ax.set(ylim=(0, 1))
+    row[0].set_ylabel(method, rotation=0, ha='right')
+  axes[0, 0].set(title='attention groups')
+  axes[0, 1].set(title='FFN channels')
+  for ax in axes[-1]:
+    ax.set(xlabel='layer')
+  return figure
+
+
+def _figure(rows, columns, height):
+  from matplotlib.figure import Figure  # slow to import
+
+  size = (9, 1 + height * rows)
+  figure = Figure(figsize=size, dpi=120, layout='constrained')
+  axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+  for ax in axes.flat:
+    ax.spines[['top', 'right']].set_visible(False)
+  return figure, axes
+
+
+def _look(i):
+  """Colours of a palette of ten, then the same dashed."""
+  return {'color': f'C{i % 10}', 'linestyle': '-' if i < 10 else '--'}

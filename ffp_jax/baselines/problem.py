@@ -1,0 +1,152 @@
+"""What an allocator works on, and the meter that bounds it.
+
+An allocator is a generator function: (problem, seed, settings by name) ->
+its incumbent, counts [S] within the budget, each time that it has one. The
+last one is its answer. It may go on for ever: `Problem.charge` ends it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffp_jax import allocate, masks
+from ffp_jax.model import Masks
+from ffp_jax.sites import Sites
+
+
+class OutOfTokens(Exception):
+  """The next evaluation would go over the budget; it wasn't made."""
+
+
+class Inputs(NamedTuple):
+  """Moments of what enters the output projections, over calibration tokens.
+
+  Both hold (attention [L,K,G,H], ffn [L,F]).
+  """
+
+  mean: tuple
+  square: tuple  # mean of squares
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """One model, one sparsity, one budget of evaluated tokens.
+
+  Attributes:
+    sites: the modules.
+    modules: the same on the device, and the ranks of the units.
+    sparsity: the target.
+    low: smallest ratio that a priority or a search can ask for.
+    start_S: priorities around which the searches start.
+    rows_RxT: reward text.
+    nll: (params, tokens [B,T], Masks or None) -> losses [B].
+    params: of the dense decoder.
+    weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).
+    measure: () -> `Inputs` of the dense decoder.
+    measure_tokens: what calling it costs.
+    tokens: the budget.
+    spent: what has been charged, in turn.
+  """
+
+  sites: Sites
+  modules: allocate.Modules
+  sparsity: float
+  low: float
+  start_S: np.ndarray
+  rows_RxT: np.ndarray
+  nll: Callable
+  params: dict
+  weights: tuple
+  measure: Callable[[], Inputs]
+  measure_tokens: int
+  tokens: int
+  spent: list[int] = dataclasses.field(default_factory=list)
+
+  @functools.cached_property
+  def target(self) -> allocate.Target:
+    return allocate.target(self.sites, self.sparsity)
+
+  @property
+  def limit(self) -> int:
+    """What the counts may cost: parameters, without those never removed."""
+    return self.sites.limit(self.sparsity) - self.sites.fixed
+
+  @property
+  def keep(self) -> float:
+    """The limit as a share of all that could be removed."""
+    return self.limit / (self.sites.total - self.sites.fixed)
+
+  def at(self, sparsity: float) -> 'Problem':
+    """The same at another sparsity, on the same meter."""
+    return dataclasses.replace(self, sparsity=sparsity)
+
+  @property
+  def used(self) -> int:
+    return sum(self.spent)
+
+  @property
+  def left(self) -> int:
+    return self.tokens - self.used
+
+  def charge(self, tokens: int):
+    """Counts tokens that are about to be evaluated.
+
+    Raises:
+      OutOfTokens: they are more than is left; nothing is counted.
+    """
+    if tokens > self.left:
+      raise OutOfTokens(f'{tokens} tokens asked, {self.left} left')
+    self.spent.append(tokens)
+
+  def inputs(self) -> Inputs:
+    """Statistics of the dense decoder on the calibration text, charged."""
+    self.charge(self.measure_tokens)
+    return self.measure()
+
+  def draw(self, source, rows: int) -> np.ndarray:
+    """Different reward rows, as many as asked for or there are, [r,T]."""
+    count = min(rows, len(self.rows_RxT))
+    return self.rows_RxT[source.permutation(len(self.rows_RxT))[:count]]
+
+  def score(self, counts_NxS, rows_RxT) -> np.ndarray:
+    """Mean losses [N] of candidates on the same rows, charged at once.
+
+    A loss that isn't finite is infinite, and so sorts last.
+    """
+    rows_RxT = np.asarray(rows_RxT)
+    self.charge(len(counts_NxS) * rows_RxT.size)
+    losses = [
+      [
+        _loss(self.nll, self.params, row, self.modules.rank, jnp.asarray(count))
+        for row in rows_RxT
+      ]
+      for count in counts_NxS
+    ]
+    means = np.mean(jax.device_get(losses), axis=1, dtype=np.float64)
+    return np.where(np.isfinite(means), means, np.inf)
+
+  def project(self, priority_S) -> np.ndarray:
+    """Counts of priorities, the budget met by `budget.project`."""
+    priority_S = jnp.asarray(priority_S, jnp.float32)
+    count_S = _project(priority_S, self.target, self.modules, low=self.low)
+    return np.asarray(count_S)
+
+  def fit(self, ratio_S) -> np.ndarray:
+    """Counts of ratios that about meet the budget, see `budget.to_counts`."""
+    ratio_S = jnp.asarray(ratio_S, jnp.float32)
+    return np.asarray(_counts(ratio_S, self.target, self.modules))
+
+
+_project = jax.jit(allocate.counts_of, static_argnames='low')
+_counts = jax.jit(allocate.counts)
+
+
+@functools.partial(jax.jit, static_argnames='nll')
+def _loss(nll, params, row_T, rank: Masks, count_S):
+  """Loss of one row: one compilation serves every batch of every method."""
+  return nll(params, row_T[None], masks.from_counts(rank, count_S))[0]

@@ -1,0 +1,294 @@
+"""Every allocation method at the same cost, on the same model and text.
+
+python -m ffp_jax.compare --config=configs/compare.py --workdir=DIR
+
+All share the scores of the units, the projection to integers, the
+calibration and the text; they differ in who gets the budget.
+"""
+
+import functools
+import importlib.util
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ffp_jax import (
+  baselines,
+  book,
+  evaluate,
+  files,
+  masks,
+  prune,
+  search,
+  sharding,
+  signals,
+)
+from ffp_jax import config as config_lib
+from ffp_jax.baselines import outcome
+from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
+from ffp_jax.config import RequestError, refuse
+from ffp_jax.loss import nll
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the comparison.')
+
+
+def run(config, workdir: pathlib.Path) -> dict:
+  """Compares the methods of `config.compare`; goes on where it stopped.
+
+  Args:
+    config: see `config.comparison`.
+    workdir: gets compare.json, compare.md and the plots.
+
+  Returns:
+    What compare.json holds.
+
+  Raises:
+    RequestError: the request can't be met; known before any heavy work.
+  """
+  check(config)
+  c = config.compare
+  for sparsity in c.sparsities:
+    config_lib.validate(cell_of(config, c.seeds[0], sparsity))
+  jobs = {
+    seed: prune.prepare(cell_of(config, seed, max(c.sparsities)))
+    for seed in c.seeds
+  }
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    with config_lib.claim(workdir, config):
+      ledger = book.Book(workdir)
+      load = functools.cache(lambda: model_of(config, jobs[c.seeds[0]]))
+      for seed, job in jobs.items():
+        fill(config, job, seed, load, ledger)
+      results = ledger.read_json('compare.json')
+      outcome.write(results, workdir)
+  return results
+
+
+def check(config):
+  """Refuses unknown methods and a budget that can't pay for all of them."""
+  c = config.compare
+  for name in c.methods:
+    if name not in baselines.METHODS:
+      raise RequestError(
+        f'compare.methods: {name!r} is not one of '
+        f'{", ".join(baselines.METHODS)}'
+      )
+  if 'cmaes' in c.methods and not importlib.util.find_spec('cma'):
+    raise RequestError('compare.methods: cmaes needs `pip install cma`')
+  for key in ('methods', 'sparsities', 'seeds', 'checkpoints'):
+    if not c[key]:
+      raise RequestError(f'compare.{key}: give at least one')
+  least = config.text.calibration_windows * config.text.context
+  if c.tokens < least:
+    raise RequestError(
+      f'compare.tokens: {c.tokens} must be at least {least}, the calibration '
+      'text, which some methods measure'
+    )
+  if not all(0.0 < share <= 1.0 for share in c.checkpoints):
+    raise RequestError('compare.checkpoints: each must be in (0, 1]')
+
+
+def cell_of(config, seed: int, sparsity: float):
+  """The configuration of one seed and sparsity."""
+  cell = config.copy_and_resolve_references()
+  cell.seed, cell.budget.sparsity = seed, sparsity
+  return cell
+
+
+class Model(NamedTuple):
+  """What all seeds share; the losses compile once."""
+
+  params: dict
+  loss: evaluate.Scorer
+  nll: Callable  # what searches take
+
+
+def model_of(config, job) -> Model:
+  """Loads the model."""
+  dtype = evaluate.dtype_of(config.dtype)
+  apply = evaluate.apply_of(job.model, remat=config.search.remat)
+  return Model(
+    files.load_params(job.directory, job.model, dtype),
+    evaluate.Scorer(job.model),
+    lambda params, tokens, masks: nll(apply, params, tokens, masks),
+  )
+
+
+def fill(config, job, seed: int, load, ledger):
+  """Runs what compare.json lacks of one seed, writing after each method."""
+  results = ledger.read_json('compare.json') or {'runs': []}
+  done = {outcome.key(line) for line in results['runs']}
+  todo = [
+    (name, sparsity)
+    for sparsity in config.compare.sparsities
+    for name in config.compare.methods
+    if (name, sparsity, seed) not in done
+  ]
+  if not todo:
+    return
+  model = load()
+  modules = prune.rank_units(config, job, model.params)
+  dense = {
+    split: model.loss(model.params, windows, job.dense)
+    for split, windows in job.text._asdict().items()
+    if split in ('reward', 'heldout')
+  }
+  results |= {
+    'model': config.model,
+    'protocol': job.protocol._asdict(),
+    'dense_ppl': float(np.exp(dense['heldout'])),
+    'tokens': config.compare.tokens,
+    'units': job.sites.units,
+  }
+  for name, sparsity in todo:
+    cell = cell_of(config, seed, sparsity)
+    problem = problem_of(cell, job, model, modules)
+    begun = time.perf_counter()
+    trace = follow(allocator(name, cell), problem, seed)
+    results['runs'].append(
+      {
+        'method': name,
+        'sparsity': sparsity,
+        'seed': seed,
+        'seconds': round(time.perf_counter() - begun, 3),
+        'tokens': problem.used,
+        **judge(cell, job, model, modules, dense, trace),
+      }
+    )
+    ledger.write_json('compare.json', results)
+    logging.info('%s', outcome.line(results['runs'][-1]))
+
+
+def problem_of(config, job, model, modules) -> Problem:
+  """What the allocators see, with a full meter."""
+  stack, text = model.params['stack'], job.text.calibration
+
+  def moments(x):
+    x = x.astype(jnp.float32)
+    return jnp.stack([jnp.sum(x, (0, 1)), jnp.sum(jnp.square(x), (0, 1))])
+
+  def measure():
+    captured = jax.jit(evaluate.captured_of(job.model, moments))
+    totals = [captured(model.params, row[None]) for row in text]
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0) / text.size, *totals)
+    return Inputs(*(tuple(x[:, i] for x in total) for i in range(2)))
+
+  return Problem(
+    sites=job.sites,
+    modules=modules,
+    sparsity=config.budget.sparsity,
+    low=config.search.lowest_ratio,
+    start_S=search.prior(job.sites, config.search.attention_prior),
+    rows_RxT=job.text.reward.reshape(-1, config.search.context),
+    nll=model.nll,
+    params=model.params,
+    weights=(stack['attention']['out'], stack['ffn']['down']),
+    measure=measure,
+    measure_tokens=text.size,
+    tokens=config.compare.tokens,
+  )
+
+
+def allocator(name: str, config) -> Callable:
+  """(problem, seed) -> incumbents, with the settings of the configuration."""
+  method = baselines.METHODS[name]
+  if method is baselines.fastforward.shipped:
+    return functools.partial(method, config=config)
+  settings = config.compare.settings.get(name, {})
+  return functools.partial(method, **settings)
+
+
+def follow(allocate, problem: Problem, seed: int) -> list:
+  """Every new incumbent and the tokens used when it came, the answer last."""
+  trace = []
+  try:
+    for counts in allocate(problem, seed):
+      if not trace or not np.array_equal(counts, trace[-1][1]):
+        trace.append((problem.used, counts))
+  except OutOfTokens:
+    pass
+  return trace
+
+
+def judge(config, job, model, modules, dense, trace) -> dict:
+  """What an allocator's incumbents are worth; costs it no tokens."""
+
+  @functools.cache
+  def worth(counts):
+    keep = masks.from_counts(modules.rank, np.array(counts))
+    reward = model.loss(model.params, job.text.reward, keep)
+    heldout = model.loss(model.params, job.text.heldout, keep)
+    return {
+      'ppl': float(np.exp(heldout)),
+      'reward': float(np.exp(dense['reward'] - reward)),
+    }
+
+  looks = []
+  for share in config.compare.checkpoints:
+    tokens = round(share * config.compare.tokens)
+    known = [row for row in trace if row[0] <= tokens]
+    counts = (known or trace)[-1 if known else 0][1]
+    looks.append({'tokens': tokens, **worth(tuple(counts.tolist()))})
+  counts = trace[-1][1]
+  keep = masks.from_counts(modules.rank, counts)
+  repaired = prune.calibrate(config, job, model.params, {'answer': keep})
+  calibrated = model.loss(repaired['answer'], job.text.heldout, keep)
+  return {
+    **worth(tuple(counts.tolist())),
+    'ppl_calibrated': float(np.exp(calibrated)),
+    'sparsity_achieved': job.sites.sparsity(counts),
+    'counts': counts,
+    'checkpoints': looks,
+  }
+
+
+def parse(argv):
+  """Reads the flags; refuses what isn't one, before any heavy work."""
+  try:
+    rest = flags.FLAGS(argv)
+    if flags.FLAGS['config'].present:
+      _ = _CONFIG.value.compare  # a file that didn't load fails here
+  except (AttributeError, KeyError) as error:
+    key = str(error).strip('"\'')
+    refuse(f'--config: no key {key!r}; see `comparison` in ffp_jax/config.py')
+  except (flags.Error, OSError, TypeError, ValueError) as error:
+    refuse(error)
+  if not flags.FLAGS['config'].present or not _WORKDIR.value:
+    refuse('give --config=configs/compare.py and --workdir=DIR')
+  if len(rest) > 1:
+    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  return rest
+
+
+def main(argv):
+  del argv
+  command = shlex.join(['python', '-m', 'ffp_jax.compare', *sys.argv[1:]])
+  signals.exit_on_signals(command)
+  logging.set_verbosity(logging.INFO)
+  # Ours alone: orbax and others speak through absl too.
+  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  try:
+    results = run(_CONFIG.value, workdir)
+  except RequestError as error:
+    refuse(error)
+  except Exception as error:
+    if reason := book.disk_full(error):
+      refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+    raise
+  print(outcome.summary(results))
+  print(f'\nreport      {workdir / "compare.md"}')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

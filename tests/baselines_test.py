@@ -1,0 +1,388 @@
+import functools
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import allocate, baselines, masks
+from ffp_jax import config as config_lib
+from ffp_jax import sites as sites_lib
+from ffp_jax.baselines import amc, fastforward, sensitivity
+from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
+from ffp_jax.model import Masks, ModelConfig
+from tests import tiny_run
+
+_L, _K, _F, _G, _H, _D = 3, 10, 64, 1, 2, 4
+# Only its shapes matter.
+_MODEL = ModelConfig(
+  vocab=10,
+  width=_D,
+  layers=_L,
+  groups=_K,
+  heads_per_group=_G,
+  head_size=_H,
+  ffn=_F,
+)
+_SITES = sites_lib.sites(_MODEL, round_heads=1, round_ffn=2)
+# What removing the whole of a module would cost, in nats.
+_HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
+_SPARSITY = 0.4
+_CONTEXT = 8
+_ROWS = 16
+_HEURISTICS = (
+  'uniform',
+  'ffn_only',
+  'magnitude_global',
+  'wanda_global',
+  'flap',
+  'owl',
+  'depth',
+)
+_MEASURED = ('sensitivity', 'knapsack')
+_SEARCHES = tuple(sorted(set(baselines.METHODS) - {*_HEURISTICS, *_MEASURED}))
+
+
+def _named(names):
+  return [(name, name) for name in names]
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+def _harm(kept_S, xp=np):
+  """The synthetic loss: separable, a function of the kept shares alone."""
+  return 1.0 + xp.sum(_HARM_S * xp.square(1.0 - kept_S))
+
+
+def _nll(params, tokens_BxT, masks):
+  """`_harm`, seen through noise that is the same for all on the same row."""
+  del params
+  noise_B = 0.1 * jnp.sin(tokens_BxT[:, 0])
+  if masks is None:
+    return 1.0 + noise_B
+  kept_S = jnp.concatenate([mask.mean(-1) for mask in masks])
+  return _harm(kept_S, jnp) + noise_B
+
+
+@functools.cache
+def _arrays():
+  """(ranks, weights, inputs), all random."""
+  source = np.random.default_rng(0)
+  scores = Masks(source.random((_L, _K)), source.random((_L, _F)))
+  shapes = (_L, _K, _G, _H), (_L, _F)
+  weights = tuple(source.normal(size=(*s, _D)) for s in shapes)
+  mean = tuple(source.normal(size=s) for s in shapes)
+  square = tuple(m**2 + source.random(m.shape) ** 4 for m in mean)
+  return masks.rank_all(scores), weights, Inputs(mean, square)
+
+
+def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
+  rank, weights, inputs = _arrays()
+  return Problem(
+    sites=_SITES,
+    modules=allocate.modules(_SITES, rank),
+    sparsity=sparsity,
+    low=0.1,
+    start_S=np.zeros(2 * _L),
+    rows_RxT=np.arange(_ROWS * _CONTEXT).reshape(_ROWS, _CONTEXT),
+    nll=nll,
+    params={},
+    weights=weights,
+    measure=lambda: inputs,
+    measure_tokens=100,
+    tokens=tokens,
+  )
+
+
+def _config():
+  config = config_lib.comparison()
+  config.search.context = _CONTEXT
+  config.search.candidates = 4
+  config.policy.hidden = (8,)
+  config.compare.settings.amc.hidden = 32
+  config.search.attention_prior = 0.0
+  return config
+
+
+def _answers(name, problem, seed=0):
+  """Every incumbent of a method, with the settings that are on record."""
+  config = _config()
+  settings = config.compare.settings.get(name, {})
+  if name == 'fastforward':
+    settings = {'config': config}
+  out = []
+  try:
+    for counts in baselines.METHODS[name](problem, seed, **settings):
+      out.append(np.array(counts))
+  except OutOfTokens:
+    pass
+  return out
+
+
+def _slack(counts, sparsity=_SPARSITY):
+  return _SITES.limit(sparsity) - _SITES.kept_cost(counts)
+
+
+def _harm_of(counts):
+  return _harm(counts / _SITES.units)
+
+
+class AllTest(parameterized.TestCase):
+  @parameterized.named_parameters(_named(baselines.METHODS))
+  def test_budgets(self, name):
+    cheapest = (_SITES.step * _SITES.unit_cost).min()
+    for sparsity, tokens in ((0.05, 5000), (0.4, 100), (0.7, 5000)):
+      problem = _problem(tokens, sparsity)
+      answers = _answers(name, problem)
+      self.assertNotEmpty(answers)
+      self.assertBetween(problem.used, 0, tokens)
+      for counts in answers:
+        self.assertBetween(_slack(counts, sparsity), 0, cheapest - 1)
+        self.assertTrue(np.all(counts >= _SITES.floor))
+        self.assertTrue(np.all(counts <= _SITES.units))
+
+  @parameterized.named_parameters(_named(_SEARCHES))
+  def test_seed(self, name):
+    one, same, other = (_answers(name, _problem(5000), s) for s in (3, 3, 4))
+    np.testing.assert_array_equal(one, same)
+    self.assertFalse(np.array_equal(one, other))
+
+  @parameterized.named_parameters(_named((*_MEASURED, *_SEARCHES)))
+  def test_search_beats_uniform(self, name):
+    uniform = _harm_of(_answers('uniform', _problem())[-1])
+    best = _harm_of(_optimum())
+    found = _harm_of(_answers(name, _problem(20_000))[-1])
+    # The share of what could be gained.
+    least = {'fastforward_published': 0.5, 'amc': 0.7, 'random': 0.5}
+    self.assertGreater(
+      (uniform - found) / (uniform - best), least.get(name, 0.85)
+    )
+
+  @parameterized.named_parameters(_named((*_MEASURED, *_SEARCHES)))
+  def test_broken_losses(self, name):
+    def broken(params, tokens, masks):
+      return jnp.nan * _nll(params, tokens, masks)
+
+    for counts in _answers(name, _problem(3000, nll=broken)):
+      self.assertBetween(_slack(counts), 0, 24)
+
+
+def _optimum():
+  """Counts that lose least, by greedy steps: the harm is convex."""
+  counts = _SITES.floor.copy()
+  while True:
+    best = None
+    for s in range(2 * _L):
+      more = counts.copy()
+      more[s] += _SITES.step[s]
+      if more[s] > _SITES.units[s] or _slack(more) < 0:
+        continue
+      cost = _SITES.step[s] * _SITES.unit_cost[s]
+      gain = (_harm_of(counts) - _harm_of(more)) / cost
+      best = max(best or (gain, s), (gain, s))
+    if best is None:
+      return counts
+    counts[best[1]] += _SITES.step[best[1]]
+
+
+class ProblemTest(absltest.TestCase):
+  def test_score_is_the_mean_and_is_charged(self):
+    problem = _problem(tokens=100)
+    counts = [_SITES.units, _SITES.units // 2]
+    rows = problem.rows_RxT[[2, 5]]
+    noise = 0.1 * np.mean(np.sin([16, 40]))
+    expected = [1.0 + noise, _harm(0.5 * np.ones(6)) + noise]
+    np.testing.assert_allclose(problem.score(counts, rows), expected, rtol=1e-5)
+    self.assertEqual(problem.used, 2 * 2 * _CONTEXT)
+
+  def test_refuses_and_counts_nothing(self):
+    problem = _problem(tokens=2 * _CONTEXT)
+    with self.assertRaises(OutOfTokens):
+      problem.score([_SITES.units] * 3, problem.rows_RxT[:1])
+    self.assertEqual(problem.used, 0)
+    problem.at(0.1).score([_SITES.units] * 2, problem.rows_RxT[:1])
+    self.assertEqual(problem.left, 0)
+
+  def test_draw(self):
+    problem, source = _problem(), np.random.default_rng(0)
+    rows = problem.draw(source, 5)
+    self.assertLen({row[0] for row in rows.tolist()}, 5)
+    self.assertLen(problem.draw(source, 99), _ROWS)
+
+
+class HeuristicTest(parameterized.TestCase):
+  """Each against plain loops."""
+
+  def answer(self, name, **settings):
+    (counts,) = baselines.METHODS[name](_problem(), 0, **settings)
+    return counts
+
+  @parameterized.parameters('magnitude_global', 'wanda_global', 'flap')
+  def test_thresholds(self, name):
+    _, weights, inputs = _arrays()
+    units = []  # (standardised score, module, cost)
+    for part in range(2):
+      for i in range(_L):
+        w, m, q = (x[part][i] for x in (weights, inputs.mean, inputs.square))
+        value = {
+          'magnitude_global': np.abs(w).sum(-1),
+          'wanda_global': np.abs(w).sum(-1) * np.sqrt(q),
+          'flap': (q - m**2) * (w**2).sum(-1),
+        }[name]
+        if name == 'flap' and part == 0:
+          value = value**2
+        value = (value - value.mean()) / value.std()
+        s = part * _L + i
+        for unit in value.reshape(len(value), -1).mean(1):
+          units.append((unit, s, _SITES.unit_cost[s]))
+    units.sort(reverse=True)
+    counts, left = np.zeros(6, int), _SITES.limit(_SPARSITY)
+    for _, s, cost in units:
+      left -= cost
+      if left < 0:
+        break
+      counts[s] += 1
+    # As far as rounding goes.
+    self.assertTrue(np.all(counts > _SITES.floor))
+    self.assertLessEqual(np.abs(self.answer(name) - counts).max(), 2)
+
+  def test_owl(self):
+    _, weights, inputs = _arrays()
+    share = []
+    for i in range(_L):
+      flat = []
+      for w, q in zip(weights, inputs.square, strict=True):
+        flat += np.ravel(np.abs(w[i]) * np.sqrt(q[i])[..., None]).tolist()
+      share.append(np.mean(np.array(flat) > 3.0 * np.mean(flat)))
+    share = np.array(share)
+    self.assertGreater(np.ptp(share), 0.0)
+    ratio = 0.2 * (share - share.min()) / np.ptp(share)
+    ratio += 0.6 - ratio.mean()
+    counts = self.answer('owl', outlier=3.0, spread=0.1)
+    error = np.abs(counts / _SITES.units - np.tile(ratio, 2))
+    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+
+  def test_depth(self):
+    logs = np.array([0.0, np.log(2.0), np.log(3.0)]) / np.log(3.0)
+    removed = 0.2 + 0.2 * logs / logs.mean()
+    self.assertAlmostEqual(removed.mean(), 0.4)
+    counts = self.answer('depth', first=0.5)
+    error = np.abs(counts / _SITES.units - np.tile(1 - removed, 2))
+    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+
+  def test_ffn_only(self):
+    counts = self.answer('ffn_only')
+    np.testing.assert_array_equal(counts[:_L], _K)
+    self.assertLessEqual(np.ptp(counts[_L:]), 2)
+
+  def test_uniform(self):
+    ratio = self.answer('uniform') / _SITES.units
+    error = np.abs(ratio - (1 - _SPARSITY))
+    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+
+
+class SensitivityTest(parameterized.TestCase):
+  def test_proportional(self):
+    problem = _problem()
+    *_, counts = sensitivity.proportional(problem, 0, probe=0.5)
+    # A probe of half a module loses a quarter of its harm.
+    cost = _SITES.units * _SITES.unit_cost
+    weight = cost / _HARM_S
+    most = (_SITES.units - _SITES.floor) * _SITES.unit_cost
+    low, high = 0.0, 1e6
+    for _ in range(200):
+      scale = 0.5 * (low + high)
+      enough = np.minimum(scale * weight, most).sum() > 0.4 * cost.sum()
+      low, high = (low, scale) if enough else (scale, high)
+    expected = 1.0 - np.minimum(scale * weight, most) / cost
+    error = np.abs(counts / _SITES.units - expected)
+    self.assertTrue(np.all(error <= _SITES.step / _SITES.units), error)
+    self.assertEqual(problem.used, 7 * problem.rows_RxT.size)
+
+  @parameterized.parameters(range(20))
+  def test_knapsack_is_exact(self, seed):
+    source = np.random.default_rng(seed)
+    sizes = source.integers(1, 5, 4)
+    values = [source.normal(size=n) for n in sizes]
+    costs = [12 * source.integers(1, 9, n) for n in sizes]
+    limit = int(sum(map(np.min, costs)) + source.integers(0, 120))
+    best = min(
+      (sum(v[i] for v, i in zip(values, picks, strict=True)), picks)
+      for picks in itertools.product(*map(range, sizes))
+      if sum(c[i] for c, i in zip(costs, picks, strict=True)) <= limit
+    )
+    self.assertEqual(tuple(sensitivity.least(values, costs, limit)), best[1])
+
+  def test_knapsack_of_awkward_costs_holds_the_budget(self):
+    source = np.random.default_rng(0)
+    values = [-np.sort(source.random(5)) for _ in range(6)]
+    costs = [np.sort(source.integers(1, 10**9, 5)) for _ in range(6)]
+    limit = 2_500_000_000
+    picks = sensitivity.least(values, costs, limit)
+    spent = sum(c[i] for c, i in zip(costs, picks, strict=True))
+    self.assertLessEqual(spent, limit)
+    self.assertEqual(
+      sensitivity.least(values, costs, 1), [0] * 6
+    )  # nothing fits
+
+
+class AmcTest(absltest.TestCase):
+  def test_walk_meets_the_budget_at_the_wall(self):
+    problem, source = _problem(), np.random.default_rng(0)
+    cost = _SITES.units * _SITES.unit_cost
+    for _ in range(20):
+      ratio, states, actions = amc._walk(problem, source, None, 8, 0.5)
+      self.assertLessEqual(ratio @ cost, problem.limit + 1e-6)
+      self.assertTrue(np.all(ratio >= 0.1))
+      # Front to back: attention and FFN of each layer.
+      np.testing.assert_allclose(
+        actions, ratio.reshape(2, -1).T.reshape(-1), rtol=1e-6
+      )
+      kept = 1.0 - states[1:, 5] - states[1:, 6]
+      self.assertTrue(np.all(kept[:-1] > 0.0))
+      np.testing.assert_allclose(states[1:-1, 7], actions[:-1], rtol=1e-6)
+
+  def test_agent_finds_the_best_action(self):
+    agent, update = amc._agent(0, 32, 1e-3, 1e-2, 0.1)
+    source = np.random.default_rng(0)
+    states = source.random((300, 64, 8), np.float32)
+    actions = source.random((300, 64), np.float32)
+    best = 0.2 + 0.6 * (states[..., 1] > 0.5)
+    reward = -np.square(actions - best).astype(np.float32)
+    batches = (states, actions, reward, states, np.ones((300, 64), bool))
+    agent = update(agent, batches)
+    found = amc._act(32)(agent.params['actor'], states[0])
+    # No constant comes closer than 0.3.
+    self.assertLess(np.mean(np.abs(found - best[0])), 0.2)
+
+
+class PublishedTest(absltest.TestCase):
+  def test_deficit_is_spread_over_headroom(self):
+    action = np.array([1.0, -0.4, 0.1, 0.0, 0.4, -3.0])
+    ratio = np.array([1.0, 0.4, 0.1, 0.1, 0.4, 1.0])
+    cost = _SITES.units * _SITES.unit_cost
+    lacks = 1.0 - ratio
+    expected = ratio + lacks * (0.6 - ratio @ cost / cost.sum()) / (
+      lacks @ cost / cost.sum()
+    )
+    counts = fastforward.meet(_problem(), action)
+    error = np.abs(counts / _SITES.units - expected)
+    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+
+  def test_surplus_is_cut_from_the_front(self):
+    counts = fastforward.meet(_problem(), np.ones(6))
+    # Attention and FFN of layer 0 to the floor, then layer 1's attention.
+    np.testing.assert_array_equal(counts[[2, 5]], [_K, _F])
+    self.assertLessEqual(counts[0], 2)
+    self.assertLess(counts[3], 0.15 * _F)
+    self.assertLess(counts[1], counts[2])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,193 @@
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import baselines, compare, config, hf, prune, sites
+from tests import tiny_run
+
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
+_METHODS = ('uniform', 'flap', 'random', 'evopress', 'fastforward')
+_TOKENS = 1200
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+@functools.cache
+def _paths():
+  folder = pathlib.Path(_FOLDER.name)
+  tiny_run.write_model(folder / 'model')
+  (folder / 'text.txt').write_text(tiny_run.text(2))
+  return folder / 'model', folder / 'text.txt'
+
+
+def _config(**overrides):
+  model, text = _paths()
+  out = config.comparison()
+  changes = tiny_run.config().to_dict()
+  changes['compare'] = {
+    'methods': _METHODS,
+    'sparsities': (0.25,),
+    'seeds': (0,),
+    'tokens': _TOKENS,
+  }
+  out.update(changes)
+  out.model, out.data = str(model), str(text)
+  out.update_from_flattened_dict(overrides)
+  return out
+
+
+@functools.cache
+def _finished():
+  """(workdir, results) of a comparison that nothing disturbed."""
+  workdir = pathlib.Path(_FOLDER.name) / 'finished'
+  return workdir, compare.run(_config(), workdir)
+
+
+def _same(run):
+  """What doesn't depend on the clock."""
+  return {name: value for name, value in run.items() if name != 'seconds'}
+
+
+class RunTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.workdir = pathlib.Path(folder) / 'run'
+
+  def test_every_method_meets_both_budgets(self):
+    _, results = _finished()
+    self.assertEqual([run['method'] for run in results['runs']], [*_METHODS])
+    model = hf.model_config(_paths()[0])
+    found = sites.sites(model, round_heads=1, round_ffn=2)
+    for run in results['runs']:
+      slack = found.limit(0.25) - found.kept_cost(run['counts'])
+      self.assertBetween(slack, 0, (found.step * found.unit_cost).min() - 1)
+      self.assertLessEqual(run['tokens'], _TOKENS)
+      self.assertEqual(run['checkpoints'][-1]['ppl'], run['ppl'])
+      self.assertGreater(run['ppl_calibrated'], 1.0)
+
+  def test_costs_are_counted(self):
+    used = {run['method']: run['tokens'] for run in _finished()[1]['runs']}
+    self.assertEqual(used['uniform'], 0)
+    self.assertEqual(used['flap'], 6 * 32)
+    # Seven steps of a row of 16 tokens by the dense model and, three times, two
+    # candidates; 8 rows of reward text for each of up to three finalists.
+    self.assertIn(used['fastforward'] - 7 * 7 * 16, (128, 256, 384))
+    for name in ('random', 'evopress', 'fastforward'):
+      self.assertGreater(used[name], 0.6 * _TOKENS)
+
+  def test_uniform_is_that_of_a_run(self):
+    one = _config(**{'budget.sparsity': 0.25})
+    job = prune.prepare(one)
+    params, loss, _ = compare.model_of(one, job)
+    modules = prune.rank_units(one, job, params)
+    keep = {'uniform': prune.uniform(one, job, modules)}
+    repaired = prune.calibrate(one, job, params, keep)
+    run = _finished()[1]['runs'][0]
+    for name, weights in (
+      ('ppl', params),
+      ('ppl_calibrated', repaired['uniform']),
+    ):
+      expected = loss(weights, job.text.heldout, keep['uniform'])
+      self.assertAlmostEqual(run[name], np.exp(expected), places=4)
+
+  def test_outputs(self):
+    workdir, results = _finished()
+    self.assertEqual(
+      json.loads((workdir / 'compare.json').read_text()), results
+    )
+    page = (workdir / 'compare.md').read_text()
+    for name in ('plot_curves.png', 'plot_kept.png'):
+      self.assertIn(f']({name})', page)
+      self.assertStartsWith(
+        (workdir / name).read_bytes().hex(), b'\x89PNG'.hex()
+      )
+    for run in results['runs']:
+      name = run['method'].replace('_', '\\_')
+      self.assertRegex(page.replace('_', '\\_'), f'{name} .*{run["ppl"]:,.2f}')
+
+  def test_goes_on_where_it_stopped(self):
+    def crash(problem, seed, **settings):
+      raise KeyboardInterrupt
+
+    methods = {**baselines.METHODS, 'evopress': crash}
+    with mock.patch.object(baselines, 'METHODS', methods):
+      with self.assertRaises(KeyboardInterrupt):
+        compare.run(_config(), self.workdir)
+    left = json.loads((self.workdir / 'compare.json').read_text())
+    self.assertLen(left['runs'], 3)
+    untouched = {name: crash for name in _METHODS[:3]}
+    with mock.patch.object(
+      baselines, 'METHODS', {**baselines.METHODS, **untouched}
+    ):
+      results = compare.run(_config(), self.workdir)
+    self.assertEqual(
+      list(map(_same, results['runs'])),
+      list(map(_same, _finished()[1]['runs'])),
+    )
+
+  def test_more_is_added(self):
+    few = {'compare.methods': ('uniform',)}
+    compare.run(_config(**few), self.workdir)
+    more = few | {'compare.seeds': (0, 1), 'compare.sparsities': (0.25, 0.4)}
+    results = compare.run(_config(**more), self.workdir)
+    self.assertCountEqual(
+      [(run['sparsity'], run['seed']) for run in results['runs']],
+      [(0.25, 0), (0.25, 1), (0.4, 0), (0.4, 1)],
+    )
+    self.assertIn('±', (self.workdir / 'compare.md').read_text())
+    with self.assertRaisesRegex(config.RequestError, 'compare.tokens'):
+      compare.run(_config(**more, **{'compare.tokens': 999}), self.workdir)
+
+  @parameterized.parameters(
+    ({'compare.methods': ('uniform', 'none')}, "'none'"),
+    ({'compare.methods': ()}, 'compare.methods'),
+    ({'compare.tokens': 191}, '192'),
+    ({'compare.checkpoints': (0.0, 1.0)}, 'compare.checkpoints'),
+    ({'compare.sparsities': (0.2, 1.5)}, 'budget.sparsity'),
+    ({'compare.sparsities': (0.2, 0.97)}, 'sparsity'),
+  )
+  def test_refused(self, changes, word):
+    with self.assertRaisesRegex(config.RequestError, word):
+      compare.run(_config(**changes), self.workdir)
+    self.assertFalse(self.workdir.exists())
+
+
+class CommandTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (['--config=configs/llama.py', '--workdir=x'], 'compare'),
+    (['--config=configs/compare.py'], '--workdir'),
+    (['--config=configs/compare.py', '--workdir=x', 'y'], "'y'"),
+  )
+  def test_refused(self, arguments, word):
+    done = subprocess.run(
+      [sys.executable, '-m', 'ffp_jax.compare', *arguments],
+      cwd=pathlib.Path(__file__).parent.parent,
+      env=os.environ | tiny_run.ENVIRONMENT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertLen(done.stderr.splitlines(), 1, done.stderr)
+    self.assertStartsWith(done.stderr, 'ffp_jax: ')
+    self.assertIn(word, done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()
