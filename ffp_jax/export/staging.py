@@ -1,0 +1,24 @@
+"""Files that appear under their name when they are complete."""
+
+import contextlib
+import pathlib
+import tempfile
+
+
+@contextlib.contextmanager
+def staged(out: pathlib.Path):
+  """A path that is renamed to `out` if the block ends well, else removed.
+
+  Args:
+    out: a file or directory to make; there must be none when the block ends.
+
+  Yields:
+    A path that doesn't exist yet, on the same file system.
+  """
+  with tempfile.TemporaryDirectory(
+    dir=out.parent, prefix=f'.{out.name}.'
+  ) as tmp:
+    # One level down, because TemporaryDirectory is readable by its owner only.
+    stage = pathlib.Path(tmp) / 'new'
+    yield stage
+    stage.rename(out)
