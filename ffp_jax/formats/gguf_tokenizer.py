@@ -23,8 +23,8 @@ def _by(pattern: str):
 
 
 # How text is cut before merges, by `tokenizer.ggml.pre`: what llama.cpp means
-# by that name (src/llama-vocab.cpp). Of several names for the same, the first is
-# the usual one.
+# by that name (src/llama-vocab.cpp). Of several names for the same, the first
+# is the usual one.
 _LLAMA3 = _by(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
