@@ -25,6 +25,7 @@ _KINDS = {
   'bfloat16': (_Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
   'q8_0': (_Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_YARN_BLEND = (32.0, 1.0, True)  # for others llama.cpp has flags, no metadata
 DTYPES = tuple(_KINDS)
 
 
@@ -53,10 +54,12 @@ def check(config: ModelConfig, where: str):
       f"{where}: llama.cpp's FFN of a LLaMA is gated by silu, not "
       f'{config.activation}; {instead}'
     )
-  if config.rope_scaling.kind == 'yarn' and not config.rope_scaling.whole:
+  scaling = config.rope_scaling
+  blend = scaling.fast, scaling.slow, scaling.whole
+  if scaling.kind == 'yarn' and blend != _YARN_BLEND:
     raise RequestError(
-      f'{where}: llama.cpp blends yarn between whole dimensions only '
-      f'(truncate is false); {instead}'
+      f'{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and '
+      f'truncate true only; {instead}'
     )
   for i in range(config.layers):
     groups, channels = config.widths(i)
@@ -138,10 +141,7 @@ def _add_scaling(writer, scaling: rope.Scaling) -> list[str]:
     writer.add_rope_scaling_factor(scaling.factor)
   if scaling.kind == 'yarn':
     writer.add_rope_scaling_orig_ctx_len(scaling.trained)
-    writer.add_rope_scaling_yarn_beta_fast(scaling.fast)
-    writer.add_rope_scaling_yarn_beta_slow(scaling.slow)
-    # llama.cpp multiplies YaRN's own amplitude by this.
-    own = 1.0 + 0.1 * np.log(scaling.factor)
+    own = gguf_model.yarn_amplitude(scaling.factor)
     writer.add_rope_scaling_attn_factors(scaling.amplitude / own)
   return []
 

@@ -6,6 +6,7 @@ of three numbers.
 """
 
 import functools
+import math
 import pathlib
 
 import gguf
@@ -216,8 +217,16 @@ def _rope(reader) -> dict:
     rope = {'rope_type': kind, 'factor': factor}
     if length is not None:
       rope['original_max_position_embeddings'] = length
+    sharper = field(reader, '{arch}.rope.scaling.attn_factor')
+    if kind == 'yarn' and sharper is not None:
+      rope['attention_factor'] = sharper * yarn_amplitude(factor)
   factors = [t for t in reader.tensors if t.name == ROPE_FACTORS]
   return _llama3(reader, factors[0].data) if factors else rope
+
+
+def yarn_amplitude(factor: float) -> float:
+  """Of sine and cosine, which llama.cpp multiplies by the file's own."""
+  return 1.0 + 0.1 * math.log(factor)
 
 
 def _llama3(reader, factors) -> dict:
