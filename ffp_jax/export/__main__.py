@@ -9,9 +9,8 @@ import pathlib
 
 from absl import app, flags, logging
 
-from ffp_jax import book
 from ffp_jax.config import RequestError, refuse
-from ffp_jax.export import formats
+from ffp_jax.export import formats, staging
 
 
 def parse(argv):
@@ -39,9 +38,12 @@ def main(argv):
     )
   except RequestError as error:
     refuse(error)
-  except OSError as error:
-    full = book.disk_full(error) or formats.torn(error)
-    refuse(f'{out}: not written ({error})', 74 if full else 2)
+  except Exception as error:
+    if staging.disk_full(error):
+      refuse(f'{out}: not written, the disk is full ({error})', 74)
+    if isinstance(error, OSError):
+      refuse(f'{out}: not written ({error})')
+    raise
   for note in notes:
     print(f'note: {note}')
   print(f'{formats.size(out):,} bytes in {out}')

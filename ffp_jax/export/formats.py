@@ -21,12 +21,13 @@ class Format(NamedTuple):
 
   dtypes: tuple[str, ...]
   pruned: bool  # whether it is only for pruned models
-  check: Callable  # (ModelConfig, name) -> None, or RequestError
-  write: Callable  # (Model, path, dtype, pre) -> notes
+  # (directory, ModelConfig, pre) -> what `write` needs, or RequestError
+  prepare: Callable
+  write: Callable  # (Model, path, dtype, what is prepared) -> notes
 
 
-def _anything(config, where):
-  del config, where
+def _nothing(directory, config, pre):
+  del directory, config, pre
 
 
 def _directory(model: Model, out: pathlib.Path, description: dict):
@@ -38,8 +39,8 @@ def _directory(model: Model, out: pathlib.Path, description: dict):
   copy_companions(model.directory, out)
 
 
-def _compact(model, out, dtype, pre):
-  del dtype, pre
+def _compact(model, out, dtype, prepared):
+  del dtype, prepared
   _directory(model, out, transformers_code.description(model))
   files.save_tensors(model.tensors(), out)
   transformers_code.copy_to(out)
@@ -47,26 +48,26 @@ def _compact(model, out, dtype, pre):
   return []
 
 
-def _dense(model, out, dtype, pre):
-  del dtype, pre
+def _dense(model, out, dtype, prepared):
+  del dtype, prepared
   _directory(model, out, transformers_code.dense_description(model))
   files.save_tensors(transformers_code.padded(model), out)
   (out / 'README.md').write_text(card.text(model, 'hf_dense'))
   return ['the shapes are those of the dense model: no smaller, no faster']
 
 
-def _orbax(model, out, dtype, pre):
-  del dtype, pre
+def _orbax(model, out, dtype, prepared):
+  del dtype, prepared
   _directory(model, out, model.description)
   orbax_tree.write(model.params, out)
   return []
 
 
 FORMATS = {
-  'gguf': Format(gguf_file.DTYPES, False, gguf_file.check, gguf_file.write),
-  'hf': Format(_FLOATS, True, _anything, _compact),
-  'hf_dense': Format(_FLOATS, True, _anything, _dense),
-  'orbax': Format(_FLOATS, False, _anything, _orbax),
+  'gguf': Format(gguf_file.DTYPES, False, gguf_file.prepare, gguf_file.write),
+  'hf': Format(_FLOATS, True, _nothing, _compact),
+  'hf_dense': Format(_FLOATS, True, _nothing, _dense),
+  'orbax': Format(_FLOATS, False, _nothing, _orbax),
 }
 
 
@@ -101,22 +102,16 @@ def export(name: str, format: str, out: pathlib.Path, *, dtype, pre):
   directory, description, config = loading.find(name)
   if made.pruned:
     loading.need_pruned(config, name)
-  made.check(config, name)
+  prepared = made.prepare(directory, config, pre)
   # A GGUF keeps vectors in float32, so that nothing is rounded before.
   read_as = None if format == 'gguf' else dtype
   model = loading.load(directory, description, config, read_as)
   dtype = dtype or next(value for _, value in model.tensors()).dtype.name
   with staged(out) as stage:
-    return made.write(model, stage, dtype, pre)
+    return made.write(model, stage, dtype, prepared)
 
 
 def size(out: pathlib.Path) -> int:
   """Bytes of a file or of all files in a directory."""
   paths = out.rglob('*') if out.is_dir() else [out]
   return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def torn(error: OSError) -> bool:
-  """Whether NumPy could write only part of an array, for which it has no
-  code."""
-  return error.errno is None and 'written' in str(error)

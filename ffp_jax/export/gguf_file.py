@@ -14,6 +14,7 @@ import numpy as np
 from ffp_jax import rope
 from ffp_jax.config import RequestError
 from ffp_jax.export import gguf_vocabulary
+from ffp_jax.export.gguf_vocabulary import Vocabulary
 from ffp_jax.export.loading import Model
 from ffp_jax.formats import gguf_model
 from ffp_jax.model import ModelConfig
@@ -29,7 +30,7 @@ _YARN_BLEND = (32.0, 1.0, True)  # for others llama.cpp has flags, no metadata
 DTYPES = tuple(_KINDS)
 
 
-def check(config: ModelConfig, where: str):
+def check(config: ModelConfig, where):
   """Refuses what llama.cpp's graph can't express.
 
   Args:
@@ -71,25 +72,36 @@ def check(config: ModelConfig, where: str):
       )
 
 
-def write(model: Model, path: pathlib.Path, dtype: str, pre: str | None):
+def prepare(
+  directory: pathlib.Path, config: ModelConfig, pre: str | None
+) -> Vocabulary:
+  """Refuses what can't be expressed, and reads the vocabulary.
+
+  Raises:
+    RequestError: see `check` and `gguf_vocabulary.read`.
+  """
+  check(config, directory)
+  return gguf_vocabulary.read(directory, config.vocab, pre)
+
+
+def write(model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary):
   """Writes the file.
 
   Args:
-    model: that `check` lets pass.
-    path: to write.
+    model: to write.
+    path: of the file.
     dtype: one of DTYPES; vectors are always F32.
-    pre: llama.cpp's name of the pre-tokenizer, None to recognise it.
+    vocabulary: from `prepare`.
 
   Returns:
     What the user should know, a line each.
 
   Raises:
-    RequestError: the tokenizer can't be expressed, or a number not be held.
+    RequestError: a number is more than the type can hold.
   """
   config = model.config
   alike = len({config.widths(i) for i in range(config.layers)}) == 1
   writer = gguf.GGUFWriter(path, 'llama' if alike else 'deci')
-  vocabulary = gguf_vocabulary.read(model.directory, config.vocab, pre)
   notes = _add_sizes(writer, config, alike)
   writer.add_name(model.directory.resolve().name)
   writer.add_file_type(_KINDS[dtype][1])

@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 import tempfile
 
+from ffp_jax import book
+
 
 @contextlib.contextmanager
 def staged(out: pathlib.Path):
@@ -22,3 +24,12 @@ def staged(out: pathlib.Path):
     stage = pathlib.Path(tmp) / 'new'
     yield stage
     stage.rename(out)
+
+
+def disk_full(error: Exception) -> bool:
+  """Whether an error is of a full disk, NumPy's own included.
+
+  NumPy says only how much of an array it wrote.
+  """
+  torn = isinstance(error, OSError) and 'requested and' in str(error)
+  return torn or book.disk_full(error) is not None
