@@ -83,6 +83,8 @@ class FullDiskTest(_TestCase):
     model = self.folder() / 'pruned'
     small = export.slice_params(params, config, masks)
     export.save(*small, self.dense, model)
+    # A module cached under the limit would stay torn for good.
+    self.enterContext(mock.patch.object(sys, 'dont_write_bytecode', True))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
@@ -128,8 +130,6 @@ class CommandTest(_TestCase):
   @parameterized.parameters(
     (('--format=onnx',), 'onnx'),
     (('--format=gguf',), '--model is missing'),
-    (('--format=gguf', '--model=demo'), '--out is missing'),
-    (('--format=gguf', 'demo'), "unknown argument 'demo'"),
   )
   def test_flags(self, flags, words):
     done = self.run_command(*flags)
