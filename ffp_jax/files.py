@@ -14,6 +14,7 @@ from ffp_jax.config import RequestError
 from ffp_jax.formats import (
   flax_file,
   gguf_model,
+  orbax_tree,
   safetensors_file,
   stored,
   torch_file,
@@ -29,8 +30,10 @@ _OPENERS = (
 _PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 
-def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
+def _open_all(directory: pathlib.Path, config, family) -> dict[str, Stored]:
   """Name to tensor of the one checkpoint in a directory."""
+  if orbax_tree.found(directory):
+    return _from_tree(orbax_tree.read(directory), directory, config, family)
   for name, open_tensors in zip(stored.FORMATS, _OPENERS, strict=True):
     if paths := stored.weight_files(directory, name):
       return _merged([open_tensors(path) for path in paths], directory)
@@ -42,6 +45,19 @@ def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
     f'{directory / best}: missing, and there is no {", ".join(others)} or '
     'single .gguf instead; give a directory with weights'
   )
+
+
+def _from_tree(params, directory, config, family) -> dict[str, Stored]:
+  """Name to tensor of parameters that are in memory already."""
+  try:
+    return {
+      name: Stored(value.shape, value.dtype.name, value.__getitem__)
+      for name, value in named_tensors(params, config, family)
+    }
+  except (KeyError, ValueError, AttributeError) as error:
+    raise RequestError(
+      f'{directory}: its parameters are not those of config.json ({error})'
+    ) from error
 
 
 def _merged(shards: list[dict], directory) -> dict[str, Stored]:
@@ -91,7 +107,7 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
       wrong shape or of a type that is no float; or an index leads outside.
   """
   family = hf.read_json(directory)['model_type']
-  where = _open_all(directory)
+  where = _open_all(directory, config, family)
   wanted = list(hf.tensors(config, family, dtype))
   _check(where, wanted, directory)
   return where, wanted
@@ -241,20 +257,37 @@ def _piece(source, axes, shape, bounds) -> np.ndarray:
   return value.transpose(np.argsort(list(itertools.chain(*axes))))
 
 
+def named_tensors(params, config: ModelConfig, family: str):
+  """The tensors of a checkpoint, under their HF names and in their shapes.
+
+  Yields:
+    (name, NumPy array, not contiguous where it is a transposed view).
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  dtype = next(iter(flat.values())).dtype
+  for tensor, path, i, shape in hf.tensors(config, family, dtype):
+    value = np.asarray(flat[path] if i is None else flat[path][i])
+    stored_shape = hf.stored_shape(tensor, shape)
+    value = value.reshape(stored_shape[::-1]).T if tensor.inputs else value
+    yield tensor.name, value.reshape(stored_shape)
+
+
 def save_params(params, directory: pathlib.Path, config, family: str):
   """Writes parameters as one model.safetensors under their HF names.
 
   Returns:
     Bytes written.
   """
-  flat = flax.traverse_util.flatten_dict(params)
-  dtype = next(iter(flat.values())).dtype
-  out = {}
-  for tensor, path, i, shape in hf.tensors(config, family, dtype):
-    value = np.asarray(flat[path] if i is None else flat[path][i])
-    stored_shape = hf.stored_shape(tensor, shape)
-    value = value.reshape(stored_shape[::-1]).T if tensor.inputs else value
-    out[tensor.name] = np.ascontiguousarray(value.reshape(stored_shape))
+  return save_tensors(named_tensors(params, config, family), directory)
+
+
+def save_tensors(tensors, directory: pathlib.Path) -> int:
+  """Writes (HF name, array) pairs as one model.safetensors.
+
+  Returns:
+    Bytes written.
+  """
+  out = {name: np.ascontiguousarray(value) for name, value in tensors}
   path = directory / stored.FORMATS[0]
   safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
   path.chmod(0o644)  # safetensors makes it its owner's alone

@@ -11,6 +11,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export, files, hf, sites
+from ffp_jax.export import slicing
 from ffp_jax.model import Decoder, Masks
 from tests import tiny_run
 
@@ -252,7 +253,7 @@ class SaveTest(absltest.TestCase):
     for module, name, after in (
       (files, 'save_params', False),
       (files, 'save_params', True),
-      (export.shutil, 'copy', True),
+      (slicing.shutil, 'copy', True),
     ):
       with self.subTest(f'{name}, {after}'):
         with self._failing(module, name, after=after):
@@ -263,7 +264,7 @@ class SaveTest(absltest.TestCase):
   def test_a_failure_leaves_the_old_one(self):
     self._save()
     before = (self.out / 'model.safetensors').read_bytes()
-    with self._failing(export.shutil, 'copy', after=True):
+    with self._failing(slicing.shutil, 'copy', after=True):
       with self.assertRaisesRegex(OSError, 'disk full'):
         self._save()
     self.assertEqual(list(self.folder.iterdir()), [self.out])

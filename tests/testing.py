@@ -200,6 +200,17 @@ def random_masks(config: ModelConfig, seed: int = 0) -> Masks:
   return Masks(half(config.groups), half(config.ffn))
 
 
+def masks_of(config: ModelConfig, groups, channels) -> Masks:
+  """Random masks that keep so many units of each layer."""
+  source = np.random.default_rng(0)
+
+  def half(units, kept):
+    mask_LxU = np.arange(units) < np.array(kept)[:, None]
+    return source.permuted(mask_LxU, axis=1).astype(np.float32)
+
+  return Masks(half(config.groups, groups), half(config.ffn, channels))
+
+
 def blocks(model) -> list[dict[str, torch.nn.Linear]]:
   """The linear modules of each layer, under our names."""
   if hasattr(model.model, 'decoder'):

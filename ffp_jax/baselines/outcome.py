@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from ffp_jax import blocks, wording
-from ffp_jax.blocks import Heading, Picture, Table, Text
 from ffp_jax.book import plain, replace
+from ffp_jax.reporting import blocks, wording
+from ffp_jax.reporting.blocks import Heading, Picture, Table, Text
 
 
 def key(line: dict) -> tuple:

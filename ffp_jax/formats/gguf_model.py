@@ -1,9 +1,12 @@
 """A llama.cpp GGUF file of a LLaMA: its config and its tensors.
 
-Mistral models are of GGUF's architecture 'llama' too.
+Mistral models are of GGUF's architecture 'llama' too. Models whose layers
+differ in width are of its architecture 'deci', the same with lists in place
+of three numbers.
 """
 
 import functools
+import math
 import pathlib
 
 import gguf
@@ -28,9 +31,13 @@ _LAYER_TENSORS = {
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
 }
-_ROPE_FACTORS = 'rope_freqs.weight'
-# Metadata under which 'llama' is another model than ours, where not 0.
-_FOREIGN = ('llama.expert_count', 'split.count')
+_BY_NAME = {
+  theirs: ours for ours, theirs in (_TENSORS | _LAYER_TENSORS).items()
+}
+ROPE_FACTORS = 'rope_freqs.weight'
+_ARCHITECTURES = ('llama', 'deci')
+# Metadata under which they are other models than ours, where above 1.
+_FOREIGN = ('{arch}.expert_count', 'split.count')
 
 
 def open_file(path: pathlib.Path) -> gguf.GGUFReader:
@@ -44,10 +51,10 @@ def open_file(path: pathlib.Path) -> gguf.GGUFReader:
   except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
     raise fresh(path, f'not a whole GGUF: {error}') from error
   kind = field(reader, 'general.architecture')
-  if kind != 'llama' or reader.byte_order == 'S':
+  if kind not in _ARCHITECTURES or reader.byte_order == 'S':
     raise RequestError(
       f'{path}: GGUF of architecture {kind!r} is not supported; '
-      "use one of 'llama', little-endian"
+      f'use one of {", ".join(_ARCHITECTURES)}, little-endian'
     )
   for key in _FOREIGN:
     if (field(reader, key) or 0) > 1:
@@ -59,14 +66,28 @@ def open_file(path: pathlib.Path) -> gguf.GGUFReader:
 
 
 def field(reader: gguf.GGUFReader, key: str):
-  """A metadata value, None where there is none."""
+  """A metadata value, None where there is none.
+
+  Args:
+    reader: of the file.
+    key: '{arch}' in it stands for the architecture.
+  """
+  key = _full(reader, key)
   return reader.fields[key].contents() if key in reader.fields else None
+
+
+def _full(reader, key: str) -> str:
+  if '{arch}' not in key:
+    return key
+  return key.format(arch=field(reader, 'general.architecture'))
 
 
 def _needed(reader, key: str):
   value = field(reader, key)
   if value is None:
-    raise RequestError(f'{reader.data.filename}: GGUF without {key}')
+    raise RequestError(
+      f'{reader.data.filename}: GGUF without {_full(reader, key)}'
+    )
   return value
 
 
@@ -78,47 +99,89 @@ def hf_config(reader: gguf.GGUFReader) -> dict:
       way that has no name.
   """
   names = {tensor.name for tensor in reader.tensors}
-  epsilon = _needed(reader, 'llama.attention.layer_norm_rms_epsilon')
+  epsilon = _needed(reader, '{arch}.attention.layer_norm_rms_epsilon')
   theta = _theta(reader)
-  heads = _needed(reader, 'llama.attention.head_count')
-  width = _needed(reader, 'llama.embedding_length')
-  groups = field(reader, 'llama.attention.head_count_kv') or heads
-  window = field(reader, 'llama.attention.sliding_window')
-  if isinstance(heads, list) or isinstance(groups, list):
-    raise RequestError(
-      f'{reader.data.filename}: layers of different numbers of heads '
-      'are not supported'
-    )
+  width = _needed(reader, '{arch}.embedding_length')
+  heads, groups, ffn, kept = _widths(reader)
+  window = field(reader, '{arch}.attention.sliding_window')
+  biased = 'blk.0.attn_q.bias' in names
+  # Biases of queries, keys and values alone are Qwen2's.
+  qwen = biased and 'blk.0.attn_output.bias' not in names
+  family = 'mistral' if window else 'qwen2' if qwen else 'llama'
   config = {
-    'architectures': [f'{"Mistral" if window else "Llama"}ForCausalLM'],
-    'model_type': 'mistral' if window else 'llama',
+    'architectures': [f'{family.title()}ForCausalLM'],
+    'model_type': family,
     'vocab_size': _vocab(reader),
     'hidden_size': width,
-    'intermediate_size': _needed(reader, 'llama.feed_forward_length'),
-    'num_hidden_layers': _needed(reader, 'llama.block_count'),
+    'intermediate_size': ffn,
+    'num_hidden_layers': _needed(reader, '{arch}.block_count'),
     'num_attention_heads': heads,
     'num_key_value_heads': groups,
     'head_dim': _head_size(reader, width // heads),
     'sliding_window': window,
     'hidden_act': 'silu',
-    'max_position_embeddings': _needed(reader, 'llama.context_length'),
+    'max_position_embeddings': _needed(reader, '{arch}.context_length'),
     # GGUF stores float32; its shortest decimal form is the one meant (1e-5).
     'rms_norm_eps': float(str(np.float32(epsilon))),
     'rope_parameters': _rope(reader) | {'rope_theta': theta},
     'rope_theta': theta,  # where readers before transformers 5 look
-    'attention_bias': 'blk.0.attn_q.bias' in names,
+    'attention_bias': biased,
     'mlp_bias': 'blk.0.ffn_up.bias' in names,
     'tie_word_embeddings': 'output.weight' not in names,
     'bos_token_id': field(reader, 'tokenizer.ggml.bos_token_id'),
     'eos_token_id': field(reader, 'tokenizer.ggml.eos_token_id'),
     'pad_token_id': field(reader, 'tokenizer.ggml.padding_token_id'),
     'dtype': 'float16',
+    'ffp_jax': kept,
   }
   return {key: value for key, value in config.items() if value is not None}
 
 
+def _widths(reader) -> tuple[int, int, int, dict | None]:
+  """Query heads, groups and FFN channels, and each layer's where they differ.
+
+  Returns:
+    (heads, groups, ffn, `ffp_jax` of config.json or None); of layers that
+    differ the most of each.
+  """
+  heads, groups, ffn = (
+    _by_layer(reader, key)
+    for key in ('attention.head_count', 'attention.head_count_kv')
+    + ('feed_forward_length',)
+  )
+  where = reader.data.filename
+  for i, (n, k, f) in enumerate(zip(heads, groups, ffn, strict=True)):
+    if not min(n, k, f):
+      raise RequestError(
+        f'{where}: layer {i} has no attention or no FFN, which is not supported'
+      )
+    if n * groups[0] != heads[0] * k:
+      raise RequestError(
+        f'{where}: layers of different numbers of heads a group are not '
+        'supported'
+      )
+  alike = len({*zip(groups, ffn, strict=True)}) == 1
+  kept = None if alike else {'kept_groups': groups, 'kept_ffn': ffn}
+  return max(heads), max(groups), max(ffn), kept
+
+
+def _by_layer(reader, key: str) -> list[int]:
+  """A width of every layer; one number stands for all of them."""
+  layers = _needed(reader, '{arch}.block_count')
+  value = field(reader, f'{{arch}}.{key}')
+  if value is None and key == 'attention.head_count_kv':
+    return _by_layer(reader, 'attention.head_count')
+  value = _needed(reader, f'{{arch}}.{key}') if value is None else value
+  value = value if isinstance(value, list) else [value] * layers
+  if len(value) != layers:
+    raise RequestError(
+      f'{reader.data.filename}: {key} of {len(value)} layers, not {layers}'
+    )
+  return value
+
+
 def _theta(reader) -> float:
-  return field(reader, 'llama.rope.freq_base') or 10000.0
+  return field(reader, '{arch}.rope.freq_base') or 10000.0
 
 
 def _vocab(reader) -> int:
@@ -130,8 +193,8 @@ def _vocab(reader) -> int:
 
 
 def _head_size(reader, default: int) -> int:
-  rotary = field(reader, 'llama.rope.dimension_count')
-  size = field(reader, 'llama.attention.key_length') or rotary or default
+  rotary = field(reader, '{arch}.rope.dimension_count')
+  size = field(reader, '{arch}.attention.key_length') or rotary or default
   if rotary not in (None, size):
     raise RequestError(
       f'{reader.data.filename}: positions rotate {rotary} of {size} '
@@ -142,20 +205,28 @@ def _head_size(reader, default: int) -> int:
 
 def _rope(reader) -> dict:
   """How rotary positions are scaled, in Hugging Face's words."""
-  kind = field(reader, 'llama.rope.scaling.type') or 'none'
-  factor = field(reader, 'llama.rope.scaling.factor')
+  kind = field(reader, '{arch}.rope.scaling.type') or 'none'
+  factor = field(reader, '{arch}.rope.scaling.factor')
   # The oldest files name no type, and scale linearly.
-  older = field(reader, 'llama.rope.scale_linear')
+  older = field(reader, '{arch}.rope.scale_linear')
   if kind == 'none' and older not in (None, 1.0):
     kind, factor = 'linear', older
   rope = {'rope_type': 'default'}
   if kind != 'none':
-    length = field(reader, 'llama.rope.scaling.original_context_length')
+    length = field(reader, '{arch}.rope.scaling.original_context_length')
     rope = {'rope_type': kind, 'factor': factor}
     if length is not None:
       rope['original_max_position_embeddings'] = length
-  factors = [t for t in reader.tensors if t.name == _ROPE_FACTORS]
+    sharper = field(reader, '{arch}.rope.scaling.attn_factor')
+    if kind == 'yarn' and sharper is not None:
+      rope['attention_factor'] = sharper * yarn_amplitude(factor)
+  factors = [t for t in reader.tensors if t.name == ROPE_FACTORS]
   return _llama3(reader, factors[0].data) if factors else rope
+
+
+def yarn_amplitude(factor: float) -> float:
+  """Of sine and cosine, which llama.cpp multiplies by the file's own."""
+  return 1.0 + 0.1 * math.log(factor)
 
 
 def _llama3(reader, factors) -> dict:
@@ -181,7 +252,7 @@ def _llama3(reader, factors) -> dict:
   expected = 1 / ((1 - smooth) / largest + smooth)
   if not np.allclose(factors, expected, rtol=1e-3):
     raise RequestError(
-      f'{reader.data.filename}: {_ROPE_FACTORS} scales rotary positions '
+      f'{reader.data.filename}: {ROPE_FACTORS} scales rotary positions '
       'unlike LLaMA 3.1; use the original checkpoint'
     )
   return rope
@@ -200,10 +271,6 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
 def _open_tensors(path, _):
   reader = open_file(path)
   config = hf_config(reader)
-  heads = {
-    'attn_q': config['num_attention_heads'],
-    'attn_k': config['num_key_value_heads'],
-  }
   found = {}
   for tensor in reader.tensors:
     stem, _, leaf = tensor.name.rpartition('.')
@@ -215,11 +282,12 @@ def _open_tensors(path, _):
       name = f'model.layers.{layer}.{_LAYER_TENSORS[part]}'
     else:
       name = stem  # nothing asks for it
-    found[f'{name}.{leaf}'] = _stored(path, tensor, heads.get(part))
+    turned = config['head_dim'] if part in ('attn_q', 'attn_k') else None
+    found[f'{name}.{leaf}'] = _stored(path, tensor, turned)
   return found
 
 
-def _stored(path, tensor, heads) -> Stored:
+def _stored(path, tensor, head_size) -> Stored:
   shape = tuple(int(n) for n in reversed(tensor.shape))
   kind, rows = tensor.tensor_type, shape[0] if len(shape) > 1 else 1
   block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -229,8 +297,8 @@ def _stored(path, tensor, heads) -> Stored:
     return Stored(shape, kind.name, None)
   place = tensor.data_offset, (rows, tensor.n_bytes // rows)
   read = functools.partial(_read, path, place, kind, shape)
-  if heads:
-    read = functools.partial(_unpermuted, read, shape[0] // heads)
+  if head_size:
+    read = functools.partial(_unpermuted, read, head_size)
   return Stored(shape, 'float32', read)
 
 
@@ -260,3 +328,12 @@ def _unpermuted(read, size: int, index) -> np.ndarray:
   pairs = value.reshape(-1, size // 2, 2, *value.shape[1:])
   value = pairs.swapaxes(1, 2).reshape(value.shape)
   return value[rows.start - first : rows.stop - first]
+
+
+def gguf_name(name: str) -> str:
+  """llama.cpp's name of a tensor from its Hugging Face name."""
+  stem, _, leaf = name.rpartition('.')
+  if stem in _BY_NAME:
+    return f'{_BY_NAME[stem]}.{leaf}'
+  _, _, layer, part = stem.split('.', 3)
+  return f'blk.{layer}.{_BY_NAME[part]}.{leaf}'

@@ -1,5 +1,7 @@
 """The tokenizer that a GGUF file carries in its metadata."""
 
+import json
+
 import gguf
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
@@ -21,7 +23,8 @@ def _by(pattern: str):
 
 
 # How text is cut before merges, by `tokenizer.ggml.pre`: what llama.cpp means
-# by that name (src/llama-vocab.cpp).
+# by that name (src/llama-vocab.cpp). Of several names for the same, the first
+# is the usual one.
 _LLAMA3 = _by(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -33,6 +36,10 @@ _TEKKEN = _by(
   r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
   r'|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+_QWEN2 = _by(
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 _DIGITS = (pre_tokenizers.Digits(individual_digits=True), *_GPT2)
 _CUTS = {
   'gpt-2': _GPT2,
@@ -40,11 +47,12 @@ _CUTS = {
   'starcoder': _DIGITS,
   'refact': _DIGITS,
   'command-r': _DIGITS,
+  'llama-bpe': _LLAMA3,
   'llama3': _LLAMA3,
   'llama-v3': _LLAMA3,
-  'llama-bpe': _LLAMA3,
   'smaug-bpe': _LLAMA3,
   'tekken': _TEKKEN,
+  'qwen2': _QWEN2,
 }
 # Of these a word that is itself a token is never built by merges, and text
 # starts with BOS unless the file says otherwise.
@@ -114,7 +122,7 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
     'pad_token': named('padding'),
     'add_bos_token': _adds_bos(reader),
     'clean_up_tokenization_spaces': False,
-    'model_max_length': field(reader, 'llama.context_length'),
+    'model_max_length': field(reader, '{arch}.context_length'),
     'chat_template': field(reader, 'tokenizer.chat_template'),
   }
   return {key: value for key, value in config.items() if value is not None}
@@ -131,12 +139,41 @@ def byte_level(reader, pre: str) -> tokenizers.Tokenizer:
       ignore_merges=pre in _WHOLE,
     )
   )
-  cuts = _CUTS[pre]
-  made.pre_tokenizer = (
-    cuts[0] if len(cuts) == 1 else pre_tokenizers.Sequence(list(cuts))
-  )
+  made.pre_tokenizer = _cut(pre)
   made.decoder = decoders.ByteLevel()
   return _with_added(made, reader)
+
+
+def _cut(pre: str):
+  cuts = _CUTS[pre]
+  return cuts[0] if len(cuts) == 1 else pre_tokenizers.Sequence(list(cuts))
+
+
+def pre_name(pre_tokenizer: dict, whole: bool) -> str | None:
+  """`tokenizer.ggml.pre` of a tokenizer.json.
+
+  Args:
+    pre_tokenizer: its section of that name.
+    whole: whether a word that is itself a token is taken without merges.
+
+  Returns:
+    None if no name is known for it.
+  """
+  for name in _CUTS:
+    section = json.loads(_cut(name).__getstate__())
+    if (name in _WHOLE) == whole and _same_cut(section, pre_tokenizer):
+      return name
+  return None
+
+
+def _same_cut(one, other) -> bool:
+  """Equal but for the offsets that tokens are said to have."""
+  if isinstance(one, dict) and isinstance(other, dict):
+    keys = (one.keys() | other.keys()) - {'trim_offsets'}
+    return all(_same_cut(one.get(k), other.get(k)) for k in keys)
+  if isinstance(one, list) and isinstance(other, list):
+    return len(one) == len(other) and all(map(_same_cut, one, other))
+  return one == other
 
 
 def _sentencepiece(reader) -> tokenizers.Tokenizer:
@@ -147,7 +184,7 @@ def _sentencepiece(reader) -> tokenizers.Tokenizer:
   made = tokenizers.Tokenizer(
     BPE(
       vocab=vocab,
-      merges=_merges(vocab, field(reader, 'tokenizer.ggml.scores')),
+      merges=merges_of(vocab, field(reader, 'tokenizer.ggml.scores')),
       unk_token=tokens[0 if unknown is None else unknown],
       fuse_unk=True,
       byte_fallback=True,
@@ -170,7 +207,7 @@ def _sentencepiece(reader) -> tokenizers.Tokenizer:
   return _with_added(made, reader)
 
 
-def _merges(vocab: dict, scores: list) -> list[tuple[str, str]]:
+def merges_of(vocab: dict, scores: list) -> list[tuple[str, str]]:
   """Every pair of tokens that makes a token, best score first.
 
   SentencePiece merges the pair whose result has the best score; of pairs

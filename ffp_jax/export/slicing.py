@@ -4,12 +4,12 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import tempfile
 
 import jax
 import numpy as np
 
 from ffp_jax import files, hf
+from ffp_jax.export.staging import staged
 from ffp_jax.model import Masks, ModelConfig
 from ffp_jax.sharding import fetch
 
@@ -26,7 +26,8 @@ _UNIT_AXIS = {
   },
   'ffn': {'gate': 1, 'up': 1, 'gate_bias': 0, 'up_bias': 0, 'down': 0},
 }
-_TOKENIZER_FILES = (
+# What goes with the weights, besides config.json.
+COMPANIONS = (
   'tokenizer*',
   'special_tokens_map.json',
   'vocab.*',
@@ -102,15 +103,18 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
   }
   for stale in out.parent.glob('.pruned.*'):  # of a process that was killed
     shutil.rmtree(stale)
-  with tempfile.TemporaryDirectory(dir=out.parent, prefix='.pruned.') as tmp:
-    stage = pathlib.Path(tmp) / 'model'
+  with staged(out) as stage:
     stage.mkdir()
     size = files.save_params(params, stage, config, family)
     (stage / 'config.json').write_text(json.dumps(description, indent=2))
-    for pattern in _TOKENIZER_FILES:
-      for path in source.glob(pattern):
-        shutil.copy(path, stage / path.name)
+    copy_companions(source, stage)
     if out.exists():
       shutil.rmtree(out)
-    stage.rename(out)
   return size
+
+
+def copy_companions(source: pathlib.Path, out: pathlib.Path):
+  """Copies tokenizer and generation settings from a model directory."""
+  for pattern in COMPANIONS:
+    for path in source.glob(pattern):
+      shutil.copy(path, out / path.name)

@@ -1,0 +1,5 @@
+"""A masked model to a smaller one, and that to other runtimes."""
+
+from ffp_jax.export.slicing import save, slice_params
+
+__all__ = ['save', 'slice_params']

@@ -1,0 +1,35 @@
+"""Files that appear under their name when they are complete."""
+
+import contextlib
+import pathlib
+import tempfile
+
+from ffp_jax import book
+
+
+@contextlib.contextmanager
+def staged(out: pathlib.Path):
+  """A path that is renamed to `out` if the block ends well, else removed.
+
+  Args:
+    out: a file or directory to make; there must be none when the block ends.
+
+  Yields:
+    A path that doesn't exist yet, on the same file system.
+  """
+  with tempfile.TemporaryDirectory(
+    dir=out.parent, prefix=f'.{out.name}.'
+  ) as tmp:
+    # One level down, because TemporaryDirectory is readable by its owner only.
+    stage = pathlib.Path(tmp) / 'new'
+    yield stage
+    stage.rename(out)
+
+
+def disk_full(error: Exception) -> bool:
+  """Whether an error is of a full disk, NumPy's own included.
+
+  NumPy says only how much of an array it wrote.
+  """
+  torn = isinstance(error, OSError) and 'requested and' in str(error)
+  return torn or book.disk_full(error) is not None

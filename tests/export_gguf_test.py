@@ -1,0 +1,402 @@
+import json
+import pathlib
+import urllib.request
+
+import gguf
+import jax
+import numpy as np
+import tokenizers
+import xllamacpp
+from absl.testing import absltest, parameterized
+
+from ffp_jax import evaluate, export, files, hf, hub
+from ffp_jax.export import formats, gguf_file
+from ffp_jax.formats import gguf_model, gguf_tokenizer
+from ffp_jax.model import Decoder, ModelConfig
+from tests import testing, tiny_run
+
+# Four groups of two heads, so that every layer can keep another number.
+_GROUPED = {
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 8,
+  'hidden_size': 64,
+}
+_LLAMA3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 500000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+
+
+def _yarn(**numbers):
+  return {
+    'max_position_embeddings': 64,
+    'rope_parameters': {
+      'rope_type': 'yarn',
+      'rope_theta': 100.0,
+      'factor': 4.0,
+      'original_max_position_embeddings': 16,
+      **numbers,
+    },
+  }
+
+
+_CASES = {
+  'grouped': {},
+  'untied': {'tie_word_embeddings': False, 'rms_norm_eps': 1e-3},
+  'biased': {'attention_bias': True, 'mlp_bias': True},
+  'mistral': {'model_type': 'mistral', 'sliding_window': 40},
+  # transformers adds a token to every tokenizer of a Qwen2.
+  'qwen2': {'model_type': 'qwen2', 'vocab_size': tiny_run.VOCAB + 4},
+  'linear': {
+    'rope_parameters': {
+      'rope_type': 'linear',
+      'rope_theta': 500.0,
+      'factor': 4.0,
+    }
+  },
+  'llama3': {'rope_parameters': _LLAMA3, 'max_position_embeddings': 65536},
+  'yarn': _yarn(),
+  'yarn_amplified': _yarn(attention_factor=1.7),
+}
+_PROMPTS = ([5], [1, 2, 3], [*range(40, 70)], [299, 7, 7, 7, 8, 150, 9])
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+class _LlamaCpp:
+  """A model as llama.cpp runs it, with caches in float32."""
+
+  def __init__(self, path: pathlib.Path):
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(path)
+    settings.n_ctx = 64
+    settings.n_parallel = 1
+    settings.warmup = False
+    settings.verbosity = -1
+    settings.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.flash_attn_type = off
+    fields = gguf.GGUFReader(path).fields
+    self._vocab = len(fields['tokenizer.ggml.tokens'].data)
+    self._server = xllamacpp.Server(settings)
+
+  def log_probs(self, prompt) -> np.ndarray:
+    """Of every token to follow."""
+    answer = self._server.handle_completions(
+      {
+        'prompt': list(prompt),
+        'n_predict': 1,
+        'temperature': 0.0,
+        'n_probs': self._vocab,
+        'cache_prompt': False,
+        # What is chosen must be whole UTF-8, or nothing is said of it.
+        'logit_bias': [[0, 1000.0]],
+      }
+    )
+    (first,) = answer['choices'][0]['logprobs']['content']
+    out = np.full(self._vocab, np.nan)
+    for token in first['top_logprobs']:
+      out[token['id']] = token['logprob']
+    return out
+
+  def tokens(self, text: str) -> list[int]:
+    request = urllib.request.Request(
+      f'{self._server.listening_address}/tokenize',
+      json.dumps({'content': text, 'add_special': True}).encode(),
+      {'Content-Type': 'application/json'},
+    )
+    with urllib.request.urlopen(request) as answer:
+      return json.load(answer)['tokens']
+
+
+def _log_probs(directory: pathlib.Path) -> np.ndarray:
+  """Ours, of what follows each of _PROMPTS."""
+  config = hf.model_config(directory)
+  params = files.load_params(directory, config, np.float32)
+  apply = jax.jit(Decoder(config).apply)
+  return np.stack(
+    [
+      jax.nn.log_softmax(apply({'params': params}, np.array([prompt])))[0, -1]
+      for prompt in _PROMPTS
+    ]
+  )
+
+
+class _TestCase(testing.CheckpointTestCase):
+  def setUp(self):
+    super().setUp()
+    home = self.folder()
+    self.enterContext(
+      absltest.mock.patch.object(pathlib.Path, 'home', return_value=home)
+    )
+
+  def pruned(
+    self, *, groups=(3, 2, 1), ffn=(47, 33, 18), **changes
+  ) -> pathlib.Path:
+    """A pruned model directory; by default no two layers are alike."""
+    folder = self.folder()
+    tiny_run.write_model(folder / 'dense', **_GROUPED | changes)
+    config = hf.model_config(folder / 'dense')
+    params = files.load_params(folder / 'dense', config, np.float32)
+    masks = testing.masks_of(config, groups, ffn)
+    small = export.slice_params(params, config, masks)
+    export.save(*small, folder / 'dense', folder / 'pruned')
+    return folder / 'pruned'
+
+  def exported(self, model: pathlib.Path, dtype=None, pre=None):
+    path = self.folder() / 'model.gguf'
+    self.notes = formats.export(str(model), 'gguf', path, dtype=dtype, pre=pre)
+    return path
+
+  def theirs(self, path) -> np.ndarray:
+    runtime = _LlamaCpp(path)
+    return np.stack([runtime.log_probs(prompt) for prompt in _PROMPTS])
+
+
+class RuntimeTest(_TestCase):
+  """What llama.cpp computes is what the JAX model computes."""
+
+  @parameterized.parameters(*_CASES)
+  def test_pruned(self, name):
+    model = self.pruned(**_CASES[name])
+    path = self.exported(model)
+    reader = gguf.GGUFReader(path)
+    self.assertEqual(gguf_model.field(reader, 'general.architecture'), 'deci')
+    heads = gguf_model.field(reader, 'deci.attention.head_count')
+    self.assertEqual(heads, [6, 4, 2])
+    ours = _log_probs(model)
+    self.assertGreater(ours.std(), 0.3)  # nothing like uniform
+    np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
+    np.testing.assert_allclose(
+      _log_probs(hub.locate(str(path))), ours, atol=1e-5
+    )
+
+  @parameterized.parameters(True, False)
+  def test_layers_that_are_alike(self, pruned):
+    model = self.pruned(groups=(3,) * 3, ffn=(32,) * 3)
+    model = model if pruned else model.with_name('dense')
+    path = self.exported(model)
+    reader = gguf.GGUFReader(path)
+    self.assertEqual(gguf_model.field(reader, 'general.architecture'), 'llama')
+    ours = _log_probs(model)
+    np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
+    again = hub.locate(str(path))
+    self.assertFalse(hf.model_config(again).sliced)
+    np.testing.assert_allclose(_log_probs(again), ours, atol=1e-5)
+
+  @parameterized.parameters(
+    ('float16', 0.01), ('bfloat16', 0.08), ('q8_0', 0.15)
+  )
+  def test_smaller_types(self, dtype, bound):
+    model = self.pruned(ffn=(47, 32, 18))
+    path = self.exported(model, dtype)
+    ours, theirs = _log_probs(model), self.theirs(path)
+    again = _log_probs(hub.locate(str(path)))
+    self.assertBetween(np.abs(theirs - ours).mean(), 1e-5, bound)
+    # llama.cpp rounds what enters a matrix too.
+    self.assertLess(np.abs(theirs - again).mean(), bound)
+
+  def test_sliding_window_is_the_longest_context(self):
+    model = self.pruned(**_CASES['mistral'])
+    path = self.exported(model)
+    reader = gguf.GGUFReader(path)
+    self.assertEqual(gguf_model.field(reader, 'deci.context_length'), 40)
+    self.assertIn('sliding window', self.notes[0])
+
+
+class SizeTest(_TestCase):
+  @parameterized.parameters(('float32', 4), ('float16', 2), ('bfloat16', 2))
+  def test_parameters_times_dtype(self, dtype, size):
+    model = self.pruned()
+    config = hf.model_config(model)
+    path = self.exported(model, dtype)
+    reader = gguf.GGUFReader(path)
+    data = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    vectors = (2 * config.layers + 1) * config.width  # norms, in float32
+    wanted = hf.param_count(config) * size + vectors * (4 - size)
+    self.assertEqual(data, wanted)
+    self.assertBetween(path.stat().st_size - data, 0, 25_000)  # the tokenizer
+
+  def test_q8_0_where_rows_allow_it(self):
+    model = self.pruned(ffn=(47, 32, 18))
+    reader = gguf.GGUFReader(self.exported(model, 'q8_0'))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    self.assertEqual(kinds['blk.0.ffn_down.weight'], 'F16')  # 47 a row
+    self.assertEqual(kinds['blk.1.ffn_down.weight'], 'Q8_0')
+    self.assertEqual(kinds['blk.1.attn_output.weight'], 'Q8_0')
+    self.assertEqual(kinds['blk.2.attn_output.weight'], 'F16')  # 16 a row
+    self.assertEqual(kinds['blk.0.attn_norm.weight'], 'F32')
+    self.assertIn('4 tensors are F16', self.notes[-1])
+
+
+_TEXTS = (
+  'The with statement is used to wrap the execution of a block.',
+  "it's  3.14 + 1234,\n\n  x_1 = 'a'\t# no",
+  ' Käse, 日本語 and 🙂 … done ',
+)
+
+
+class TokenizerTest(_TestCase):
+  def check(self, model):
+    runtime = _LlamaCpp(self.exported(model))
+    for text in _TEXTS:
+      ids = evaluate.tokenize(model, text).ids.tolist()
+      self.assertEqual(runtime.tokens(text), ids, text)
+
+  def edit_tokenizer(self, model, change):
+    self.edit(model / 'tokenizer.json', change)
+
+  @parameterized.parameters(
+    ('gpt-2', False),
+    ('smollm', False),
+    ('llama-bpe', True),
+    ('smaug-bpe', False),
+    ('tekken', True),
+    ('qwen2', False),
+  )
+  def test_byte_level(self, pre, whole):
+    model = self.pruned()
+    section = json.loads(gguf_tokenizer._cut(pre).__getstate__())
+
+    def change(content):
+      content['pre_tokenizer'] = section
+      content['model']['ignore_merges'] = whole
+
+    self.edit_tokenizer(model, change)
+    reader = gguf.GGUFReader(self.exported(model))
+    self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.pre'), pre)
+    self.check(model)
+
+  def test_sentencepiece(self):
+    model = self.pruned()
+    self._write_sentencepiece(model)
+    reader = gguf.GGUFReader(self.exported(model))
+    self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.model'), 'llama')
+    self.check(model)
+
+  def _write_sentencepiece(self, model, extra=()):
+    tokens = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+    tokens += ['▁', *'aehinst', 'th', 'in', '▁th', 'the', '▁the', 'is', '▁a']
+    merges = [('t', 'h'), ('i', 'n'), ('▁', 'th'), ('▁t', 'h')][:3]
+    merges += [('th', 'e'), ('▁th', 'e'), ('▁', 'the')]
+    merges += [('i', 's'), ('▁', 'a'), *extra]
+    made = tokenizers.Tokenizer(
+      tokenizers.models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        unk_token='<unk>',
+        fuse_unk=True,
+        byte_fallback=True,
+      )
+    )
+    made.normalizer = tokenizers.normalizers.Sequence(
+      [
+        tokenizers.normalizers.Prepend('▁'),
+        tokenizers.normalizers.Replace(' ', '▁'),
+      ]
+    )
+    made.add_special_tokens(tokens[:3])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<s> $A', special_tokens=[('<s>', 1)]
+    )
+    made.save(str(model / 'tokenizer.json'))
+    (model / 'tokenizer_config.json').write_text(
+      json.dumps(
+        {
+          'tokenizer_class': 'PreTrainedTokenizerFast',
+          'bos_token': '<s>',
+          'eos_token': '</s>',
+          'unk_token': '<unk>',
+        }
+      )
+    )
+
+  def test_merges_unlike_sentencepiece(self):
+    model = self.pruned()
+    self._write_sentencepiece(model)
+    self.edit_tokenizer(model, lambda x: x['model']['merges'].pop())
+    self.assert_refused(lambda: self.exported(model), 'SentencePiece')
+
+  def test_unknown_cut_can_be_named(self):
+    model = self.pruned()
+
+    def change(content):
+      content['pre_tokenizer']['use_regex'] = False
+
+    self.edit_tokenizer(model, change)
+    self.assert_refused(lambda: self.exported(model), '--pre')
+    reader = gguf.GGUFReader(self.exported(model, pre='bloom'))
+    self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.pre'), 'bloom')
+
+  def test_more_ids_than_rows(self):
+    model = self.pruned(vocab_size=200)
+    self.assert_refused(lambda: self.exported(model), '200 rows')
+
+  def test_more_rows_than_ids(self):
+    model = self.pruned(vocab_size=310)
+    path = self.exported(model)
+    tokens = gguf_model.field(gguf.GGUFReader(path), 'tokenizer.ggml.tokens')
+    self.assertLen(tokens, 310)
+    _LlamaCpp(path)
+
+
+class RefusedTest(_TestCase):
+  def test_opt(self):
+    model = self.folder() / 'opt'
+    tiny_run.write_model(
+      model, model_type='opt', ffn_dim=8, num_attention_heads=2
+    )
+    self.assert_refused(lambda: self.exported(model), str(model), 'OPT')
+
+  def test_qwen3(self):
+    model = self.pruned(model_type='qwen3')
+    self.assert_refused(lambda: self.exported(model), 'Qwen3', '--format=hf')
+
+  @parameterized.parameters({'truncate': False}, {'beta_fast': 16.0})
+  def test_yarn_of_another_blend(self, **numbers):
+    model = self.pruned(**_yarn(**numbers))
+    self.assert_refused(lambda: self.exported(model), 'truncate')
+
+  @parameterized.parameters(
+    ((2, 0, 1), (8, 8, 8), 'group'), ((1, 1, 1), (8, 0, 8), 'channel')
+  )
+  def test_layer_without_a_half(self, groups, ffn, word):
+    config = ModelConfig(
+      vocab=9,
+      width=8,
+      layers=3,
+      groups=2,
+      heads_per_group=1,
+      head_size=4,
+      ffn=8,
+      kept_groups=groups,
+      kept_ffn=ffn,
+    )
+    self.assert_refused(lambda: gguf_file.check(config, 'x'), 'layer 1', word)
+
+  def test_more_than_float16_holds(self):
+    model = self.pruned()
+
+    def change(tensors):
+      tensors['model.layers.0.mlp.up_proj.weight'][0, 0] = 1e6
+
+    self.edit_tensors(model, change)
+    self.assert_refused(
+      lambda: self.exported(model, 'float16'), 'ffn_up', 'bfloat16'
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

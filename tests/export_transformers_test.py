@@ -1,0 +1,247 @@
+import json
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import torch
+import transformers
+from absl.testing import absltest, parameterized
+
+from ffp_jax import export, files, hf
+from ffp_jax.export import formats
+from ffp_jax.model import Decoder
+from tests import testing, tiny_run
+
+_GROUPED = {
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 6,  # 32 is no multiple of 6 heads
+}
+_OPT = {'model_type': 'opt', 'ffn_dim': 48, 'num_attention_heads': 4}
+_CASES = {
+  'llama': _GROUPED,
+  'llama_biased': _GROUPED | {'attention_bias': True, 'mlp_bias': True},
+  'mistral': _GROUPED | {'model_type': 'mistral', 'sliding_window': 3},
+  'qwen2': _GROUPED | {'model_type': 'qwen2', 'vocab_size': 304},
+  'qwen3': _GROUPED | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+  'opt': _OPT,
+  'opt_post_norm': _OPT
+  | {'do_layer_norm_before': False, 'word_embed_proj_dim': 12},
+}
+_GROUPS, _FFN = (3, 2, 1), (47, 33, 18)
+_HEADER = 20_000  # bytes
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+  transformers.logging.set_verbosity_error()
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+def _pruned(name) -> pathlib.Path:
+  """A pruned model directory whose layers all differ, made once."""
+  folder = pathlib.Path(_FOLDER.name) / name
+  if not folder.exists():
+    tiny_run.write_model(folder / 'dense', **_CASES[name])
+    config = hf.model_config(folder / 'dense')
+    params = files.load_params(folder / 'dense', config, np.float32)
+    masks = testing.masks_of(config, _GROUPS, _FFN)
+    small = export.slice_params(params, config, masks)
+    export.save(*small, folder / 'dense', folder / 'pruned')
+  return folder / 'pruned'
+
+
+def _tokens():
+  return np.random.default_rng(0).integers(0, tiny_run.VOCAB, (2, 9))
+
+
+def _ours(directory) -> np.ndarray:
+  config = hf.model_config(directory)
+  params = files.load_params(directory, config, np.float32)
+  return np.asarray(
+    jax.jit(Decoder(config).apply)({'params': params}, _tokens())
+  )
+
+
+def _theirs(model) -> np.ndarray:
+  return testing.torch_logits(model, _tokens())
+
+
+def _load(directory, **kwargs):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    directory, **kwargs
+  ).eval()
+
+
+class _TestCase(testing.CheckpointTestCase):
+  def exported(self, model, format, dtype=None):
+    out = self.folder() / 'out'
+    formats.export(str(model), format, out, dtype=dtype, pre=None)
+    return out
+
+  def assert_close(self, got, want):
+    self.assertGreater(want.std(), 0.3)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+class CompactTest(_TestCase):
+  @parameterized.parameters(*_CASES)
+  def test_logits(self, name):
+    source = _pruned(name)
+    out = self.exported(source, 'hf')
+    want = _ours(source)
+    loaded = _load(out, trust_remote_code=True)
+    self.assertEqual(
+      [p.shape[0] for n, p in loaded.named_parameters() if 'k_proj.w' in n],
+      [k * hf.model_config(source).head_size for k in _GROUPS],
+    )
+    self.assert_close(_theirs(loaded), want)
+    self.assert_close(_ours(out), want)
+    # What transformers saves of it, it loads again.
+    again = self.folder() / 'again'
+    loaded.save_pretrained(again)
+    self.assert_close(_theirs(_load(again, trust_remote_code=True)), want)
+
+  @parameterized.parameters('llama', 'mistral', 'opt')
+  def test_generates_the_same_with_any_cache(self, name):
+    loaded = _load(self.exported(_pruned(name), 'hf'), trust_remote_code=True)
+    prompt = torch.tensor(_tokens()[:, :5])
+
+    def generate(**kwargs):
+      ids = loaded.generate(
+        prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs
+      )
+      return ids.tolist()
+
+    uncached = generate(use_cache=False)
+    self.assertLen(uncached[0], 13)
+    self.assertEqual(generate(use_cache=True), uncached)
+    self.assertEqual(generate(cache_implementation='static'), uncached)
+
+  def test_bare_model(self):
+    out = self.exported(_pruned('llama'), 'hf')
+    bare = transformers.AutoModel.from_pretrained(out, trust_remote_code=True)
+    self.assertEqual(
+      [layer.mlp.down_proj.in_features for layer in bare.layers], list(_FFN)
+    )
+
+  def test_code_has_to_be_trusted(self):
+    out = self.exported(_pruned('llama'), 'hf')
+    with self.assertRaises((ValueError, RuntimeError)):
+      _load(out, trust_remote_code=False)
+
+  @parameterized.parameters(('float32', 4), ('bfloat16', 2))
+  def test_size(self, dtype, size):
+    source = _pruned('llama')
+    out = self.exported(source, 'hf', dtype)
+    data = hf.param_count(hf.model_config(source)) * size
+    file = (out / 'model.safetensors').stat().st_size
+    self.assertBetween(file - data, 0, _HEADER)
+    description = json.loads((out / 'config.json').read_text())
+    self.assertEqual(description['dtype'], dtype)
+
+  def test_tokenizer_and_code_go_along(self):
+    out = self.exported(_pruned('llama'), 'hf')
+    self.assertEqual(
+      {path.name for path in out.iterdir()},
+      {
+        'README.md',
+        'config.json',
+        'model.safetensors',
+        'modeling_pruned.py',
+        'tokenizer.json',
+        'tokenizer_config.json',
+      },
+    )
+
+
+class CardTest(_TestCase):
+  def test_allocation_and_figures(self):
+    folder = self.folder()
+    source = _pruned('llama')
+    (folder / 'pruned').symlink_to(source)
+    count = hf.param_count(hf.model_config(source))
+    results = {
+      'dense': {'ppl': 12.345},
+      'calibrated': {'ppl': 23.456},
+      'params_pruned': count,
+      'protocol': {
+        'text': 'pydoc',
+        'split': 'held-out',
+        'context': 512,
+        'windows': 3,
+        'tokens': 1533,
+      },
+    }
+    home = source.parent / 'results.json'
+    self.addCleanup(home.unlink)
+    home.write_text(json.dumps(results))
+    card = (self.exported(source, 'hf') / 'README.md').read_text()
+    for line in (
+      '| 0 | 3 of 4 | 47 of 48 |',
+      '| dense | 12.35 |',
+      '| searched + calibration | 23.46 |',
+      'trust_remote_code=True',
+    ):
+      self.assertIn(line, card)
+    self.assertIn('1,533 tokens', card.replace('\n', ' '))
+    home.write_text(json.dumps(results | {'params_pruned': count + 1}))
+    card = (self.exported(source, 'hf') / 'README.md').read_text()
+    self.assertNotIn('12.35', card)
+
+
+class DenseTest(_TestCase):
+  @parameterized.parameters(*_CASES)
+  def test_logits_and_shapes(self, name):
+    source = _pruned(name)
+    out = self.exported(source, 'hf_dense')
+    want = _ours(source)
+    dense = source.with_name('dense')
+    self.assertEqual(hf.model_config(out), hf.model_config(dense))
+    file, of_dense = (
+      (path / 'model.safetensors').stat().st_size for path in (out, dense)
+    )
+    self.assertEqual(file, of_dense)
+    self.assert_close(_theirs(_load(out)), want)
+    self.assert_close(_ours(out), want)
+    self.assertIn('not smaller', (out / 'README.md').read_text())
+
+
+class OrbaxTest(_TestCase):
+  @parameterized.parameters(True, False)
+  def test_and_back(self, pruned):
+    source = _pruned('llama')
+    source = source if pruned else source.with_name('dense')
+    out = self.exported(source, 'orbax')
+    config = hf.model_config(source)
+    self.assertEqual(hf.model_config(out), config)
+    want = files.load_params(source, config, np.float32)
+    self.assert_trees_equal(files.load_params(out, config, np.float32), want)
+
+  def test_to_another_format(self):
+    source = _pruned('llama')
+    out = self.exported(self.exported(source, 'orbax'), 'hf')
+    file = 'model.safetensors'
+    self.assertEqual((out / file).read_bytes(), (source / file).read_bytes())
+
+  def test_another_models_parameters(self):
+    out = self.exported(_pruned('llama'), 'orbax')
+    self.edit(out / 'config.json', lambda x: x.update(num_hidden_layers=2))
+    self.edit(out / 'config.json', lambda x: x.pop('ffp_jax'))
+    self.assert_refused(lambda: self.load(out), str(out))
+
+  def test_damaged(self):
+    out = self.exported(_pruned('llama'), 'orbax')
+    for path in (out / 'params').rglob('*'):
+      if path.is_file():
+        path.write_bytes(path.read_bytes()[:10])
+    self.assert_refused(lambda: self.load(out), str(out))
+
+
+if __name__ == '__main__':
+  absltest.main()
