@@ -9,8 +9,10 @@ from unittest import mock
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
+from etils import epath
 
 from ffp_jax import (
+  book,
   data,
   evaluate,
   export,
@@ -294,6 +296,33 @@ class RepeatTest(_TestCase):
     with mock.patch.object(Book, 'append', _unexpected):
       _run(self.workdir)
     self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
+
+  def test_a_bucket_holds_the_same(self):
+    # A path of etils is written as an object of a bucket is.
+    bucket = epath.Path(self.workdir)
+    self.assertFalse(book.is_local(bucket))
+    real = Book.append
+
+    def append(book, line):
+      real(book, line)
+      if line['step'] == 3:
+        raise _Killed
+
+    with mock.patch.object(Book, 'append', append):
+      with self.assertRaises(_Killed):
+        _run(bucket)
+    _run(bucket)
+    self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
+    here, there = (
+      {
+        x.relative_to(root)
+        for root in [folder]
+        for x in root.rglob('*')
+        if 'checkpoints' not in x.parts and x.is_file()
+      }
+      for folder in (_finished()[0], self.workdir)
+    )
+    self.assertEqual(here - there, {pathlib.Path('lock')})
 
   def test_report_that_a_crash_prevented(self):
     workdir, _ = _finished()

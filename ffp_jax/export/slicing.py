@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+from etils import epath
 
 from ffp_jax import files, hf
 from ffp_jax.export.staging import staged
@@ -109,7 +110,7 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
     (stage / 'config.json').write_text(json.dumps(description, indent=2))
     copy_companions(source, stage)
     if out.exists():
-      shutil.rmtree(out)
+      epath.Path(out).rmtree()
   return size
 
 

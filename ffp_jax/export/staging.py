@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 import tempfile
 
+from etils import epath
+
 from ffp_jax import book
 
 
@@ -15,15 +17,24 @@ def staged(out: pathlib.Path):
     out: a file or directory to make; there must be none when the block ends.
 
   Yields:
-    A path that doesn't exist yet, on the same file system.
+    A path that doesn't exist yet, on the same file system; for a bucket, on
+    this machine's.
   """
+  local = book.is_local(out)
   with tempfile.TemporaryDirectory(
-    dir=out.parent, prefix=f'.{out.name}.'
+    dir=out.parent if local else None, prefix=f'.{out.name}.'
   ) as tmp:
     # One level down, because TemporaryDirectory is readable by its owner only.
     stage = pathlib.Path(tmp) / 'new'
     yield stage
-    stage.rename(out)
+    stage.rename(out) if local else _upload(stage, out)
+
+
+def _upload(stage, out):
+  for path in filter(pathlib.Path.is_file, stage.rglob('*')):
+    target = out / path.relative_to(stage).as_posix()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(path).copy(target, overwrite=True)
 
 
 def disk_full(error: Exception) -> bool:
