@@ -244,9 +244,9 @@ class SameResultTest(parameterized.TestCase):
     said = [process.communicate(timeout=300) for process in two]
     self.assertEqual([process.returncode for process in two], [0, 0], said)
     self.assert_same(_outcome(folder / 'two'), _outcome(folder / 'one'))
-    # The other process had nothing to say.
+    # Only the first has something to say.
     self.assertIn('searched', said[0][0])
-    self.assertEqual(said[1][0], '')
+    self.assertNotIn('searched', said[1][0])
 
   def test_goes_on_with_other_devices(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
