@@ -21,7 +21,7 @@ def parse(argv):
     refuse(error)
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
-  for name in ('model', 'out'):
+  for name in ('model', 'format', 'out'):
     if not flags.FLAGS[name].value:
       refuse(f'--{name} is missing')
   return rest
@@ -51,7 +51,7 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', None, 'Model directory, .gguf or hub id.')
-  flags.DEFINE_enum('format', 'hf', tuple(formats.FORMATS), 'What to make.')
+  flags.DEFINE_enum('format', None, tuple(formats.FORMATS), 'What to make.')
   flags.DEFINE_string('out', None, 'Directory to make; of gguf, a file.')
   flags.DEFINE_string('dtype', None, 'Of the weights; that of the model.')
   flags.DEFINE_string(
