@@ -1,13 +1,24 @@
 """Tokens after tokens: a forward with a cache, and the choice of the next."""
 
+import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 
 from ffp_jax.config import RequestError
 from ffp_jax.model import Cache, Decoder, ModelConfig, Past
+
+
+def unrolled(config: ModelConfig) -> ModelConfig:
+  """The same decoder, its layers one by one even if they are alike.
+
+  One token takes little work, and a scan over layers would spend more on
+  copying each layer's weights and past out of the stack and back.
+  """
+  widths = [config.widths(i) for i in range(config.layers)]
+  groups, channels = zip(*widths, strict=True)
+  return dataclasses.replace(config, kept_groups=groups, kept_ffn=channels)
 
 
 def empty(config: ModelConfig, rows: int, slots: int, dtype) -> Cache:
@@ -71,12 +82,12 @@ def follow(
     tokens_BxT: token ids that follow those in the cache, padded behind.
     real_B: how many tokens of a row are no padding, 1 or more.
     cache: given up; use the one returned.
-    key: of the choice.
+    key: of all choices; each position has its own of it.
     config: `ModelConfig`.
     temperature: of the choice; 0 for the likeliest token.
 
   Returns:
-    (int32 [B], the `Cache` with the real tokens).
+    (int32 [B,1], the `Cache` with the real tokens).
   """
 
   def run(decoder):
@@ -87,11 +98,13 @@ def follow(
 
   logits, layers = Decoder(config).apply({'params': params}, method=run)
   if temperature:
+    key = jax.random.fold_in(key, jnp.max(cache.length + real_B))
     chosen = jax.random.categorical(key, logits / temperature)
   else:
     chosen = jnp.argmax(logits, axis=-1)
   # What padding has left lies behind the length, and is overwritten.
-  return chosen.astype(jnp.int32), Cache(layers, cache.length + real_B)
+  longer = Cache(layers, cache.length + real_B)
+  return chosen.astype(jnp.int32)[:, None], longer
 
 
 def continuations(
@@ -109,25 +122,24 @@ def continuations(
     seed: of the choices.
 
   Yields:
-    int32 [B], on the device; not waited for.
+    int32 [B,1], on the device; not waited for.
   """
   dtype = jax.tree.leaves(params)[0].dtype
   cache = empty(config, len(tokens_BxT), slots, dtype)
-  key, real_B = jax.random.key(seed), jnp.asarray(real_B)
-  for i in itertools.count(int(max(real_B))):
-    chosen, cache = follow(
+  key, left = jax.random.key(seed), slots - int(max(real_B))
+  real_B = jnp.asarray(real_B)
+  for _ in range(left + 1):  # the last one needs no slot
+    tokens_BxT, cache = follow(
       params,
       tokens_BxT,
       real_B,
       cache,
-      jax.random.fold_in(key, i),
+      key,
       config=config,
       temperature=temperature,
     )
-    yield chosen
-    if i >= slots:
-      return
-    tokens_BxT, real_B = chosen[:, None], jnp.ones_like(real_B)
+    yield tokens_BxT
+    real_B = jnp.ones_like(real_B)
 
 
 def check_slots(config: ModelConfig, slots: int):

@@ -272,7 +272,7 @@ class JaxLM(TemplateLM):
     made = [[] for _ in batch.index]
     open_rows = set(range(len(made)))
     for chosen in itertools.islice(steps, settings.new):
-      chosen = np.asarray(chosen).tolist()
+      chosen = chosen[:, 0].tolist()
       for row in tuple(open_rows):
         made[row].append(chosen[row])
         text = self.tokenizer.decode(made[row])

@@ -8,7 +8,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import decode, export
+from ffp_jax import decode, export, masks
 from ffp_jax.config import RequestError
 from ffp_jax.model import Decoder
 from tests import testing, tiny_run
@@ -28,13 +28,13 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-def _in_chunks(params, tokens, config, masks=None, slots=13):
+def _in_chunks(params, tokens, config, keep=None, slots=13):
   """Logits [B,T,V] of two prefills, then token by token."""
   cache = decode.empty(config, len(tokens), slots, np.float32)
   out = []
   for end, count in zip(itertools.accumulate(_CHUNKS), _CHUNKS, strict=True):
     chunk = tokens[:, end - count : end]
-    logits, cache = decode.forward(params, chunk, cache, masks, config=config)
+    logits, cache = decode.forward(params, chunk, cache, keep, config=config)
     out.append(logits)
   np.testing.assert_array_equal(cache.length, [_TIME] * len(tokens))
   return np.concatenate(out, axis=1)
@@ -43,8 +43,8 @@ def _in_chunks(params, tokens, config, masks=None, slots=13):
 @functools.cache
 def _cached(name, masked=True):
   pair = testing.pair(name)
-  masks = testing.random_masks(pair.config) if masked else None
-  return _in_chunks(pair.params, testing.tokens(2, _TIME), pair.config, masks)
+  keep = testing.random_masks(pair.config) if masked else None
+  return _in_chunks(pair.params, testing.tokens(2, _TIME), pair.config, keep)
 
 
 def _torch_in_chunks(model, tokens):
@@ -74,14 +74,14 @@ class ForwardTest(parameterized.TestCase):
     decoder = Decoder(pair.config)
     apply = jax.jit(lambda p, t, m: decoder.apply({'params': p}, t, m))
     tokens = testing.tokens(2, _TIME)
-    masks = testing.random_masks(pair.config)
-    self.assert_close(_cached(name), apply(pair.params, tokens, masks))
+    keep = testing.random_masks(pair.config)
+    self.assert_close(_cached(name), apply(pair.params, tokens, keep))
 
   @parameterized.parameters(*testing.CASES)
   def test_sliced(self, name):
     pair = testing.pair(name)
-    masks = testing.random_masks(pair.config)
-    small, config = export.slice_params(pair.params, pair.config, masks)
+    keep = testing.random_masks(pair.config)
+    small, config = export.slice_params(pair.params, pair.config, keep)
     tokens = testing.tokens(2, _TIME)
     self.assert_close(_in_chunks(small, tokens, config), _cached(name))
 
@@ -102,15 +102,15 @@ class ForwardTest(parameterized.TestCase):
   def test_no_slot_to_spare(self):
     name = 'llama_grouped'
     pair, tokens = testing.pair(name), testing.tokens(2, _TIME)
-    masks = testing.random_masks(pair.config)
-    full = _in_chunks(pair.params, tokens, pair.config, masks, slots=_TIME)
+    keep = testing.random_masks(pair.config)
+    full = _in_chunks(pair.params, tokens, pair.config, keep, slots=_TIME)
     self.assert_close(full, _cached(name), 1e-6)
 
   def test_tokens_beyond_the_slots_harm_no_others(self):
     name = 'llama_grouped'
     pair, tokens = testing.pair(name), testing.tokens(2, _TIME)
-    masks = testing.random_masks(pair.config)
-    short = _in_chunks(pair.params, tokens, pair.config, masks, slots=10)
+    keep = testing.random_masks(pair.config)
+    short = _in_chunks(pair.params, tokens, pair.config, keep, slots=10)
     self.assert_close(short[:, :10], _cached(name)[:, :10], 1e-6)
 
 
@@ -128,7 +128,7 @@ class ContinuationsTest(parameterized.TestCase):
     made = decode.continuations(
       pair.params, tokens, real, config=pair.config, **settings
     )
-    return np.stack(list(itertools.islice(made, count)), axis=1).tolist()
+    return np.concatenate(list(itertools.islice(made, count)), 1).tolist()
 
   @parameterized.parameters('llama_grouped', 'opt_pre_norm')
   def test_rows_of_different_lengths(self, name):
@@ -168,6 +168,20 @@ class ContinuationsTest(parameterized.TestCase):
       pair, tokens, np.full(8, 5), 5, slots=9, temperature=1e6
     )
     self.assertGreater(len(set(np.ravel(got))), 20)
+
+  def test_unrolled(self):
+    pair, tokens = testing.pair('qwen3_grouped'), testing.tokens(2, 7)
+    config = decode.unrolled(pair.config)
+    params, sliced = export.slice_params(
+      pair.params, pair.config, masks.ones(2, config.groups, config.ffn)
+    )
+    self.assertEqual(config, sliced)
+    self.assertEqual(decode.unrolled(sliced), sliced)
+    loose = pair._replace(params=params, config=config)
+    self.assertEqual(
+      *(self.continued(x, tokens, np.array([7, 3]), 4, slots=12)
+        for x in (pair, loose))
+    )  # fmt: skip
 
   def test_more_than_the_learned_positions(self):
     config = testing.pair('opt_pre_norm').config
