@@ -1,6 +1,7 @@
-"""Perplexity of a model directory, dense or pruned.
+"""Perplexity of a model directory, dense or pruned, or its score in tasks.
 
 python -m ffp_jax.evaluate --model=DIR --data=wikitext2:test --context=2048
+python -m ffp_jax.evaluate --model=DIR --tasks=hellaswag,piqa
 """
 
 import json
@@ -16,6 +17,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from ffp_jax import (
+  book,
   corpora,
   files,
   hf,
@@ -97,20 +99,29 @@ class Tokens(NamedTuple):
   bos: int | None  # the tokenizer's beginning-of-sequence id
 
 
-def tokenize(directory: pathlib.Path, text: str) -> Tokens:
-  """A text by the model's own tokenizer, tokenised once.
+def load_tokenizer(directory: pathlib.Path):
+  """A model's own tokenizer, of transformers.
 
   Raises:
-    RequestError: the directory has no tokenizer that can be loaded.
+    RequestError: the directory has none that can be loaded.
   """
   import transformers  # slow to import
 
   transformers.logging.set_verbosity_error()
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return transformers.AutoTokenizer.from_pretrained(directory)
   except (OSError, ValueError, KeyError, TypeError) as error:
     line = str(error).strip().splitlines()[0]
     raise RequestError(f'{directory}: no usable tokenizer ({line})') from error
+
+
+def tokenize(directory: pathlib.Path, text: str) -> Tokens:
+  """A text by the model's own tokenizer, tokenised once.
+
+  Raises:
+    RequestError: see `load_tokenizer`.
+  """
+  tokenizer = load_tokenizer(directory)
   ids = tokenizer(text, verbose=False)['input_ids']
   return Tokens(np.asarray(ids, np.int32), tokenizer.bos_token_id)
 
@@ -203,6 +214,78 @@ def evaluate(
   }
 
 
+def evaluate_tasks(
+  model, names, *, fewshot, limit, context, batch_tokens, dtype
+) -> dict:
+  """Loads a model and has it do tasks of the LM Evaluation Harness.
+
+  Args:
+    model: directory or hub id, dense or pruned.
+    names: of the tasks.
+    fewshot, limit: see `tasks.load` and `tasks.score`.
+    context: most tokens of a request, None for the model's own positions.
+    batch_tokens: about so many are computed together.
+    dtype: see `dtype_of`.
+
+  Returns:
+    dict of the model, whether it is pruned, tasks, harness, context, dtype
+    and seconds.
+  """
+  try:
+    from ffp_jax import tasks
+  except ImportError as error:
+    raise RequestError(
+      f'--tasks needs lm_eval ({error}): pip install "lm_eval>=0.4.13,<0.5"'
+    ) from error
+  directory = hub.locate(model)
+  config = hf.model_config(directory)
+  tokenizer = load_tokenizer(directory)
+  context = context or config.max_positions
+  check_tokens(config, (), context)
+  loaded = tasks.load(names, tokenizer, fewshot)
+  dtype = dtype_of(dtype)
+  with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
+    params = files.load_params(directory, config, dtype)
+    start = time.perf_counter()
+    asked = tasks.JaxLM(
+      params, config, tokenizer, max_length=context, batch_tokens=batch_tokens
+    )
+    figures = tasks.score(asked, loaded, limit)
+    seconds = time.perf_counter() - start
+  return {
+    'model': model,
+    'pruned': config.sliced,
+    'tasks': figures,
+    'harness': tasks.HARNESS,
+    'context': context,
+    'dtype': dtype.name,
+    'seconds': round(seconds, 3),
+  }
+
+
+def read_results(path: pathlib.Path) -> dict:
+  """results.json of a finished run.
+
+  Raises:
+    RequestError: it is none.
+  """
+  try:
+    results = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise RequestError(f'--results: cannot read {path} ({error})') from error
+  if not isinstance(results, dict) or 'dense' not in results:
+    raise RequestError(f'--results: {path} is not the results.json of a run')
+  return results
+
+
+def add_tasks(results: dict, found: dict) -> dict:
+  """A run's results with what `evaluate_tasks` found of its model."""
+  kind = 'pruned' if found['pruned'] else 'dense'
+  before = results.get('tasks', {})
+  figures = before.get(kind, {}) | found['tasks']
+  return results | {'tasks': before | {kind: figures}}
+
+
 def parse(argv):
   """Reads the flags; refuses what isn't one."""
   try:
@@ -211,6 +294,8 @@ def parse(argv):
     refuse(error)
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  if flags.FLAGS.results and not flags.FLAGS.tasks:
+    refuse('--results goes with --tasks')
   out = flags.FLAGS.out
   if out and not pathlib.Path(out).resolve().parent.is_dir():
     refuse(f'--out: no directory for {out!r}')
@@ -221,15 +306,7 @@ def main(argv):
   del argv
   args = flags.FLAGS
   try:
-    result = evaluate(
-      args.model,
-      args.data,
-      context=args.context,
-      protocol=args.protocol,
-      stride=args.stride,
-      max_windows=args.max_windows,
-      dtype=args.dtype,
-    )
+    result = _tasks(args) if args.tasks else _perplexity(args)
     line = json.dumps(result, indent=2)
     if args.out:
       pathlib.Path(args.out).write_text(line + '\n')
@@ -238,12 +315,46 @@ def main(argv):
   print(line)
 
 
+def _perplexity(args):
+  return evaluate(
+    args.model,
+    args.data,
+    context=args.context or 512,
+    protocol=args.protocol,
+    stride=args.stride,
+    max_windows=args.max_windows,
+    dtype=args.dtype,
+  )
+
+
+def _tasks(args):
+  run = read_results(pathlib.Path(args.results)) if args.results else None
+  found = evaluate_tasks(
+    args.model,
+    args.tasks,
+    fewshot=args.fewshot,
+    limit=args.limit,
+    context=args.context,
+    batch_tokens=args.batch_tokens,
+    dtype=args.dtype,
+  )
+  if run:
+    text = json.dumps(add_tasks(run, found), indent=2) + '\n'
+    book.replace(pathlib.Path(args.results), text)
+  return found
+
+
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
   flags.DEFINE_string(
     'data', 'pydoc', 'pydoc, wikitext2, ptb or c4 (:SPLIT), file or directory.'
   )
-  flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
+  flags.DEFINE_integer(
+    'context',
+    None,
+    "Tokens a window, 512; of --tasks' requests, all of the model's.",
+    lower_bound=2,
+  )
   flags.DEFINE_enum(
     'protocol', 'gptq', protocols.NAMES, 'Windows side by side, or overlapping.'
   )
@@ -261,6 +372,21 @@ if __name__ == '__main__':
     'auto',
     ('auto', 'float32', 'bfloat16'),
     'auto: float32 on CPU, bfloat16 elsewhere.',
+  )
+  flags.DEFINE_list(
+    'tasks', [], "lm_eval's tasks or .yaml files of tasks, instead of a text."
+  )
+  flags.DEFINE_integer(
+    'fewshot', None, "Examples in a task's prompt; its own number."
+  )
+  flags.DEFINE_integer(
+    'limit', None, 'Only so many examples of a task.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'batch_tokens', 2048, 'Of tasks, computed together.', lower_bound=1
+  )
+  flags.DEFINE_string(
+    'results', None, 'results.json of a run that takes the tasks too.'
   )
   flags.DEFINE_string('out', None, 'JSON file to write.')
   app.run(main, flags_parser=parse)

@@ -1,7 +1,8 @@
 """The decoder: one flax module for every family.
 
 Shape letters: B batch, T time, D model width, V vocabulary, L layers, F FFN
-channels, K key/value groups, G query heads per group, H head size.
+channels, K key/value groups, G query heads per group, H head size, S slots of
+a cache.
 """
 
 import dataclasses
@@ -22,6 +23,20 @@ class Masks(NamedTuple):
 
   attention: jax.Array  # [L, K]
   ffn: jax.Array  # [L, F]
+
+
+class Past(NamedTuple):
+  """Keys and values that a layer has seen; stacked layers have an axis L."""
+
+  keys: jax.Array  # [B, S, K, H], rotated where positions are
+  values: jax.Array  # [B, S, K, H]
+
+
+class Cache(NamedTuple):
+  """What the tokens before have left; slots from `length` on are free."""
+
+  layers: Past | tuple[Past, ...]  # stacked, or one a sliced layer
+  length: jax.Array  # int32 [B]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +116,28 @@ class Norm(nn.Module):
     return norm(x).astype(x.dtype)
 
 
-def rotate(x_BxTxNxH, frequency_h, amplitude):
+def rotate(x_BxTxNxH, angle_BxTxh, amplitude):
   """Rotary position embedding, halves convention (arXiv 2104.09864)."""
-  time = jnp.arange(x_BxTxNxH.shape[1], dtype=jnp.float32)
-  angle_Tx1xh = (time[:, None] * frequency_h)[:, None, :]
-  sin, cos = amplitude * jnp.sin(angle_Tx1xh), amplitude * jnp.cos(angle_Tx1xh)
+  angle = angle_BxTxh[:, :, None]
+  sin, cos = amplitude * jnp.sin(angle), amplitude * jnp.cos(angle)
   a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x_BxTxNxH.dtype)
+
+
+def _remember(past: Past, at_BxT, keys_BxTxKxH, values_BxTxKxH) -> Past:
+  """Puts keys and values into the slots of their positions.
+
+  What lies beyond the last slot is dropped.
+  """
+  rows = jnp.arange(len(at_BxT))[:, None]
+  new = keys_BxTxKxH, values_BxTxKxH
+  return Past(
+    *(
+      constrain(old.at[rows, at_BxT].set(x), 'batch', None, 'groups', None)
+      for old, x in zip(past, new, strict=True)
+    )
+  )
 
 
 def _rms_norm(x, scale, epsilon):
@@ -141,8 +170,8 @@ class Attention(nn.Module):
     if c.out_bias:
       self.out_bias = self.param('out_bias', _BIAS, (D,))
 
-  def inputs(self, x_BxTxD):
-    """What enters `out`, [B,T,K,G,H]."""
+  def project(self, x_BxTxD):
+    """Queries [B,T,N,H], keys and values [B,T,K,H], not yet rotated."""
     c = self.config
 
     def project(name):
@@ -156,19 +185,35 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = _rms_norm(q, self.query_norm, c.norm_eps)
       k = _rms_norm(k, self.key_norm, c.norm_eps)
-    if c.positions == 'rope':
-      scaling, time = c.rope_scaling, x_BxTxD.shape[1]
-      turns = rope.frequencies(scaling, c.rope_theta, c.head_size, time)
-      q, k = (rotate(x, turns, scaling.amplitude) for x in (q, k))
-    window = None if c.window is None else (c.window - 1, 0)
-    mixed = jax.nn.dot_product_attention(
-      q, k, v, is_causal=True, local_window_size=window
-    )
+    return q, k, v
+
+  def mix(self, q, k, v, at_BxT):
+    """What enters `out`, [B,T,K,G,H], of slots [B,S,K,H] in their order."""
+    c = self.config
+    back_Bx1xTxS = (at_BxT[..., None] - jnp.arange(k.shape[1]))[:, None]
+    seen = back_Bx1xTxS >= 0
+    if c.window is not None:
+      seen &= back_Bx1xTxS < c.window
+    mixed = jax.nn.dot_product_attention(q, k, v, mask=seen)
     shape = (self.groups, c.heads_per_group, c.head_size)
-    mixed = mixed.reshape(*x_BxTxD.shape[:2], *shape)
+    mixed = mixed.reshape(*q.shape[:2], *shape)
     mixed = constrain(mixed, 'batch', None, 'groups', 'heads', None)
     _capture(self, mixed)
     return mixed
+
+  def inputs(self, x_BxTxD, at_BxT, past: Past | None = None):
+    """What enters `out`, [B,T,K,G,H], and the past with these tokens."""
+    c = self.config
+    q, k, v = self.project(x_BxTxD)
+    if c.positions == 'rope':
+      longest = x_BxTxD.shape[1] if past is None else past.keys.shape[1]
+      angle = rope.angles(
+        c.rope_scaling, c.rope_theta, c.head_size, at_BxT, longest
+      )
+      q, k = (rotate(x, angle, c.rope_scaling.amplitude) for x in (q, k))
+    if past is not None:
+      past = k, v = _remember(past, at_BxT, k, v)
+    return self.mix(q, k, v, at_BxT), past
 
   def output(self, mixed, mask_K=None):
     if mask_K is not None:
@@ -237,11 +282,15 @@ class Layer(nn.Module):
     self.ffn = Ffn(c, self.channels, self.capture)
     self.attention_norm, self.ffn_norm = Norm(c), Norm(c)
 
-  def attention_inputs(self, x_BxTxD):
+  def look_back(self, x_BxTxD, at_BxT, past=None):
+    """`attention_inputs`, and the past with these tokens."""
     pre = self.config.pre_norm
     return self.attention.inputs(
-      self.attention_norm(x_BxTxD) if pre else x_BxTxD
+      self.attention_norm(x_BxTxD) if pre else x_BxTxD, at_BxT, past
     )
+
+  def attention_inputs(self, x_BxTxD):
+    return self.look_back(x_BxTxD, first(x_BxTxD.shape[1]))[0]
 
   def attend(self, x_BxTxD, inputs, mask_K=None):
     x = x_BxTxD + self.attention.output(inputs, mask_K)
@@ -255,11 +304,12 @@ class Layer(nn.Module):
     x = x_BxTxD + self.ffn.output(inputs, mask_F)
     return x if self.config.pre_norm else self.ffn_norm(x)
 
-  def __call__(self, x_BxTxD, masks=None):
+  def __call__(self, x_BxTxD, at_BxT, masks=None, past=None):
     masks = Masks(None, None) if masks is None else masks
-    x = self.attend(x_BxTxD, self.attention_inputs(x_BxTxD), masks.attention)
+    inputs, past = self.look_back(x_BxTxD, at_BxT, past)
+    x = self.attend(x_BxTxD, inputs, masks.attention)
     x = self.feed(x, self.ffn_inputs(x), masks.ffn)
-    return constrain(x, 'batch', None, 'embed'), None
+    return constrain(x, 'batch', None, 'embed'), past
 
 
 class Decoder(nn.Module):
@@ -294,7 +344,7 @@ class Decoder(nn.Module):
         layer,
         variable_axes={'params': 0, 'captured': 0},
         split_rngs={'params': True},
-        in_axes=0,
+        in_axes=(nn.broadcast, 0, 0),
         length=c.layers,
       )(c, c.groups, c.ffn, self.capture)
     if c.final_norm:
@@ -302,14 +352,14 @@ class Decoder(nn.Module):
     if not c.tied:
       self.head = _Matrix((embed_width, c.vocab))
 
-  def embed_tokens(self, tokens_BxT):
+  def embed_tokens(self, tokens_BxT, at_BxT=None):
     """Token ids [B,T] to the first residual stream [B,T,D]."""
+    at_BxT = first(tokens_BxT.shape[1]) if at_BxT is None else at_BxT
     x = self.embed()[tokens_BxT]
     if self.config.embed_width:
       x = x @ self.embed_in()
     if self.config.positions == 'learned':
-      at = jnp.arange(tokens_BxT.shape[1]) + self.config.position_offset
-      x = x + self.position()[at]
+      x = x + self.position()[at_BxT + self.config.position_offset]
     return constrain(x, 'batch', None, 'embed')
 
   def unembed(self, x_BxTxD):
@@ -322,14 +372,31 @@ class Decoder(nn.Module):
     logits = jnp.matmul(x_BxTxD, table, preferred_element_type=jnp.float32)
     return constrain(logits, 'batch', None, 'vocab')
 
+  def stream(self, tokens_BxT, at_BxT, masks=None, layers=None):
+    """The last residual stream [B,T,D], and the layers' pasts."""
+    x = self.embed_tokens(tokens_BxT, at_BxT)
+    if not self.config.sliced:
+      return self.stack(x, at_BxT, masks, layers)
+    pasts = list(layers or [None] * self.config.layers)
+    for i, layer in enumerate(self.layer):
+      x, pasts[i] = layer(x, at_BxT, None, pasts[i])
+    return x, tuple(pasts)
+
+  def extend(self, tokens_BxT, cache: Cache, masks: Masks | None = None):
+    """`stream` of tokens that follow those in the cache, and the new cache."""
+    time = tokens_BxT.shape[1]
+    at = cache.length[:, None] + jnp.arange(time)
+    x, layers = self.stream(tokens_BxT, at, masks, cache.layers)
+    return x, Cache(layers, cache.length + time)
+
   def __call__(self, tokens_BxT, masks: Masks | None = None):
-    x = self.embed_tokens(tokens_BxT)
-    if self.config.sliced:
-      for layer in self.layer:
-        x, _ = layer(x)
-    else:
-      x, _ = self.stack(x, masks)
+    x, _ = self.stream(tokens_BxT, first(tokens_BxT.shape[1]), masks)
     return self.unembed(x)
+
+
+def first(time: int):
+  """Positions [1,T] of tokens with none before them."""
+  return jnp.arange(time)[None]
 
 
 class _Matrix(nn.Module):

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.fields import Fields
@@ -32,7 +34,7 @@ class Scaling:
 
 
 def frequencies(
-  scaling: Scaling, theta: float, head_size: int, time: int
+  scaling: Scaling, theta: float, head_size: int, time
 ) -> np.ndarray:
   """Radians a position, of each pair of a head's dimensions.
 
@@ -40,14 +42,15 @@ def frequencies(
     scaling: which kind, with its numbers.
     theta: base of the plain frequencies (arXiv 2104.09864).
     head_size: H, even.
-    time: tokens of the context; only 'dynamic' looks at it.
+    time: tokens of the context, an integer or [N,1]; only 'dynamic' looks at
+      it.
 
   Returns:
-    float32 [H / 2].
+    float32 [H / 2], or [N, H / 2] for each of N contexts.
   """
   s = scaling
-  if s.kind == 'dynamic' and time > s.trained:
-    stretch = 1.0 + s.factor * (time / s.trained - 1.0)
+  if s.kind == 'dynamic':
+    stretch = 1.0 + s.factor * np.maximum(time / s.trained - 1.0, 0.0)
     theta = theta * stretch ** (head_size / (head_size - 2))
   plain = theta ** (-np.arange(0, head_size, 2) / head_size)
   match s.kind:
@@ -60,6 +63,27 @@ def frequencies(
     case _:
       kept = 1.0
   return (plain * (kept + (1.0 - kept) / s.factor)).astype(np.float32)
+
+
+def angles(
+  scaling: Scaling, theta: float, head_size: int, at_BxT, longest: int
+) -> jax.Array:
+  """Radians by which heads at these positions are turned.
+
+  Args:
+    scaling, theta, head_size: as `frequencies` takes them.
+    at_BxT: positions of the tokens; the last of a row ends its context.
+    longest: the last position is smaller than this.
+
+  Returns:
+    float32 [B, T, H / 2].
+  """
+  turns = frequencies(
+    scaling, theta, head_size, np.arange(longest + 1)[:, None]
+  )
+  if scaling.kind == 'dynamic':
+    turns = jnp.asarray(turns)[at_BxT[:, -1:] + 1]
+  return at_BxT[..., None].astype(jnp.float32) * turns
 
 
 def _kept_by_turns(s, plain):

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 import types
 from unittest import mock
@@ -17,6 +18,7 @@ from absl import flags
 from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
+import ffp_jax
 from ffp_jax import corpora, evaluate, files, hf
 from ffp_jax.config import RequestError
 from tests import tiny_run
@@ -260,6 +262,11 @@ class CommandTest(parameterized.TestCase):
       'stride': None,
       'max_windows': None,
       'dtype': 'auto',
+      'tasks': [],
+      'fewshot': None,
+      'limit': None,
+      'batch_tokens': 256,
+      'results': None,
       'out': str(self.folder / 'out.json'),
     }
     args = types.SimpleNamespace(**settings | changes)
@@ -334,6 +341,28 @@ class CommandTest(parameterized.TestCase):
     huge = whole._replace(ids=np.full(100, tiny_run.VOCAB))
     with mock.patch.object(evaluate, 'tokenize', return_value=huge):
       self.refused('do not belong together', model=str(path))
+
+  def test_tasks_without_lm_eval(self):
+    missing = {'lm_eval': None, 'lm_eval.tasks': None}
+    with (
+      mock.patch.dict('sys.modules', missing),
+      mock.patch.dict(vars(ffp_jax)),
+    ):
+      sys.modules.pop('ffp_jax.tasks', None)
+      vars(ffp_jax).pop('tasks', None)
+      self.refused('--tasks needs', 'pip install "lm_eval', tasks=['piqa'])
+
+  def test_no_such_task(self):
+    path = _model_with_bos()  # which has no EOS
+    self.refused('end-of-sequence', tasks=['a.yaml'], model=str(path))
+
+  @parameterized.parameters(None, '[]', '{', '{"ppl": 1}')
+  def test_results_that_are_not_of_a_run(self, content):
+    path = self.folder / 'results.json'
+    if content:
+      path.write_text(content)
+    self.refused('--results', str(path), tasks=['a.yaml'], results=str(path))
+    self.assertEqual(path.exists(), bool(content))
 
 
 class ScorerTest(absltest.TestCase):

@@ -1,0 +1,147 @@
+"""What a model says: a first look at a pruned one, beside the dense one.
+
+python -m ffp_jax.generate --model=DIR --dense=DIR2 --prompt='Once upon'
+"""
+
+import itertools
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from ffp_jax import decode, evaluate, files, hf, hub, sharding
+from ffp_jax.config import RequestError, refuse
+
+
+def prepare(model: str, prompt: str, new: int):
+  """Whether a model can go on with a prompt, before its weights are read.
+
+  Returns:
+    (directory, `ModelConfig`, tokenizer, token ids).
+
+  Raises:
+    RequestError: it can't.
+  """
+  directory = hub.locate(model)
+  config = hf.model_config(directory)
+  tokenizer = evaluate.load_tokenizer(directory)
+  ids = np.array(tokenizer(prompt)['input_ids'], np.int32)
+  if not ids.size:
+    raise RequestError('--prompt: gives no token; say something')
+  evaluate.check_tokens(config, ids, 0)
+  decode.check_slots(config, len(ids) + new)
+  return directory, config, tokenizer, ids
+
+
+def pieces(params, config, tokenizer, ids, *, new, temperature, seed):
+  """What a model goes on with, as it comes.
+
+  Args:
+    params: of the decoder.
+    config: its `ModelConfig`.
+    tokenizer: of transformers.
+    ids: of the prompt, one or more.
+    new: most tokens; EOS ends it before.
+    temperature, seed: see `decode.continuations`.
+
+  Yields:
+    Text that follows the prompt and the text before.
+  """
+  steps = decode.continuations(
+    params,
+    ids[None],
+    np.array([len(ids)]),
+    config=config,
+    slots=len(ids) + new,
+    temperature=temperature,
+    seed=seed,
+  )
+  made, said = list(ids), tokenizer.decode(ids)
+  for chosen in itertools.islice(steps, new):
+    made.append(chosen.item())
+    if made[-1] == tokenizer.eos_token_id:
+      return
+    text = tokenizer.decode(made)
+    if not text.endswith('\N{REPLACEMENT CHARACTER}'):  # half a character
+      yield text[len(said) :]
+      said = text
+
+
+def generate(models, prompt, *, new, temperature, seed, dtype):
+  """Prints what each model goes on with.
+
+  Args:
+    models: directories or hub ids.
+    prompt: text.
+    new: most new tokens.
+    temperature, seed: see `decode.continuations`.
+    dtype: see `evaluate.dtype_of`.
+
+  Raises:
+    RequestError: one of them can't; nothing is printed then.
+  """
+  ready = [prepare(model, prompt, new) for model in models]
+  dtype = evaluate.dtype_of(dtype)
+  for model, (directory, config, tokenizer, ids) in zip(
+    models, ready, strict=True
+  ):
+    config = decode.unrolled(config)
+    with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
+      params = files.load_params(directory, config, dtype)
+      print(f'--- {model}\n{prompt}', end='', flush=True)
+      for piece in pieces(
+        params,
+        config,
+        tokenizer,
+        ids,
+        new=new,
+        temperature=temperature,
+        seed=seed,
+      ):
+        print(piece, end='', flush=True)
+      print('\n')
+
+
+def main(argv):
+  del argv
+  args = flags.FLAGS
+  try:
+    generate(
+      [model for model in (args.dense, args.model) if model],
+      args.prompt,
+      new=args.tokens,
+      temperature=args.temperature,
+      seed=args.seed,
+      dtype=args.dtype,
+    )
+  except (RequestError, OSError) as error:
+    refuse(error)
+
+
+def parse(argv):
+  """Reads the flags; refuses what isn't one."""
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    refuse(error)
+  if len(rest) > 1:
+    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  return rest
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
+  flags.DEFINE_string('dense', None, 'Another, which speaks before.')
+  flags.DEFINE_string('prompt', 'Once upon a time', 'What they go on with.')
+  flags.DEFINE_integer('tokens', 64, 'Most new tokens.', lower_bound=1)
+  flags.DEFINE_float(
+    'temperature', 0.0, '0: always the likeliest token.', lower_bound=0.0
+  )
+  flags.DEFINE_integer('seed', 0, 'Of the choices, where it is above 0.')
+  flags.DEFINE_enum(
+    'dtype',
+    'auto',
+    ('auto', 'float32', 'bfloat16'),
+    'auto: float32 on CPU, bfloat16 elsewhere.',
+  )
+  app.run(main, flags_parser=parse)

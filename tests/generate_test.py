@@ -1,0 +1,122 @@
+import contextlib
+import functools
+import io
+import pathlib
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import evaluate, export, files, generate, hf
+from ffp_jax.config import RequestError
+from tests import testing, tiny_run
+
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
+
+
+def setUpModule():
+  tiny_run.compile_quickly(True)
+
+
+def tearDownModule():
+  tiny_run.compile_quickly(False)
+
+
+@functools.cache
+def _models() -> tuple[str, str]:
+  """Directories of a dense model and a pruned one."""
+  folder = pathlib.Path(_FOLDER.name)
+  dense, pruned = folder / 'dense', folder / 'pruned'
+  tiny_run.write_model(dense)
+  config = hf.model_config(dense)
+  params = files.load_params(dense, config, np.float32)
+  small = export.slice_params(params, config, testing.random_masks(config))
+  export.save(*small, dense, pruned)
+  return str(dense), str(pruned)
+
+
+def _generated(models, prompt='the way of', **changes) -> str:
+  settings = {'new': 12, 'temperature': 0.0, 'seed': 0, 'dtype': 'float32'}
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    generate.generate(models, prompt, **settings | changes)
+  return out.getvalue()
+
+
+class GenerateTest(parameterized.TestCase):
+  def naive(self, model, prompt, count):
+    """The likeliest tokens, by forwards without a cache."""
+    directory = pathlib.Path(model)
+    config = hf.model_config(directory)
+    params = files.load_params(directory, config, np.float32)
+    apply = evaluate.apply_of(config)
+    tokenizer = evaluate.load_tokenizer(directory)
+    ids = tokenizer(prompt)['input_ids']
+    for _ in range(count):
+      logits = apply(params, np.array([ids]), None)
+      ids.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(ids)
+
+  def test_dense_beside_pruned(self):
+    said = [self.naive(model, 'the way of', 12) for model in _models()]
+    self.assertNotEqual(*said)
+    expected = ''.join(
+      f'--- {model}\n{text}\n\n'
+      for model, text in zip(_models(), said, strict=True)
+    )
+    # The tokenizer is of bytes, and random models speak halves of characters,
+    # of which the last ones may stay unsaid.
+    got = _generated(_models())
+    for ours, theirs in zip(
+      got.split('\n\n'), expected.split('\n\n'), strict=True
+    ):
+      self.assertStartsWith(theirs, ours)
+    self.assertGreater(len(got), len(expected) - 12)
+
+  def test_seed_and_temperature(self):
+    first, again, other = (
+      _generated(_models()[:1], temperature=3.0, seed=seed)
+      for seed in (0, 0, 1)
+    )
+    self.assertEqual(first, again)
+    self.assertNotEqual(first, other)
+
+  def test_end_of_sequence(self):
+    tokenizer = evaluate.load_tokenizer(pathlib.Path(_models()[0]))
+    ids = np.array(tokenizer('the way')['input_ids'])
+    spoken = tokenizer('ab!cd')['input_ids']
+    tokenizer.eos_token_id = spoken[2]
+    steps = iter([np.array([[token]]) for token in spoken])
+    with mock.patch.object(
+      generate.decode, 'continuations', return_value=steps
+    ):
+      said = generate.pieces(
+        None, None, tokenizer, ids, new=9, temperature=0.0, seed=0
+      )
+      self.assertEqual(list(said), ['a', 'b'])
+
+  def test_characters_of_several_tokens(self):
+    tokenizer = evaluate.load_tokenizer(pathlib.Path(_models()[0]))
+    ids = np.array(tokenizer('the way')['input_ids'])
+    spoken = tokenizer('a\N{SNOWMAN}b')['input_ids']
+    self.assertGreater(len(spoken), 3)
+    steps = iter([np.array([[token]]) for token in spoken])
+    with mock.patch.object(
+      generate.decode, 'continuations', return_value=steps
+    ):
+      said = generate.pieces(
+        None, None, tokenizer, ids, new=9, temperature=0.0, seed=0
+      )
+      self.assertEqual(list(said), ['a', '\N{SNOWMAN}', 'b'])
+
+  def test_no_prompt(self):
+    with (
+      mock.patch.object(files, 'load_params', side_effect=AssertionError),
+      self.assertRaisesRegex(RequestError, '--prompt'),
+    ):
+      _generated(_models(), prompt='')
+
+
+if __name__ == '__main__':
+  absltest.main()
