@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from ffp_jax import (
   baselines,
   book,
+  command,
   evaluate,
   files,
   masks,
@@ -37,9 +38,6 @@ from ffp_jax.baselines import outcome
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.loss import nll
-
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the comparison.')
 
 
 def run(config, workdir: pathlib.Path) -> dict:
@@ -76,6 +74,8 @@ def run(config, workdir: pathlib.Path) -> dict:
 
 def check(config):
   """Refuses unknown methods and a budget that can't pay for all of them."""
+  if 'compare' not in config:
+    raise RequestError("--config: no key 'compare'; give configs/compare.py")
   c = config.compare
   for name in c.methods:
     if name not in baselines.METHODS:
@@ -252,43 +252,34 @@ def judge(config, job, model, modules, dense, trace) -> dict:
   }
 
 
-def parse(argv):
-  """Reads the flags; refuses what isn't one, before any heavy work."""
-  try:
-    rest = flags.FLAGS(argv)
-    if flags.FLAGS['config'].present:
-      _ = _CONFIG.value.compare  # a file that didn't load fails here
-  except (AttributeError, KeyError) as error:
-    key = str(error).strip('"\'')
-    refuse(f'--config: no key {key!r}; see `comparison` in ffp_jax/config.py')
-  except (flags.Error, OSError, TypeError, ValueError) as error:
-    refuse(error)
-  if not flags.FLAGS['config'].present or not _WORKDIR.value:
-    refuse('give --config=configs/compare.py and --workdir=DIR')
-  if len(rest) > 1:
-    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
-  return rest
-
-
 def main(argv):
   del argv
-  command = shlex.join(['python', '-m', 'ffp_jax.compare', *sys.argv[1:]])
-  signals.exit_on_signals(command)
+  again = shlex.join(['python', '-m', 'ffp_jax.compare', *sys.argv[1:]])
+  signals.exit_on_signals(again)
   logging.set_verbosity(logging.INFO)
   # Ours alone: orbax and others speak through absl too.
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
   try:
-    results = run(_CONFIG.value, workdir)
+    results = run(flags.FLAGS.config, workdir)
   except RequestError as error:
     refuse(error)
   except Exception as error:
     if reason := book.disk_full(error):
-      refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
     raise
   print(outcome.summary(results))
   print(f'\nreport      {workdir / "compare.md"}')
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse)
+  config_flags.DEFINE_config_file('config', help_string='Settings.')
+  flags.DEFINE_string('workdir', None, 'Directory of the comparison.')
+  app.run(
+    main,
+    flags_parser=functools.partial(
+      command.parse,
+      config='configs/compare.py',
+      workdir='the directory of the comparison',
+    ),
+  )

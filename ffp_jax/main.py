@@ -13,7 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ffp_jax import book, signals
+from ffp_jax import book, command, signals
 from ffp_jax.config import RequestError, refuse
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
@@ -29,32 +29,22 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 
 
 def parse(argv):
-  """Reads the flags; refuses what isn't one, before any heavy import."""
-  try:
-    rest = flags.FLAGS(argv)
-    if flags.FLAGS['config'].present:
-      _ = _CONFIG.value.model  # a file that didn't load fails here
-  except (AttributeError, KeyError) as error:
-    key = str(error).strip('"\'')
-    refuse(f'--config: no key {key!r}; see ffp_jax/config.py')
-  except (flags.Error, OSError, TypeError, ValueError) as error:
-    refuse(error)
-  if not flags.FLAGS['config'].present:
-    refuse('--config is missing; give a file such as configs/llama.py')
-  if not _WORKDIR.value:
-    refuse('--workdir is missing; give the directory of the run')
+  """`command.parse`, and what the flags of several processes ask for."""
+  rest = command.parse(
+    argv,
+    config='a file such as configs/llama.py',
+    workdir='the directory of the run',
+  )
   named = _COORDINATOR.value not in (None, 'auto')
   if {_PROCESSES.present > 0, _PROCESS.present > 0} != {named}:
     refuse('--coordinator=HOST:PORT goes with --processes=N and --process=I')
-  if len(rest) > 1:
-    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
   return rest
 
 
 def main(argv):
   del argv
-  command = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
-  signals.exit_on_signals(command)
+  again = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
+  signals.exit_on_signals(again)
   # Imported here, so that a wrong flag is refused at once.
   import jax
 
@@ -70,16 +60,16 @@ def main(argv):
   try:
     if _COORDINATOR.value:
       sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    results = prune.run(_CONFIG.value, workdir, command=command)
+    results = prune.run(_CONFIG.value, workdir, command=again)
   except RequestError as error:
     refuse(error)
   except Exception as error:
     if reason := book.disk_full(error):
-      refuse(f'{workdir}: {reason}; make room and go on with: {command}', 74)
+      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
     if sharding.lost_touch(error):
       signals.leave(
         f'another process of the run has ended ({error}); start all of them '
-        f'again, they go on: {command}'
+        f'again, they go on: {again}'
       )
     raise
   if not sharding.leads():

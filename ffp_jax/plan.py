@@ -7,6 +7,8 @@ Compiles the search step and the calibration of one layer ahead of time, for
 as many virtual devices, and asks the compiler what memory they take.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from ml_collections import config_flags
 from ffp_jax import (
   allocate,
   calibrate,
+  command,
   evaluate,
   hf,
   hub,
@@ -150,16 +153,6 @@ def plan(config, model, dtype, mesh) -> dict:
   }
 
 
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
-_DEVICES = flags.DEFINE_integer('devices', 1, 'How many.', lower_bound=1)
-_MEMORY = flags.DEFINE_float(
-  'device_memory_gib', 80.0, 'Of one device.', lower_bound=0.0
-)
-_TFLOPS = flags.DEFINE_float(
-  'tflops', None, 'What one device reaches, if known.', lower_bound=0.0
-)
-
-
 def describe(found: dict, memory_gib: float, tflops: float | None) -> str:
   """The plan as lines to read."""
   gib = {k: v / _GIB for k, v in found.items() if k.endswith('_bytes')}
@@ -184,9 +177,10 @@ def describe(found: dict, memory_gib: float, tflops: float | None) -> str:
 
 def main(argv):
   del argv
-  config = _CONFIG.value
+  args = flags.FLAGS
+  config = args.config
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', _DEVICES.value)
+  jax.config.update('jax_num_cpu_devices', args.devices)
   try:
     config_lib.validate(config)
     model = hf.model_config(hub.locate(config.model))
@@ -195,8 +189,21 @@ def main(argv):
     found = plan(config, model, dtype, mesh)
   except config_lib.RequestError as error:
     config_lib.refuse(error)
-  print(describe(found, _MEMORY.value, _TFLOPS.value))
+  print(describe(found, args.device_memory_gib, args.tflops))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  config_flags.DEFINE_config_file('config', help_string='Settings.')
+  flags.DEFINE_integer('devices', 1, 'How many.', lower_bound=1)
+  flags.DEFINE_float(
+    'device_memory_gib', 80.0, 'Of one device.', lower_bound=0.0
+  )
+  flags.DEFINE_float(
+    'tflops', None, 'What one device reaches, if known.', lower_bound=0.0
+  )
+  app.run(
+    main,
+    flags_parser=functools.partial(
+      command.parse, config='a file such as configs/llama2_7b.py'
+    ),
+  )

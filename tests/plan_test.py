@@ -203,6 +203,10 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(done.returncode, 2)
     self.assertLen(done.stderr.splitlines(), 1)
     self.assertIn('mesh.fsdp=5', done.stderr)
+    for wrong in ((), ('--config=configs/llama.py', '--config.modle=x')):
+      done = self._call(*wrong)
+      self.assertEqual(done.returncode, 2)
+      self.assertLen(done.stderr.splitlines(), 1)
 
 
 if __name__ == '__main__':
