@@ -49,8 +49,9 @@ def run(config, workdir: pathlib.Path, *, command: str) -> dict:
     RequestError: the request can't be met; known before any heavy work.
   """
   config_lib.validate(config)
+  mesh = sharding.make_mesh(**config.mesh)
   job = prepare(config)
-  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+  with jax.set_mesh(mesh):
     first = start(config, job.sites, workdir)
     with sharding.led_by_one(config_lib.claim, workdir, config) as leads:
       return go(config, job, first, Book(workdir, writes=leads), command)
