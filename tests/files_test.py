@@ -525,7 +525,9 @@ class ShardingTest(_TestCase):
 
     open_all = files._open_all
     folder = self.saved('llama_grouped')
-    with mock.patch.object(files, '_open_all', lambda x: counting(open_all(x))):
+    with mock.patch.object(
+      files, '_open_all', lambda *x: counting(open_all(*x))
+    ):
       params = self.placed(
         folder, lambda path, _: spec if leaf in path else P()
       )

@@ -2,7 +2,9 @@
 
 import contextlib
 import pathlib
+import shutil
 import tempfile
+import time
 
 from etils import epath
 
@@ -21,13 +23,25 @@ def staged(out: pathlib.Path):
     this machine's.
   """
   local = book.is_local(out)
-  with tempfile.TemporaryDirectory(
-    dir=out.parent if local else None, prefix=f'.{out.name}.'
-  ) as tmp:
-    # One level down, because TemporaryDirectory is readable by its owner only.
-    stage = pathlib.Path(tmp) / 'new'
+  home = pathlib.Path(
+    tempfile.mkdtemp(dir=out.parent if local else None, prefix=f'.{out.name}.')
+  )
+  # One level down, because mkdtemp's directory is readable by its owner only.
+  stage = home / 'new'
+  try:
     yield stage
     stage.rename(out) if local else _upload(stage, out)
+  finally:
+    _remove(home)
+
+
+def _remove(directory):
+  """Threads of orbax may write on for a moment after an error."""
+  for _ in range(50):
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():
+      return
+    time.sleep(0.1)
 
 
 def _upload(stage, out):
