@@ -30,10 +30,8 @@ _OPENERS = (
 _PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 
-def _open_all(directory: pathlib.Path, config, family) -> dict[str, Stored]:
+def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
   """Name to tensor of the one checkpoint in a directory."""
-  if orbax_tree.found(directory):
-    return _from_tree(orbax_tree.read(directory), directory, config, family)
   for name, open_tensors in zip(stored.FORMATS, _OPENERS, strict=True):
     if paths := stored.weight_files(directory, name):
       return _merged([open_tensors(path) for path in paths], directory)
@@ -47,8 +45,9 @@ def _open_all(directory: pathlib.Path, config, family) -> dict[str, Stored]:
   )
 
 
-def _from_tree(params, directory, config, family) -> dict[str, Stored]:
-  """Name to tensor of parameters that are in memory already."""
+def _from_orbax(directory, config, family) -> dict[str, Stored]:
+  """Name to tensor of an orbax checkpoint, read whole."""
+  params = orbax_tree.read(directory)
   try:
     return {
       name: Stored(value.shape, value.dtype.name, value.__getitem__)
@@ -107,7 +106,10 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
       wrong shape or of a type that is no float; or an index leads outside.
   """
   family = hf.read_json(directory)['model_type']
-  where = _open_all(directory, config, family)
+  if orbax_tree.found(directory):
+    where = _from_orbax(directory, config, family)
+  else:
+    where = _open_all(directory)
   wanted = list(hf.tensors(config, family, dtype))
   _check(where, wanted, directory)
   return where, wanted
