@@ -31,20 +31,24 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
   """A model in JAX, to be timed.
 
   Returns:
-    (function to seconds of (prefill, decode), bytes of its weights' files).
+    (function to seconds of (prefill, decode), dict of facts).
   """
   directory = hub.locate(model)
   config = decode.unrolled(hf.model_config(directory))
   dtype = evaluate.dtype_of(dtype)
+  facts = {
+    'device': jax.devices()[0].device_kind,
+    'parameters, M': hf.param_count(config) / 1e6,
+  }
   if random:
     key, shapes = jax.random.key(0), hf.param_shapes(config, dtype)
     params = jax.tree.map(
       lambda x: 0.02 * jax.random.normal(key, x.shape, x.dtype), shapes
     )
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
   else:
     params = files.load_params(directory, config, dtype)
     size = sum(x.stat().st_size for x in directory.glob('*.safetensors'))
+    facts['file, MB'] = size / 1e6
   tokens = np.random.default_rng(0).integers(
     0, config.vocab, (batch, prompt_tokens), np.int32
   )
@@ -63,17 +67,21 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
     jax.block_until_ready(collections.deque(steps, maxlen=1))
     return middle - start, time.perf_counter() - middle
 
-  return run, size
+  return run, facts
 
 
 def llama_cpp_model(path, *, batch, prompt_tokens, new_tokens, **_):
   """A .gguf file in llama.cpp, to be timed; as `jax_model`."""
-  import xllamacpp
-
+  try:
+    import xllamacpp
+  except ImportError as error:
+    raise RequestError('.gguf needs: pip install xllamacpp') from error
   params = xllamacpp.CommonParams()
   params.model.path = path
   params.n_ctx = prompt_tokens + new_tokens
   params.n_parallel = 1
+  # By default as many as the host has, which may be more than are ours.
+  params.cpuparams.n_threads = len(os.sched_getaffinity(0))
   params.verbosity = -1
   server = xllamacpp.Server(params)
   # Any ids of few digits are in the vocabulary.
@@ -94,18 +102,20 @@ def llama_cpp_model(path, *, batch, prompt_tokens, new_tokens, **_):
     assert found == (prompt_tokens, new_tokens), found
     return timings['prompt_ms'] / 1000, timings['predicted_ms'] / 1000
 
-  return run, pathlib.Path(path).stat().st_size
+  return run, {'file, MB': pathlib.Path(path).stat().st_size / 1e6}
 
 
 _RUNTIMES = {'jax': jax_model, 'llama.cpp': llama_cpp_model}
 
 
-def _peak() -> dict:
-  """Most memory this process has held, bytes."""
+def _peak(runtime: str) -> dict:
+  """Most memory this process has held, MB."""
   scale = 1 if sys.platform == 'darwin' else 1024
-  peak = {'host': scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-  if stats := jax.local_devices()[0].memory_stats():
-    peak['device'] = stats['peak_bytes_in_use']
+  rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  peak = {'peak host memory, MB': scale * rss / 1e6}
+  stats = jax.local_devices()[0].memory_stats() if runtime == 'jax' else None
+  if stats:
+    peak['peak device memory, MB'] = stats['peak_bytes_in_use'] / 1e6
   return peak
 
 
@@ -118,12 +128,15 @@ def work(runtime: str, model: str, settings: dict):
   def answer(value):
     print(json.dumps(value), file=answers, flush=True)
 
-  run, size = _RUNTIMES[runtime](model, **settings)
+  try:
+    run, facts = _RUNTIMES[runtime](model, **settings)
+  except (RequestError, OSError) as error:
+    refuse(error)
   run()  # compiles
-  answer({'size': size, 'device': jax.devices()[0].device_kind})
+  answer(facts)
   for _ in sys.stdin:
     answer(run())
-  answer(_peak())
+  answer(_peak(runtime))
 
 
 def _start(runtime, model, settings):
@@ -139,54 +152,54 @@ def _start(runtime, model, settings):
 
 
 def compare(runtime: str, models: list[str], settings: dict, repeats: int):
-  """Every model's figures; the first is what ratios are to.
+  """Every model's figures, those of the first with nothing to compare with.
 
   Returns:
-    dict from model to tokens a second, bytes and ratios.
+    list of dicts, one a model; speeds are medians.
+
+  Raises:
+    RequestError: a process has failed, and has said why.
   """
   workers = [_start(runtime, model, settings) for model in models]
+  try:
+    facts = [_read(worker) for worker in workers]
+    turns = [[] for _ in workers]
+    for _ in range(repeats):
+      for worker, times in zip(workers, turns, strict=True):
+        worker.stdin.write('\n')
+        worker.stdin.flush()
+        times.append(_read(worker))
+    rows = []
+    for i, worker in enumerate(workers):
+      worker.stdin.close()
+      prefill, decoding = map(statistics.median, zip(*turns[i], strict=True))
+      batch, new = settings['batch'], settings['new_tokens']
+      speeds = {
+        'prefill tokens/s': batch * settings['prompt_tokens'] / prefill,
+        'decode tokens/s': batch * (new - 1) / decoding,
+      }
+      rows.append({'model': models[i]} | facts[i] | speeds | _read(worker))
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.wait()
+  return [with_ratios(row, rows[0]) for row in rows]
 
-  def read(worker):
-    line = worker.stdout.readline()
-    if not line:
-      raise RequestError(f'{runtime}: a process has failed; see above')
+
+def _read(worker):
+  if line := worker.stdout.readline():
     return json.loads(line)
-
-  facts = [read(worker) for worker in workers]
-  turns = [[] for _ in workers]
-  for _ in range(repeats):
-    for worker, times in zip(workers, turns, strict=True):
-      worker.stdin.write('\n')
-      worker.stdin.flush()
-      times.append(read(worker))
-  rows = {}
-  for model, worker, fact, times in zip(
-    models, workers, facts, turns, strict=True
-  ):
-    worker.stdin.close()
-    peak = read(worker)
-    worker.wait()
-    prefill, step = map(statistics.median, zip(*times, strict=True))
-    batch, new = settings['batch'], settings['new_tokens']
-    # llama.cpp counts the first new token as decoded.
-    steps = new if runtime == 'llama.cpp' else new - 1
-    rows[model] = {
-      'prefill tokens/s': batch * settings['prompt_tokens'] / prefill,
-      'decode tokens/s': batch * steps / step,
-      'peak memory, MB': {k: round(v / 1e6) for k, v in peak.items()},
-      'weights, MB': fact['size'] / 1e6,
-      'device': fact['device'],
-    }
-  return rows
+  raise RequestError('a process of the benchmark has failed; see above')
 
 
-def with_ratios(rows: dict) -> dict:
-  """Speeds and sizes of all but the first over those of the first."""
-  dense, *pruned = rows.values()
-  for row in pruned:
-    for key in ('prefill tokens/s', 'decode tokens/s', 'weights, MB'):
-      row[f'{key}, x dense'] = round(row[key] / dense[key], 3)
-  return rows
+def with_ratios(row: dict, dense: dict) -> dict:
+  """A model's figures, and what share of the dense model's they are."""
+  ratios = {
+    f'{key}, x dense': round(value / dense[key], 3)
+    for key, value in row.items()
+    if isinstance(value, float) and row is not dense
+  }
+  return row | ratios
 
 
 def main(argv):
@@ -210,8 +223,7 @@ def main(argv):
     for runtime, models in given.items():
       models = [model for model in models if model]
       if models:
-        rows = compare(runtime, models, settings, args.repeats)
-        found[runtime] = with_ratios(rows)
+        found[runtime] = compare(runtime, models, settings, args.repeats)
   except RequestError as error:
     refuse(error)
   print(json.dumps(settings | found, indent=2))
