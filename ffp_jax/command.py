@@ -1,4 +1,4 @@
-"""What commands with a --config have in common."""
+"""How commands read their flags."""
 
 from absl import flags
 
@@ -17,7 +17,7 @@ def parse(argv, **required):
   """
   try:
     rest = flags.FLAGS(argv)
-    if flags.FLAGS['config'].present:
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].present:
       _ = flags.FLAGS.config.model  # a file that didn't load fails here
   except (AttributeError, KeyError) as error:
     key = str(error).strip('"\'')
@@ -25,7 +25,7 @@ def parse(argv, **required):
   except (flags.Error, OSError, TypeError, ValueError) as error:
     refuse(error)
   for name, give in required.items():
-    if not flags.FLAGS[name].present:
+    if not (flags.FLAGS[name].present and flags.FLAGS[name].value):
       refuse(f'--{name} is missing; give {give}')
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')

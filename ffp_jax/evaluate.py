@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ffp_jax import (
   book,
+  command,
   corpora,
   files,
   hf,
@@ -287,13 +288,8 @@ def add_tasks(results: dict, found: dict) -> dict:
 
 
 def parse(argv):
-  """Reads the flags; refuses what isn't one."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    refuse(error)
-  if len(rest) > 1:
-    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  """`command.parse`, and what goes together."""
+  rest = command.parse(argv)
   if flags.FLAGS.results and not flags.FLAGS.tasks:
     refuse('--results goes with --tasks')
   out = flags.FLAGS.out

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import decode, evaluate, files, hf, hub, sharding
+from ffp_jax import command, decode, evaluate, files, hf, hub, sharding
 from ffp_jax.config import RequestError, refuse
 
 
@@ -118,17 +118,6 @@ def main(argv):
     refuse(error)
 
 
-def parse(argv):
-  """Reads the flags; refuses what isn't one."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    refuse(error)
-  if len(rest) > 1:
-    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
-  return rest
-
-
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
   flags.DEFINE_string('dense', None, 'Another, which speaks before.')
@@ -144,4 +133,4 @@ if __name__ == '__main__':
     ('auto', 'float32', 'bfloat16'),
     'auto: float32 on CPU, bfloat16 elsewhere.',
   )
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=command.parse)
