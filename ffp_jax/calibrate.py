@@ -210,7 +210,15 @@ def _layer(params, streams, masks, *, config, fit_on, strengths):
 
 
 def calibrate(
-  params, config, keep: Masks, fit_WxBxT, check_WxBxT, *, target, strengths
+  params,
+  config,
+  keep: Masks,
+  fit_WxBxT,
+  check_WxBxT,
+  *,
+  target,
+  strengths,
+  dtype=None,
 ):
   """Calibrates every output projection of a masked model.
 
@@ -223,6 +231,8 @@ def calibrate(
     target: 'own' to match the module's full output on the pruned stream,
       'dense' to match the dense model's.
     strengths: candidates for `ridge`.
+    dtype: what the projections will be saved in, to which they are rounded;
+      None for that of `params`.
 
   Returns:
     (params with new output projections, chosen strength [2, L] of attention
@@ -245,8 +255,11 @@ def calibrate(
     )
     outs.append(new)
     picks.append(pick)
-  out, down = (jnp.stack(x) for x in zip(*outs, strict=True))
   stack = params['stack']
+  out, down = (
+    jnp.stack(x).astype(dtype or x[0].dtype).astype(x[0].dtype)
+    for x in zip(*outs, strict=True)
+  )
   stack = {
     **stack,
     'attention': {**stack['attention'], 'out': out},

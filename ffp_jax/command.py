@@ -1,8 +1,11 @@
-"""How commands read their flags."""
+"""What commands have in common: flags, log, errors, compiled programs."""
 
-from absl import flags
+import contextlib
 
-from ffp_jax.config import refuse
+from absl import flags, logging
+
+from ffp_jax import book, signals
+from ffp_jax.config import RequestError, refuse
 
 
 def parse(argv, **required):
@@ -30,3 +33,43 @@ def parse(argv, **required):
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
   return rest
+
+
+def log_ours():
+  """Logs what this package says; orbax and others speak through absl too."""
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+
+
+def keep_compiled(workdir):
+  """Keeps compiled programs beside a workdir, if no other place is set."""
+  import jax  # here, so that a wrong flag is refused at once
+
+  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+    cache = str(workdir.resolve().parent / '.compiled')
+    jax.config.update('jax_compilation_cache_dir', cache)
+
+
+@contextlib.contextmanager
+def refusing(workdir, again: str):
+  """One line and an exit code for what is no defect; see main.py for codes.
+
+  Args:
+    workdir: of a run that can go on.
+    again: the command that goes on.
+  """
+  try:
+    yield
+  except RequestError as error:
+    refuse(error)
+  except Exception as error:
+    from ffp_jax import sharding
+
+    if reason := book.disk_full(error):
+      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
+    if sharding.lost_touch(error):
+      signals.leave(
+        f'another process of the run has ended ({error}); start all of them '
+        f'again, they go on: {again}'
+      )
+    raise

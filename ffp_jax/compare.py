@@ -36,7 +36,7 @@ from ffp_jax import (
 from ffp_jax import config as config_lib
 from ffp_jax.baselines import outcome
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
-from ffp_jax.config import RequestError, refuse
+from ffp_jax.config import RequestError
 from ffp_jax.loss import nll
 
 
@@ -256,18 +256,11 @@ def main(argv):
   del argv
   again = shlex.join(['python', '-m', 'ffp_jax.compare', *sys.argv[1:]])
   signals.exit_on_signals(again)
-  logging.set_verbosity(logging.INFO)
-  # Ours alone: orbax and others speak through absl too.
-  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
-  workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
-  try:
+  command.log_ours()
+  workdir = book.place(flags.FLAGS.workdir)
+  command.keep_compiled(workdir)
+  with command.refusing(workdir, again):
     results = run(flags.FLAGS.config, workdir)
-  except RequestError as error:
-    refuse(error)
-  except Exception as error:
-    if reason := book.disk_full(error):
-      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
-    raise
   print(outcome.summary(results))
   print(f'\nreport      {workdir / "compare.md"}')
 

@@ -1,5 +1,6 @@
 """Checkpoint files to the decoder's parameters, and back."""
 
+import collections
 import itertools
 import math
 import pathlib
@@ -113,6 +114,15 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
   wanted = list(hf.tensors(config, family, dtype))
   _check(where, wanted, directory)
   return where, wanted
+
+
+def main_dtype(where: dict[str, Stored], wanted) -> np.dtype:
+  """The dtype of most numbers of a checkpoint; takes `check_files`' return."""
+  numbers = collections.Counter()
+  for tensor, *_ in wanted:
+    found = _find(where, tensor.name)
+    numbers[found.dtype] += math.prod(found.shape)
+  return stored.numpy_dtype(numbers.most_common(1)[0][0])
 
 
 def load_params(
@@ -274,13 +284,25 @@ def named_tensors(params, config: ModelConfig, family: str):
     yield tensor.name, value.reshape(stored_shape)
 
 
-def save_params(params, directory: pathlib.Path, config, family: str):
+def save_params(
+  params, directory: pathlib.Path, config, family: str, dtype=None
+) -> int:
   """Writes parameters as one model.safetensors under their HF names.
+
+  Args:
+    params: the decoder's.
+    directory: where.
+    config: its `ModelConfig`.
+    family: `model_type` of config.json.
+    dtype: to write in, None for theirs.
 
   Returns:
     Bytes written.
   """
-  return save_tensors(named_tensors(params, config, family), directory)
+  tensors = named_tensors(params, config, family)
+  if dtype:
+    tensors = ((name, value.astype(dtype)) for name, value in tensors)
+  return save_tensors(tensors, directory)
 
 
 def save_tensors(tensors, directory: pathlib.Path) -> int:

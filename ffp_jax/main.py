@@ -10,11 +10,11 @@ command goes on.
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from ffp_jax import book, command, signals
-from ffp_jax.config import RequestError, refuse
+from ffp_jax.config import refuse
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
 _COORDINATOR = flags.DEFINE_string(
@@ -46,32 +46,15 @@ def main(argv):
   again = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
   signals.exit_on_signals(again)
   # Imported here, so that a wrong flag is refused at once.
-  import jax
-
   from ffp_jax import prune, report, sharding
 
-  logging.set_verbosity(logging.INFO)
-  # Ours alone: orbax and others speak through absl too.
-  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+  command.log_ours()
   workdir = book.place(_WORKDIR.value)
-  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
-    cache = str(workdir.resolve().parent / '.compiled')
-    jax.config.update('jax_compilation_cache_dir', cache)
-  try:
+  command.keep_compiled(workdir)
+  with command.refusing(workdir, again):
     if _COORDINATOR.value:
       sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     results = prune.run(_CONFIG.value, workdir, command=again)
-  except RequestError as error:
-    refuse(error)
-  except Exception as error:
-    if reason := book.disk_full(error):
-      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
-    if sharding.lost_touch(error):
-      signals.leave(
-        f'another process of the run has ended ({error}); start all of them '
-        f'again, they go on: {again}'
-      )
-    raise
   if not sharding.leads():
     return
   print(

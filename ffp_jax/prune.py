@@ -89,7 +89,7 @@ def go(config, job, first, book, command) -> dict:
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
   book.write_json('allocation.json', allocation(config, job, best))
-  results |= rewards(job, dense, best) | sizes(job, best, dtype, size)
+  results |= rewards(job, dense, best) | sizes(job, best, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
   results |= {'versions': report.versions(), 'device': device()}
   book.write_json('results.json', results)
@@ -103,6 +103,7 @@ class Job(NamedTuple):
 
   directory: pathlib.Path
   model: hf.ModelConfig
+  dtype: np.dtype  # of its file, and so of the file that is written
   sites: sites_lib.Sites
   text: data.Splits
   protocol: protocols.Protocol  # of the held-out figures
@@ -136,7 +137,7 @@ def prepare(config) -> Job:
     round_ffn=config.budget.round_ffn,
   )
   config_lib.check_reachable(sites, config)
-  files.check_files(directory, model, evaluate.dtype_of(config.dtype))
+  found = files.check_files(directory, model, evaluate.dtype_of(config.dtype))
   text = corpora.read(config.data)
   tokens = evaluate.tokenize(directory, text.content)
   context = config.text.context
@@ -158,7 +159,8 @@ def prepare(config) -> Job:
     stride=context,
     bos=tokens.bos,
   )
-  return Job(directory, model, sites, splits, protocol)
+  dtype = files.main_dtype(*found)
+  return Job(directory, model, dtype, sites, splits, protocol)
 
 
 def start(config, sites, workdir) -> search.SearchState:
@@ -278,6 +280,7 @@ def calibrate(config, job, params, keep) -> dict:
       job.text.validation[:, None],
       target=config.calibration.target,
       strengths=config.calibration.strengths,
+      dtype=job.dtype,
     )
     logging.info(
       'calibrate %s: ridge strengths, number of modules: %s',
@@ -292,7 +295,8 @@ def save(job, params, keep, book) -> int:
   small = export.slice_params(params, job.model, keep)
   if not book.writes:
     return 0
-  return export.save(*small, job.directory, book.workdir / 'pruned')
+  out = book.workdir / 'pruned'
+  return export.save(*small, job.directory, out, dtype=job.dtype)
 
 
 def judge(config, job, params, keep, repaired, loss) -> dict:
@@ -357,8 +361,8 @@ def device() -> str:
   return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
 
 
-def sizes(job, best, dtype, size) -> dict:
-  """Parameters and bytes, dense and pruned, at one dtype."""
+def sizes(job, best, size) -> dict:
+  """Parameters and bytes, dense and pruned, in the dtype of the files."""
   total = hf.param_count(job.model)
   removed = job.sites.total - job.sites.kept_cost(best.counts)
   return {
@@ -366,6 +370,6 @@ def sizes(job, best, dtype, size) -> dict:
     'params_pruned': total - removed,
     'params_prunable': job.sites.total,
     'params_removed': removed,
-    'bytes_dense': total * dtype.itemsize,
+    'bytes_dense': total * job.dtype.itemsize,
     'bytes_pruned': size,
   }

@@ -5,7 +5,6 @@ python -m ffp_jax.report DIR [DIR ...] [--out=FILE.html]
 
 import importlib.metadata
 import importlib.util
-import io
 import json
 import pathlib
 import platform
@@ -109,8 +108,7 @@ def write(workdir: pathlib.Path):
   if run.metrics:
     pictures['search'] = plots.search(run.metrics)
   for name, picture in pictures.items():
-    picture.savefig(png := io.BytesIO(), format='png')
-    (workdir / f'plot_{name}.png').write_bytes(png.getvalue())
+    (workdir / f'plot_{name}.png').write_bytes(plots.png(picture))
   found = list(report(run))
   replace(workdir / 'report.md', blocks.markdown(found))
   title = f'Pruning {run.config["model"]}'

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
@@ -237,6 +238,25 @@ class FinishedTest(_TestCase):
     self.assertEqual(got['protocol'], expected)
     expected = results[name]['ppl']
     self.assertLess(abs(got['ppl'] / expected - 1), 1e-5)
+
+  @parameterized.parameters('float16', 'bfloat16')
+  def test_what_is_saved_is_of_the_dense_files_dtype(self, dtype):
+    model = self.folder / 'model'
+    tiny_run.write_model(model, dtype=dtype)
+    results = _run(self.workdir, model=str(model))
+    file = self.workdir / 'pruned' / 'model.safetensors'
+    weights = safetensors.numpy.load_file(file)
+    self.assertEqual({x.dtype for x in weights.values()}, {jnp.dtype(dtype)})
+    self.assertEqual(results['bytes_dense'], 2 * results['params_dense'])
+    self.assertEqual(results['bytes_pruned'], file.stat().st_size)
+    self.assertLess(file.stat().st_size, (model / file.name).stat().st_size)
+    config = hf.model_config(file.parent)
+    params = files.load_params(file.parent, config, jnp.dtype('float32'))
+    tokens = evaluate.tokenize(model, _text().read_text()).ids
+    heldout = data.windows(tokens, 32)[-5:]
+    got = np.exp(evaluate.Scorer(config)(params, heldout))
+    # The very projections that were judged, rounded before they were.
+    np.testing.assert_allclose(got, results['calibrated']['ppl'], rtol=1e-5)
 
   def test_again_is_no_work(self):
     workdir, results = _finished()

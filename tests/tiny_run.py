@@ -91,12 +91,15 @@ def text(topics: int = 12) -> str:
   return '\n'.join(topics_of[key] for key in sorted(topics_of)[:topics])
 
 
-def write_model(directory: pathlib.Path, seed: int = 0, **changes):
+def write_model(
+  directory: pathlib.Path, seed: int = 0, dtype='float32', **changes
+):
   """Makes a model directory that every command can load.
 
   Args:
     directory: to make.
     seed: of the weights.
+    dtype: of the file.
     **changes: to HF_CONFIG.
   """
   directory.mkdir(parents=True)
@@ -104,7 +107,8 @@ def write_model(directory: pathlib.Path, seed: int = 0, **changes):
   (directory / 'config.json').write_text(json.dumps(description))
   config = hf.model_config(directory)
   family = description['model_type']
-  files.save_params(params(config, seed), directory, config, family)
+  weights = params(config, seed)
+  files.save_params(weights, directory, config, family, jnp.dtype(dtype))
   write_tokenizer(directory)
 
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from ffp_jax.book import plain, replace
-from ffp_jax.reporting import blocks, wording
+from ffp_jax.reporting import blocks, plots, wording
 from ffp_jax.reporting.blocks import Heading, Picture, Table, Text
 
 
@@ -28,8 +28,8 @@ def line(run: dict) -> str:
 
 def write(results: dict, workdir: pathlib.Path):
   """Makes compare.md and its plots from what compare.json holds."""
-  curves(results).savefig(workdir / 'plot_curves.png')
-  kept(results).savefig(workdir / 'plot_kept.png')
+  for name, picture in {'curves': curves, 'kept': kept}.items():
+    (workdir / f'plot_{name}.png').write_bytes(plots.png(picture(results)))
   replace(workdir / 'compare.md', blocks.markdown(page(results)))
 
 

@@ -5,26 +5,14 @@ python -m ffp_jax.export --model=DIR/pruned --format=gguf --out=model.gguf
 Exit codes: 0 done, 2 refused, 74 disk full.
 """
 
+import functools
 import pathlib
 
 from absl import app, flags, logging
 
+from ffp_jax import command
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.export import formats, staging
-
-
-def parse(argv):
-  """Reads the flags; refuses what isn't one."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    refuse(error)
-  if len(rest) > 1:
-    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
-  for name in ('model', 'format', 'out'):
-    if not flags.FLAGS[name].value:
-      refuse(f'--{name} is missing')
-  return rest
 
 
 def main(argv):
@@ -57,4 +45,12 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'pre', None, "llama.cpp's name of the pre-tokenizer, if not recognised."
   )
-  app.run(main, flags_parser=parse)
+  app.run(
+    main,
+    flags_parser=functools.partial(
+      command.parse,
+      model='a pruned model directory',
+      format=f'one of {", ".join(formats.FORMATS)}',
+      out='the directory or file to make',
+    ),
+  )

@@ -83,7 +83,14 @@ def _slice_module(module, tree, layer, units):
   }
 
 
-def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
+def save(
+  params,
+  config: ModelConfig,
+  source: pathlib.Path,
+  out: pathlib.Path,
+  *,
+  dtype=None,
+):
   """Writes a sliced model as a directory that every command can load.
 
   Written beside `out` and renamed, so `out` is complete or absent.
@@ -92,6 +99,7 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
     params, config: from `slice_params`.
     source: directory of the dense model, for its config and tokenizer.
     out: directory to make; one that is there already is replaced.
+    dtype: of the file, None for that of `params`.
 
   Returns:
     Bytes of the weights file.
@@ -106,7 +114,7 @@ def save(params, config: ModelConfig, source: pathlib.Path, out: pathlib.Path):
     shutil.rmtree(stale)
   with staged(out) as stage:
     stage.mkdir()
-    size = files.save_params(params, stage, config, family)
+    size = files.save_params(params, stage, config, family, dtype)
     (stage / 'config.json').write_text(json.dumps(description, indent=2))
     copy_companions(source, stage)
     if out.exists():

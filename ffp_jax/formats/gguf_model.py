@@ -299,7 +299,9 @@ def _stored(path, tensor, head_size) -> Stored:
   read = functools.partial(_read, path, place, kind, shape)
   if head_size:
     read = functools.partial(_unpermuted, read, head_size)
-  return Stored(shape, 'float32', read)
+  # float16 holds what a quantised type does, and float32 twice the bytes.
+  dtype = {'F32': 'float32', 'BF16': 'bfloat16'}.get(kind.name, 'float16')
+  return Stored(shape, dtype, read)
 
 
 def _read(path, place, kind, shape, index) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The three pictures of a run."""
 
+import io
 import itertools
 import math
 
@@ -22,6 +23,12 @@ def _figure(height, title, rows=1):
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=9)
   return figure, axes
+
+
+def png(figure) -> bytes:
+  """A picture as the bytes of its file."""
+  figure.savefig(file := io.BytesIO(), format='png')
+  return file.getvalue()
 
 
 def kept(allocation):
