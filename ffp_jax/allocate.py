@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffp_jax import budget
 from ffp_jax.model import Masks
@@ -11,13 +12,16 @@ from ffp_jax.sites import Sites
 
 
 class Modules(NamedTuple):
-  """`Sites` as the arrays that run on the device, and the units' ranks."""
+  """`Sites` as the arrays that run on the device, and the units' ranks.
+
+  K is the number of budgets: the parameters, then `Sites.resources`.
+  """
 
   rank: Masks
-  share_S: jax.Array
+  share_KxS: jax.Array
   floor_ratio_S: jax.Array
   units_S: jax.Array
-  cost_S: jax.Array
+  cost_KxS: jax.Array
   step_S: jax.Array
   floor_S: jax.Array
 
@@ -26,33 +30,51 @@ class Target(NamedTuple):
   """One sparsity, in the forms that the step needs."""
 
   sparsity: jax.Array
-  keep: jax.Array  # share of the removable cost
-  limit: jax.Array  # in units of `Sites.scale`, from `budget.wrap`
+  keep_K: jax.Array  # share of the removable cost
+  limit_K: jax.Array  # in the unit of cost_KxS
 
 
 def modules(sites: Sites, rank: Masks) -> Modules:
   """Puts `sites` and the ranks of the units on the device."""
-  removable = sites.units * sites.unit_cost
+  cost_KxS = np.array([cost_S for cost_S, _ in _budgets(sites, 0.0)])
+  removable_KxS = cost_KxS * sites.units
+  share_KxS = removable_KxS / removable_KxS.sum(-1, keepdims=True)
   return Modules(
     rank=rank,
-    share_S=jnp.asarray(removable / removable.sum(), jnp.float32),
+    share_KxS=jnp.asarray(share_KxS, jnp.float32),
     floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
     units_S=jnp.asarray(sites.units, jnp.int32),
-    cost_S=jnp.asarray(budget.wrap(sites.unit_cost // sites.scale)),
+    cost_KxS=jnp.asarray(budget.wrap(cost_KxS)),
     step_S=jnp.asarray(sites.step, jnp.int32),
     floor_S=jnp.asarray(sites.floor, jnp.int32),
   )
 
 
 def target(sites: Sites, sparsity: float) -> Target:
-  """The budget of a sparsity."""
-  limit = sites.limit(sparsity) - sites.fixed
-  removable = sites.total - sites.fixed
+  """The budget of a sparsity, and those of the other resources."""
+  found = _budgets(sites, sparsity)
+  keep_K = [limit / (cost_S @ sites.units) for cost_S, limit in found]
   return Target(
     jnp.float32(sparsity),
-    jnp.float32(limit / removable),
-    jnp.asarray(budget.wrap(limit // sites.scale)),
+    jnp.asarray(keep_K, jnp.float32),
+    jnp.asarray(budget.wrap([limit for _, limit in found])),
   )
+
+
+def _budgets(sites: Sites, sparsity: float) -> list[tuple[np.ndarray, int]]:
+  """(cost of one unit [S], what units may cost) in integers, a budget each."""
+  limit = sites.limit(sparsity) - sites.fixed
+  # Alone, the parameters are counted exactly however many they are.
+  if not sites.resources:
+    return [(sites.unit_cost // sites.scale, limit // sites.scale)]
+  others = [
+    (resource.unit_cost, resource.limit(sites.units) - resource.fixed)
+    for resource in sites.resources
+  ]
+  return [
+    budget.integers(cost_S, limit, sites.units)
+    for cost_S, limit in [(sites.unit_cost, limit), *others]
+  ]
 
 
 def counts_of(priority_S, target: Target, modules: Modules, *, low):
@@ -65,8 +87,8 @@ def project(priority_S, target: Target, modules: Modules, *, low):
   """`budget.project` on these modules."""
   return budget.project(
     priority_S,
-    target.keep,
-    share_S=modules.share_S,
+    target.keep_K,
+    share_KxS=modules.share_KxS,
     floor_S=modules.floor_ratio_S,
     low=low,
   )
@@ -76,9 +98,9 @@ def counts(ratio_S, target: Target, modules: Modules):
   """`budget.to_counts` on these modules."""
   return budget.to_counts(
     ratio_S,
-    target.limit,
+    target.limit_K,
     units_S=modules.units_S,
-    cost_S=modules.cost_S,
+    cost_KxS=modules.cost_KxS,
     step_S=modules.step_S,
     floor_S=modules.floor_S,
   )

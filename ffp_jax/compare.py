@@ -88,6 +88,11 @@ def check(config):
   for key in ('methods', 'sparsities', 'seeds', 'checkpoints'):
     if not c[key]:
       raise RequestError(f'compare.{key}: give at least one')
+  if any(config.budget[key] for key in ('flops', 'kv_cache', 'latency')):
+    raise RequestError(
+      'budget.flops, budget.kv_cache, budget.latency: a comparison is at one '
+      'budget, of parameters; leave them at 0'
+    )
   least = config.text.calibration_windows * config.text.context
   if c.tokens < least:
     raise RequestError(

@@ -45,6 +45,12 @@ def defaults() -> ml_collections.ConfigDict:
   config.budget.sparsity = 0.2  # removed / prunable parameters
   config.budget.round_ffn = 8
   config.budget.round_heads = 1
+  # Of the same modules, what else has to go at least, as a share; 0: nothing.
+  config.budget.flops = 0.0
+  config.budget.flops_context = 2048  # tokens
+  config.budget.kv_cache = 0.0
+  config.budget.latency = 0.0
+  config.budget.latency_table = ''  # JSON of milliseconds, see resources.py
 
   config.importance = 'wanda'  # or 'magnitude'
 
@@ -170,6 +176,7 @@ _POSITIVE = (
   'text.heldout_windows',
   'budget.round_ffn',
   'budget.round_heads',
+  'budget.flops_context',
   'search.candidates',
   'search.remember',
   'policy.std',
@@ -192,10 +199,13 @@ def validate(config):
   Raises:
     RequestError: naming the key.
   """
-  if not 0.0 <= config.budget.sparsity < 1.0:
-    raise RequestError(
-      f'budget.sparsity: {config.budget.sparsity} is outside [0, 1)'
-    )
+  for key in ('sparsity', 'flops', 'kv_cache', 'latency'):
+    if not 0.0 <= config.budget[key] < 1.0:
+      raise RequestError(
+        f'budget.{key}: {config.budget[key]} is outside [0, 1)'
+      )
+  if config.budget.latency and not config.budget.latency_table:
+    raise RequestError('budget.latency: needs budget.latency_table')
   for key, allowed in _CHOICES.items():
     if _get(config, key) not in allowed:
       raise RequestError(
@@ -283,6 +293,14 @@ def check_reachable(sites, config):
       f'search.lowest_ratio: {low} keeps more than sparsity {sparsity} '
       'allows; lower it'
     )
+  lowest = np.maximum(low * sites.units, sites.floor)
+  for resource in sites.resources:
+    least = resource.kept(lowest) / resource.kept(sites.units)
+    if least > 1.0 - resource.removed:
+      raise RequestError(
+        f'budget.{resource.name}: {resource.removed} is out of reach; the '
+        f'floors and search.lowest_ratio leave at most {1.0 - least:.4f}'
+      )
 
 
 def changed_keys(config, other: dict) -> list[str]:

@@ -22,6 +22,7 @@ from ffp_jax import (
   importance,
   protocols,
   report,
+  resources,
   search,
   sharding,
   signals,
@@ -136,6 +137,7 @@ def prepare(config) -> Job:
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
   )
+  sites = sites._replace(resources=resources.of(config, model, sites))
   config_lib.check_reachable(sites, config)
   found = files.check_files(directory, model, evaluate.dtype_of(config.dtype))
   text = corpora.read(config.data)
@@ -321,6 +323,7 @@ def judge(config, job, params, keep, repaired, loss) -> dict:
 def allocation(config, job, best) -> dict:
   """What allocation.json holds."""
   attention, ffn = np.split(best.counts, 2)
+  units = job.sites.units
   total = hf.param_count(job.model)
   removed = job.sites.total - job.sites.kept_cost(best.counts)
   return {
@@ -328,6 +331,14 @@ def allocation(config, job, best) -> dict:
     'sparsity_achieved': job.sites.sparsity(best.counts),
     'params_dense': total,
     'params_pruned': total - removed,
+    'budgets': [
+      {
+        'name': resource.name,
+        'removed_target': resource.removed,
+        'removed': 1.0 - resource.kept(best.counts) / resource.kept(units),
+      }
+      for resource in job.sites.resources
+    ],
     'layers': [
       {
         'layer': i,

@@ -15,7 +15,8 @@ class Sites(NamedTuple):
   """What may be removed and what it saves; NumPy int64 arrays of shape [S].
 
   `fixed` counts the parameters of attention and FFN that no removal touches
-  (the biases of the output projections).
+  (the biases of the output projections). `resources` holds the costs besides
+  parameters that have a budget too, see resources.py.
   """
 
   units: np.ndarray  # units in the dense module
@@ -23,6 +24,7 @@ class Sites(NamedTuple):
   step: np.ndarray  # counts are multiples of this, or all units
   floor: np.ndarray  # fewest units a module may keep
   fixed: int
+  resources: tuple = ()
 
   @property
   def total(self) -> int:

@@ -35,7 +35,9 @@ def _problems(seed, scale=1.0, cases=_CASES, floors=True):
 
 
 def _project_one(priority, keep, share, floor, low):
-  return budget.project(priority, keep, share_S=share, floor_S=floor, low=low)
+  return budget.project(
+    priority, keep[None], share_KxS=share[None], floor_S=floor, low=low
+  )
 
 
 _jitted_project = jax.jit(_project_one)
@@ -254,7 +256,12 @@ class Roundings(NamedTuple):
 
 def _to_counts_one(ratio, limit, units, cost, step, floor):
   return budget.to_counts(
-    ratio, limit, units_S=units, cost_S=cost, step_S=step, floor_S=floor
+    ratio,
+    limit[None],
+    units_S=units,
+    cost_KxS=cost[None],
+    step_S=step,
+    floor_S=floor,
   )
 
 

@@ -157,6 +157,7 @@ class RunTest(parameterized.TestCase):
     ({'compare.methods': ('uniform', 'none')}, "'none'"),
     ({'compare.methods': ()}, 'compare.methods'),
     ({'compare.tokens': 191}, '192'),
+    ({'budget.kv_cache': 0.3}, 'budget.kv_cache'),
     ({'compare.checkpoints': (0.0, 1.0)}, 'compare.checkpoints'),
     ({'compare.sparsities': (0.2, 1.5)}, 'budget.sparsity'),
     ({'compare.sparsities': (0.2, 0.97)}, 'sparsity'),

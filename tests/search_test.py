@@ -221,8 +221,8 @@ class AllocateTest(parameterized.TestCase):
     limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
     self.assertGreater(table.fixed, 0)
-    self.assertAlmostEqual(float(goal.keep), limit / removable)
-    self.assertEqual(goal.limit, limit // table.scale)
+    self.assertAlmostEqual(float(goal.keep_K[0]), limit / removable)
+    self.assertEqual(goal.limit_K[0], limit // table.scale)
 
 
 _ALLOCATE = jax.jit(allocate.counts_of, static_argnames='low')

@@ -1,6 +1,7 @@
 """A random three-layer LLaMA on disk, a text, and runs that take seconds."""
 
 import json
+import os
 import pathlib
 import pydoc_data.topics
 import tempfile
@@ -18,10 +19,11 @@ from ffp_jax.config import defaults
 from ffp_jax.model import ModelConfig
 
 VOCAB = 300
-_COMPILED = tempfile.TemporaryDirectory()  # gone at exit
+_OWN = tempfile.TemporaryDirectory()  # gone at exit
+_COMPILED = os.environ.get('TESTS_COMPILED', _OWN.name)  # see conftest.py
 # `compile_quickly` for another process.
 ENVIRONMENT = {
-  'JAX_COMPILATION_CACHE_DIR': _COMPILED.name,
+  'JAX_COMPILATION_CACHE_DIR': _COMPILED,
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   'JAX_PLATFORMS': 'cpu',
@@ -47,7 +49,7 @@ def compile_quickly(on: bool):
   in tearDownModule.
   """
   jax.config.update('jax_disable_most_optimizations', on)
-  jax.config.update('jax_compilation_cache_dir', _COMPILED.name if on else None)
+  jax.config.update('jax_compilation_cache_dir', _COMPILED if on else None)
   jax.config.update(
     'jax_persistent_cache_min_compile_time_secs', 0.0 if on else 1.0
   )

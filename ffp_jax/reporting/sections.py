@@ -151,6 +151,12 @@ def _sizes(run):
     f'Sparsity {asked:.3%} asked, {got:.3%} achieved, of the prunable '
     f'parameters; {removed / dense:.2%} of all parameters removed.'
   )
+  for budget in run.allocation.get('budgets', ()):
+    yield Text(
+      f'{wording.RESOURCES[budget["name"]]} of the same modules: '
+      f'{budget["removed_target"]:.2%} or more of it asked to go, '
+      f'{budget["removed"]:.2%} gone.'
+    )
   rows = {
     'parameters': (dense, results['params_pruned']),
     'of them prunable': (prunable, prunable - removed),

@@ -10,6 +10,12 @@ MODELS = {
   'calibrated': ('searched + calibration', '#0072b2'),
 }
 
+RESOURCES = {
+  'flops': 'FLOPs',
+  'kv_cache': 'KV cache',
+  'latency': 'Latency, by the table given,',
+}
+
 
 def compare(results):
   """Rows of (model, perplexity, times the dense one)."""

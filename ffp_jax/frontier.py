@@ -1,0 +1,136 @@
+"""One search, every budget: a pruned model for each of several sparsities.
+
+python -m ffp_jax.frontier --config=configs/llama.py --workdir=DIR \
+  --sparsities=0.2,0.3,0.4
+
+The first sparsity is searched as main.py does. Each further one begins with
+the policy of the one before and takes --steps steps at its own sparsity; 0
+reads its allocation off that policy. Every point is a run in DIR/SPARSITY,
+with its model and report; DIR/frontier.html compares them.
+"""
+
+import functools
+import shlex
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from ffp_jax import book, command, prune, report, signals
+from ffp_jax import config as config_lib
+from ffp_jax.config import RequestError
+from ffp_jax.reporting import comparison, page, wording
+
+
+def points(config, workdir, sparsities, steps: int) -> dict:
+  """The run of each sparsity: its directory to its configuration.
+
+  Args:
+    config: of the first; `budget.sparsity` is not used.
+    workdir: gets a directory a sparsity.
+    sparsities: in rising order, each in [0, 1).
+    steps: search steps of each but the first, in the last stage.
+
+  Raises:
+    RequestError: a sparsity or another key is out of range.
+  """
+  if not sparsities or list(sparsities) != sorted({*sparsities}):
+    raise RequestError(
+      f'--sparsities: {",".join(map(str, sparsities))!r} must be different '
+      'numbers in rising order, such as 0.2,0.3,0.4'
+    )
+  found, before = {}, ''
+  for sparsity in sparsities:
+    point = config.copy_and_resolve_references()
+    point.budget.sparsity = sparsity
+    if before:
+      point.search.init_from = before
+      stages = len(config.search.steps)
+      point.search.steps = (0,) * (stages - 1) + (steps,)
+    config_lib.validate(point)
+    directory = workdir / f'{sparsity:g}'
+    found[directory], before = point, str(directory)
+  return found
+
+
+def run(config, workdir, sparsities, steps: int, *, again: str) -> list:
+  """Runs every point that is not finished, then compares them.
+
+  Args:
+    config, workdir, sparsities, steps: see `points`.
+    again: the command that goes on.
+
+  Returns:
+    `reporting.sections.Run` of each point.
+  """
+  todo = points(config, workdir, sparsities, steps)
+  for point in todo.values():  # the last may be out of reach: say so first
+    prune.prepare(point)
+  for directory, point in todo.items():
+    prune.run(point, directory, command=again)
+  runs = [report.read(directory) for directory in todo]
+  found = page.page('Pruning frontier', comparison.compare(runs))
+  book.replace(workdir / 'frontier.html', found)
+  return runs
+
+
+def summary(runs) -> str:
+  """A line a point."""
+  rows = [
+    f'{"sparsity":>10}{"parameters":>14}{"perplexity":>12}{"uniform":>12}'
+  ]
+  dense = runs[0].results
+  rows += [_row('dense', dense['params_dense'], dense['dense']['ppl'], None)]
+  for point in runs:
+    results = point.results
+    same = 'uniform_calibrated' if 'calibrated' in results else 'uniform'
+    rows.append(
+      _row(
+        f'{point.allocation["sparsity_achieved"]:.2%}',
+        results['params_pruned'],
+        results[wording.final(results)]['ppl'],
+        wording.ppl(results[same]['ppl']),
+      )
+    )
+  return '\n'.join([*rows, *wording.protocol(dense['protocol'], shorten=True)])
+
+
+def _row(name, params, ppl, uniform):
+  return f'{name:>10}{params:>14,}{wording.ppl(ppl):>12}{uniform or "-":>12}'
+
+
+def main(argv):
+  del argv
+  args = flags.FLAGS
+  again = shlex.join(['python', '-m', 'ffp_jax.frontier', *sys.argv[1:]])
+  signals.exit_on_signals(again)
+  command.log_ours()
+  workdir = book.place(args.workdir)
+  command.keep_compiled(workdir)
+  with command.refusing(workdir, again):
+    try:
+      sparsities = [float(number) for number in args.sparsities]
+    except ValueError as error:
+      raise RequestError(f'--sparsities: {error}') from error
+    runs = run(args.config, workdir, sparsities, args.steps, again=again)
+  print(summary(runs))
+  print(f'\nmodels      {", ".join(f"{x.name}/pruned" for x in runs)}')
+  print(f'report      {workdir / "frontier.html"}')
+
+
+if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', help_string='Settings.')
+  flags.DEFINE_string('workdir', None, 'Directory of the points.')
+  flags.DEFINE_list('sparsities', None, 'Rising, such as 0.2,0.3,0.4.')
+  flags.DEFINE_integer(
+    'steps', 6, 'Search steps of each but the first.', lower_bound=0
+  )
+  app.run(
+    main,
+    flags_parser=functools.partial(
+      command.parse,
+      config='a file such as configs/llama.py',
+      workdir='the directory of the points',
+      sparsities='numbers in rising order, such as 0.2,0.3,0.4',
+    ),
+  )
