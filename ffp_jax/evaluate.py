@@ -17,13 +17,13 @@ from absl import app, flags
 from tqdm import tqdm
 
 from ffp_jax import (
-  book,
   command,
   corpora,
   files,
   hf,
   hub,
   protocols,
+  report,
   sharding,
 )
 from ffp_jax.config import RequestError, refuse
@@ -264,34 +264,21 @@ def evaluate_tasks(
   }
 
 
-def read_results(path: pathlib.Path) -> dict:
-  """results.json of a finished run.
-
-  Raises:
-    RequestError: it is none.
-  """
-  try:
-    results = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise RequestError(f'--results: cannot read {path} ({error})') from error
-  if not isinstance(results, dict) or 'dense' not in results:
-    raise RequestError(f'--results: {path} is not the results.json of a run')
-  return results
-
-
-def add_tasks(results: dict, found: dict) -> dict:
-  """A run's results with what `evaluate_tasks` found of its model."""
-  kind = 'pruned' if found['pruned'] else 'dense'
-  before = results.get('tasks', {})
-  figures = before.get(kind, {}) | found['tasks']
-  return results | {'tasks': before | {kind: figures}}
+def task_rows(found: dict) -> dict[str, float]:
+  """Every metric of every task, by a name that tells them apart."""
+  return {
+    f'{task}, {metric}': value
+    for task, figures in found['tasks'].items()
+    for metric, value in figures.items()
+    if not metric.endswith(('_stderr', 'examples', 'fewshot', 'version'))
+  }
 
 
 def parse(argv):
   """`command.parse`, and what goes together."""
   rest = command.parse(argv)
-  if flags.FLAGS.results and not flags.FLAGS.tasks:
-    refuse('--results goes with --tasks')
+  if flags.FLAGS.run and not flags.FLAGS.tasks:
+    refuse('--run goes with --tasks')
   out = flags.FLAGS.out
   if out and not pathlib.Path(out).resolve().parent.is_dir():
     refuse(f'--out: no directory for {out!r}')
@@ -324,7 +311,9 @@ def _perplexity(args):
 
 
 def _tasks(args):
-  run = read_results(pathlib.Path(args.results)) if args.results else None
+  run = pathlib.Path(args.run).expanduser() if args.run else None
+  if run:
+    report.read(run)  # so that nothing heavy comes to nothing
   found = evaluate_tasks(
     args.model,
     args.tasks,
@@ -335,8 +324,8 @@ def _tasks(args):
     dtype=args.dtype,
   )
   if run:
-    text = json.dumps(add_tasks(run, found), indent=2) + '\n'
-    book.replace(pathlib.Path(args.results), text)
+    column = 'pruned' if found['pruned'] else 'dense'
+    report.add(run, 'tasks', {column: task_rows(found)})
   return found
 
 
@@ -382,7 +371,7 @@ if __name__ == '__main__':
     'batch_tokens', 2048, 'Of tasks, computed together.', lower_bound=1
   )
   flags.DEFINE_string(
-    'results', None, 'results.json of a run that takes the tasks too.'
+    'run', None, 'Workdir of a finished run whose report takes the tasks too.'
   )
   flags.DEFINE_string('out', None, 'JSON file to write.')
   app.run(main, flags_parser=parse)

@@ -117,6 +117,28 @@ def write(workdir: pathlib.Path):
     _write_scalars(workdir / 'tb', run.metrics)
 
 
+def add(workdir: pathlib.Path, section: str, columns: dict[str, dict]):
+  """Adds what was measured of a finished run's models, and redraws its report.
+
+  Args:
+    workdir: of the run.
+    section: 'tasks' or 'speed'.
+    columns: 'dense' or 'pruned' to figures by name; older ones of other names
+      stay.
+
+  Raises:
+    RequestError: see `read`.
+  """
+  results = read(workdir).results
+  rows = results.setdefault(section, {})
+  for column, figures in columns.items():
+    for name, value in figures.items():
+      rows.setdefault(name, {})[column] = value
+  text = json.dumps(plain(results), indent=2) + '\n'
+  replace(workdir / 'results.json', text)
+  write(workdir)
+
+
 def _write_scalars(directory, metrics):
   """Every number of every step, for TensorBoard; replaces older ones."""
   from tensorboardX import SummaryWriter  # optional

@@ -361,7 +361,7 @@ class CommandTest(parameterized.TestCase):
     path = self.folder / 'results.json'
     if content:
       path.write_text(content)
-    self.refused('--results', str(path), tasks=['a.yaml'], results=str(path))
+    self.refused(str(self.folder), tasks=['a.yaml'], run=str(self.folder))
     self.assertEqual(path.exists(), bool(content))
 
 

@@ -48,6 +48,19 @@ class CompareTest(absltest.TestCase):
       first['parameters, M'] - second['parameters, M'], removed / 1e6
     )
 
+  def test_columns_of_a_report(self):
+    rows = [
+      {'model': 'a', 'speed': 2.0},
+      {'model': 'b', 'speed': 3.0, 'speed, x dense': 1.5},
+    ]
+    self.assertEqual(
+      inference.columns({'jax': rows, 'llama.cpp': rows[:1]}),
+      {
+        'dense': {'speed, jax': 2.0, 'speed, llama.cpp': 2.0},
+        'pruned': {'speed, jax': 3.0},
+      },
+    )
+
   def test_a_process_that_fails(self):
     with self.assertRaisesRegex(RequestError, 'failed'):
       inference.compare('jax', [str(self.folder / 'no')], _SETTINGS, repeats=1)

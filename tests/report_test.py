@@ -301,6 +301,19 @@ class WriteTest(_Folder):
     self.assertIn('| arc | 0.5123 | not finite |', text)
     self.assertIn('| tokens a second | 1,234 | 2,000 |', text)
 
+  def test_what_is_measured_later_is_added(self):
+    self.write(finished_run.run())
+    report.write(self.workdir)
+    report.add(self.workdir, 'tasks', {'dense': {'arc, acc': 0.5}})
+    report.add(self.workdir, 'tasks', {'pruned': {'arc, acc': 0.4, 'b': 1.0}})
+    report.add(self.workdir, 'tasks', {'dense': {'arc, acc': 0.6}})
+    text = (self.workdir / 'report.md').read_text()
+    self.assertIn('|  | dense | pruned |', text)
+    self.assertIn('| arc, acc | 0.6 | 0.4 |', text)
+    self.assertIn('| b | - | 1 |', text)
+    with self.assertRaisesRegex(RequestError, 'not the directory'):
+      report.add(self.workdir / 'none', 'tasks', {})
+
   def test_scalars_where_tensorboardx_is_installed(self):
     self.write(finished_run.run(lines=2))
     self.assertFalse((self.workdir / 'tb').exists())

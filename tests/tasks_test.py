@@ -307,20 +307,10 @@ class EvaluateTest(absltest.TestCase):
     self.assertEqual(found['tasks']['choice']['examples'], 2)
     self.assertEqual(found['context'], 64)
 
-  def test_results_of_a_run(self):
-    def found(pruned, **figures):
-      return {'pruned': pruned, 'tasks': figures}
-
-    results = {'dense': {'ppl': 2.0}}
-    for more in found(False, a=1), found(True, a=2), found(False, b=3):
-      results = evaluate.add_tasks(results, more)
-    self.assertEqual(
-      results,
-      {
-        'dense': {'ppl': 2.0},
-        'tasks': {'dense': {'a': 1, 'b': 3}, 'pruned': {'a': 2}},
-      },
-    )
+  def test_rows_of_a_report(self):
+    figures = {'acc': 0.5, 'acc_stderr': 0.1, 'examples': 3, 'version': 1.0}
+    found = {'tasks': {'a': figures, 'b': {'ppl': 2.0, 'fewshot': 0}}}
+    self.assertEqual(evaluate.task_rows(found), {'a, acc': 0.5, 'b, ppl': 2.0})
 
 
 class BatchesTest(parameterized.TestCase):

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import decode, evaluate, files, hf, hub
+from ffp_jax import decode, evaluate, files, hf, hub, report
 from ffp_jax.config import RequestError, refuse
 
 
@@ -202,6 +202,21 @@ def with_ratios(row: dict, dense: dict) -> dict:
   return row | ratios
 
 
+def columns(found: dict[str, list]) -> dict[str, dict]:
+  """What `report.add` takes of one dense and one pruned model a runtime."""
+  return {
+    name: {
+      f'{key}, {runtime}': value
+      for runtime, rows in found.items()
+      for key, value in dict(zip(('dense', 'pruned'), rows, strict=False))
+      .get(name, {})
+      .items()
+      if isinstance(value, float) and not key.endswith('x dense')
+    }
+    for name in ('dense', 'pruned')
+  }
+
+
 def main(argv):
   args = flags.FLAGS
   if len(argv) > 1:  # a process of its own
@@ -218,12 +233,18 @@ def main(argv):
     'jax': [args.dense, *args.pruned],
     'llama.cpp': [args.dense_gguf, *args.pruned_gguf],
   }
-  found = {}
+  found, run = {}, pathlib.Path(args.run or '').expanduser()
   try:
+    if args.run:
+      report.read(run)  # so that nothing heavy comes to nothing
+      if max(len(args.pruned), len(args.pruned_gguf)) > 1:
+        raise RequestError('--run: takes one pruned model a runtime')
     for runtime, models in given.items():
       models = [model for model in models if model]
       if models:
         found[runtime] = compare(runtime, models, settings, args.repeats)
+    if args.run:
+      report.add(run, 'speed', columns(found))
   except RequestError as error:
     refuse(error)
   print(json.dumps(settings | found, indent=2))
@@ -240,6 +261,9 @@ if __name__ == '__main__':
   flags.DEFINE_integer('repeats', 5, 'Timed turns.', lower_bound=1)
   flags.DEFINE_enum(
     'dtype', 'auto', ('auto', 'float32', 'bfloat16'), 'Of weights in JAX.'
+  )
+  flags.DEFINE_string(
+    'run', None, 'Workdir of a finished run whose report takes the figures too.'
   )
   flags.DEFINE_bool(
     'random', False, 'Random weights: directories need only a config.json.'

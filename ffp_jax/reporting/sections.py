@@ -129,13 +129,19 @@ def _measured(results):
   titles = {'tasks': 'Tasks', 'speed': 'Speed'}
   for key, title in titles.items():
     if key in results:
-      names = list(next(iter(results[key].values())))
+      names = list(dict.fromkeys(n for x in results[key].values() for n in x))
       yield Heading(2, title)
       yield Table(
         f'{title}, dense and pruned',
         ('', *names),
         [
-          (row, *(wording.number(values[name]) for name in names))
+          (
+            row,
+            *(
+              wording.number(values[name]) if name in values else '-'
+              for name in names
+            ),
+          )
           for row, values in results[key].items()
         ],
       )
