@@ -99,7 +99,7 @@ def choose(fit: Moments, check: Moments, weight_IxD, mask_I, strengths):
   return weight, index
 
 
-def _moments(inputs_WxBxTxI, target_WxBxTxI, weight_IxD) -> Moments:
+def moments(inputs_WxBxTxI, target_WxBxTxI, weight_IxD) -> Moments:
   """Moments over windows.
 
   Args:
@@ -137,54 +137,77 @@ class Streams(NamedTuple):
   dense: jax.Array | None  # only for the dense target
 
 
-def _half(
-  layer, params, streams, mask, weight_path, inputs, output, fit_on, strengths
-):
-  """Calibrates one half layer and moves the streams past it.
+class Half(NamedTuple):
+  """Attention or FFN of a layer: a residual stream in, the next one out."""
 
-  `inputs` and `output` name the two methods of `Layer`.
-  """
-  module, name = weight_path
-  weight = params[module][name]
-  flat = weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
-  repeat = flat.shape[0] // mask.shape[0]
-  mask_I = jnp.repeat(mask, repeat)
+  module: str
+  name: str  # of the output projection
+  inputs: str  # methods of `Layer`
+  output: str
 
-  def run(method, params, *args):
-    return layer.apply({'params': params}, *args, method=method)
+  def weight(self, params) -> jax.Array:
+    """The output projection of a layer's parameters, float32 [I,D]."""
+    weight = params[self.module][self.name]
+    return weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
 
-  def enter(x_WxBxTxD):
-    return jax.lax.map(lambda x: run(inputs, params, x), x_WxBxTxD)
+  def with_weight(self, params, weight_IxD):
+    """The parameters with another output projection."""
+    old = params[self.module]
+    new = weight_IxD.reshape(old[self.name].shape).astype(old[self.name].dtype)
+    return {**params, self.module: {**old, self.name: new}}
 
-  def leave(params, x_WxBxTxD, entered, mask):
+  def enter(self, layer, params, x_WxBxTxD):
+    """What enters the output projection, a window at a time."""
+    run = functools.partial(layer.apply, {'params': params}, method=self.inputs)
+    return jax.lax.map(run, x_WxBxTxD)
+
+  def leave(self, layer, params, x_WxBxTxD, entered, mask):
+    """The stream behind this half."""
     return jax.lax.map(
-      lambda pair: run(output, params, *pair, mask), (x_WxBxTxD, entered)
+      lambda pair: layer.apply(
+        {'params': params}, *pair, mask, method=self.output
+      ),
+      (x_WxBxTxD, entered),
     )
 
-  entered = enter(streams.pruned)
+
+HALVES = (
+  Half('attention', 'out', 'attention_inputs', 'attend'),
+  Half('ffn', 'down', 'ffn_inputs', 'feed'),
+)
+
+
+def _half(layer, params, streams, mask, half: Half, fit_on, strengths):
+  """Calibrates one half layer and moves the streams past it."""
+  weight = half.weight(params)
+  mask_I = jnp.repeat(mask, len(weight) // len(mask))
+  entered = half.enter(layer, params, streams.pruned)
   aim = dense = None
   if streams.dense is not None:
-    aim = enter(streams.dense)
-    dense = leave(params, streams.dense, aim, None)
-  fit = _moments(*jax.tree.map(lambda x: x[:fit_on], (entered, aim)), flat)
-  check = _moments(*jax.tree.map(lambda x: x[fit_on:], (entered, aim)), flat)
-  best, index = choose(fit, check, flat, mask_I, strengths)
-  best = best.reshape(weight.shape).astype(weight.dtype)
-  params = {**params, module: {**params[module], name: best}}
-  pruned = leave(params, streams.pruned, entered, mask)
+    aim = half.enter(layer, params, streams.dense)
+    dense = half.leave(layer, params, streams.dense, aim, None)
+  fit = moments(*jax.tree.map(lambda x: x[:fit_on], (entered, aim)), weight)
+  check = moments(*jax.tree.map(lambda x: x[fit_on:], (entered, aim)), weight)
+  best, index = choose(fit, check, weight, mask_I, strengths)
+  params = half.with_weight(params, best)
+  pruned = half.leave(layer, params, streams.pruned, entered, mask)
   return params, Streams(pruned, dense), index
 
 
-@functools.partial(jax.jit, static_argnames='config')
-def _embed(params, tokens_WxBxT, *, config):
+def embed(params, tokens_WxBxT, *, config):
   """The first residual streams, [W,B,T,D]."""
+  ends = {name: tree for name, tree in params.items() if name != 'stack'}
+  return _embed(ends, tokens_WxBxT, config=config)
 
-  def embed(tokens):
+
+@functools.partial(jax.jit, static_argnames='config')
+def _embed(ends, tokens_WxBxT, *, config):
+  def one(tokens):
     return Decoder(config).apply(
-      {'params': params}, tokens, method='embed_tokens'
+      {'params': ends}, tokens, method='embed_tokens'
     )
 
-  return jax.lax.map(embed, tokens_WxBxT)
+  return jax.lax.map(one, tokens_WxBxT)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
@@ -195,14 +218,10 @@ def _layer(params, streams, masks, *, config, fit_on, strengths):
     (attention out, ffn down), the streams behind the layer, strength indices.
   """
   layer = Layer(config, config.groups, config.ffn)
-  halves = (
-    (('attention', 'out'), 'attention_inputs', 'attend'),
-    (('ffn', 'down'), 'ffn_inputs', 'feed'),
-  )
   picks = []
-  for mask, half in zip(masks, halves, strict=True):
+  for mask, half in zip(masks, HALVES, strict=True):
     params, streams, index = _half(
-      layer, params, streams, mask, *half, fit_on, strengths
+      layer, params, streams, mask, half, fit_on, strengths
     )
     picks.append(index)
   new = params['attention']['out'], params['ffn']['down']
@@ -239,8 +258,7 @@ def calibrate(
     and FFN, 0 where the projection stays as it is).
   """
   tokens = np.concatenate([fit_WxBxT, check_WxBxT])
-  ends = {name: tree for name, tree in params.items() if name != 'stack'}
-  start = _embed(ends, tokens, config=config)
+  start = embed(params, tokens, config=config)
   streams = Streams(start, start if target == 'dense' else None)
   outs, picks = [], []
   for i in range(config.layers):

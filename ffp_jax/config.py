@@ -64,6 +64,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.05  # units around a cut, share of the module
   config.search.reward = 'ratio'  # or 'log_ratio'
+  # Ridge strength by which the gradient foresees the calibration; 0: not.
+  config.search.foresee = 0.0
   config.search.lowest_ratio = 0.1
   config.search.attention_prior = 4.0  # first priority; FFN's is 0
   config.search.remember = 2  # best candidates that are re-scored

@@ -21,6 +21,7 @@ from ffp_jax import (
   hub,
   importance,
   protocols,
+  repair,
   report,
   resources,
   search,
@@ -197,7 +198,16 @@ def rank_units(config, job, params) -> allocate.Modules:
     norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
-  modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
+  rank, harm = masks_lib.rank_all(scores), None
+  if config.search.foresee and config.calibration.enabled:
+    harm = repair.foresee(
+      params,
+      job.model,
+      rank,
+      job.text.calibration[:, None],
+      strength=config.search.foresee,
+    )
+  modules = allocate.modules(job.sites, rank, harm)
   return jax.block_until_ready(modules)  # for an honest clock
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax import allocate, curriculum, masks, memory, policy
+from ffp_jax import allocate, curriculum, masks, memory, policy, repair
 from ffp_jax.loss import reward as reward_of
 from ffp_jax.model import Masks
 from ffp_jax.sharding import side_by_side
@@ -49,30 +49,41 @@ class SearchState(NamedTuple):
   memory: Memory
 
 
-def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
-  """d loss / d count, from the mask gradients of the units around the cut.
-
-  The masked forward runs removed units too, so both sides are known: the
-  mean over the units whose rank is within `window` of the count.
+def around(rank: Masks, count_S, *, window) -> Masks:
+  """1 for the units whose rank is within `window` of their module's cut.
 
   Args:
-    mask_gradient: d loss / d mask, [L,K] and [L,F].
     rank: of the units.
     count_S: where each module is cut.
     window: half width, as a share of the module's units; at least one unit.
+  """
+
+  def near(rank, count_L):
+    half = max(1, round(window * rank.shape[-1]))
+    cut = count_L[:, None]
+    return ((rank >= cut - half) & (rank < cut + half)).astype(jnp.float32)
+
+  return Masks(*map(near, rank, jnp.split(count_S, 2)))
+
+
+def count_gradient(mask_gradient: Masks, near: Masks):
+  """d loss / d count, from the mask gradients of the units around the cut.
+
+  The masked forward runs removed units too, so both sides are known: the
+  mean over them.
+
+  Args:
+    mask_gradient: d loss / d mask, [L,K] and [L,F].
+    near: from `around`.
 
   Returns:
     float32 [S].
   """
-
-  def around(gradient, rank, count_L):
-    half = max(1, round(window * gradient.shape[-1]))
-    cut = count_L[:, None]
-    near = ((rank >= cut - half) & (rank < cut + half)).astype(jnp.float32)
-    return jnp.sum(gradient * near, -1) / jnp.sum(near, -1)
-
-  cuts = jnp.split(count_S, 2)
-  return jnp.concatenate(list(map(around, mask_gradient, rank, cuts)))
+  means = [
+    jnp.sum(gradient * near, -1) / jnp.sum(near, -1)
+    for gradient, near in zip(mask_gradient, near, strict=True)
+  ]
+  return jnp.concatenate(means)
 
 
 def score(
@@ -103,7 +114,10 @@ def score(
   reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x, kind))(
     nll
   )
-  per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
+  near = around(modules.rank, count_S, window=window)
+  # Of the model as calibration will leave it.
+  left_S = jnp.concatenate(repair.left(modules.harm, near))
+  per_count_S = count_gradient(gradient, near) * left_S
   (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
   return reward, jnp.where(known, ascent_S, 0.0)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from ffp_jax.config import RequestError
 from ffp_jax.model import ModelConfig
 from tests import tiny_run
 
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
 _ROOT = pathlib.Path(__file__).parent.parent
 _SIZES = {'candidates': 2, 'fsdp': 2, 'tensor': 2}
 _FAMILIES = {
@@ -179,9 +181,14 @@ def _config(folder, mesh, **overrides):
   return config
 
 
-def _write(folder, family):
-  (folder / 'text.txt').write_text(tiny_run.text(4))
+@functools.cache
+def _home(family) -> pathlib.Path:
+  """Holds a model, a text, and a run of them on one device, `one`."""
+  folder = pathlib.Path(_FOLDER.name) / family
   tiny_run.write_model(folder / 'model', model_type=family, **_FAMILIES[family])
+  (folder / 'text.txt').write_text(tiny_run.text(4))
+  prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+  return folder
 
 
 def _outcome(workdir):
@@ -227,9 +234,7 @@ class SameResultTest(parameterized.TestCase):
     ('opt', ((2, 2, 2),)),
   )
   def test_on_any_mesh(self, family, meshes):
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    _write(folder, family)
-    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    folder = _home(family)
     for mesh in meshes:
       workdir = folder / 'x'.join(map(str, mesh))
       prune.run(_config(folder, mesh), workdir, command='')
@@ -237,9 +242,7 @@ class SameResultTest(parameterized.TestCase):
 
   @parameterized.parameters(*_FAMILIES)
   def test_by_two_processes(self, family):
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    _write(folder, family)
-    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    folder = _home(family)
     two = _start_two(folder, folder / 'two', (2, 2, 2))
     said = [process.communicate(timeout=300) for process in two]
     self.assertEqual([process.returncode for process in two], [0, 0], said)
@@ -249,9 +252,7 @@ class SameResultTest(parameterized.TestCase):
     self.assertNotIn('searched', said[1][0])
 
   def test_goes_on_with_other_devices(self):
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    _write(folder, 'llama')
-    prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+    folder = _home('llama')
     real = Book.append
 
     def append(book, line):
@@ -268,8 +269,7 @@ class SameResultTest(parameterized.TestCase):
       self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
 
   def test_the_end_of_one_process_ends_the_other(self):
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    _write(folder, 'llama')
+    folder = _home('llama')
     for end in (0, 1):
       workdir = folder / f'end{end}'
       two = _start_two(folder, workdir, (1, 8, 1))
@@ -347,7 +347,7 @@ def _free_port() -> int:
 
 def _start_two(folder, workdir, mesh):
   """Starts two processes of four devices."""
-  file = folder / 'config.py'
+  file = workdir.with_suffix('.py')
   file.write_text(
     'import pathlib\n'
     'from tests import sharding_test\n'
