@@ -8,6 +8,7 @@ calibration and the text; they differ in who gets the budget.
 
 import functools
 import importlib.util
+import itertools
 import pathlib
 import shlex
 import sys
@@ -55,8 +56,8 @@ def run(config, workdir: pathlib.Path) -> dict:
   """
   check(config)
   c = config.compare
-  for sparsity in c.sparsities:
-    config_lib.validate(cell_of(config, c.seeds[0], sparsity))
+  for sparsity, name in itertools.product(c.sparsities, c.methods):
+    config_lib.validate(cell_of(config, c.seeds[0], sparsity, name))
   jobs = {
     seed: prune.prepare(cell_of(config, seed, max(c.sparsities)))
     for seed in c.seeds
@@ -77,11 +78,11 @@ def check(config):
   if 'compare' not in config:
     raise RequestError("--config: no key 'compare'; give configs/compare.py")
   c = config.compare
+  known = {**baselines.METHODS, **baselines.ABLATIONS}
   for name in c.methods:
-    if name not in baselines.METHODS:
+    if name not in known:
       raise RequestError(
-        f'compare.methods: {name!r} is not one of '
-        f'{", ".join(baselines.METHODS)}'
+        f'compare.methods: {name!r} is not one of {", ".join(known)}'
       )
   if 'cmaes' in c.methods and not importlib.util.find_spec('cma'):
     raise RequestError('compare.methods: cmaes needs `pip install cma`')
@@ -103,10 +104,11 @@ def check(config):
     raise RequestError('compare.checkpoints: each must be in (0, 1]')
 
 
-def cell_of(config, seed: int, sparsity: float):
-  """The configuration of one seed and sparsity."""
+def cell_of(config, seed: int, sparsity: float, method: str = ''):
+  """The configuration of one seed and sparsity, and of an ablation."""
   cell = config.copy_and_resolve_references()
   cell.seed, cell.budget.sparsity = seed, sparsity
+  cell.update_from_flattened_dict(baselines.ABLATIONS.get(method, {}))
   return cell
 
 
@@ -142,7 +144,12 @@ def fill(config, job, seed: int, load, ledger):
   if not todo:
     return
   model = load()
-  modules = prune.rank_units(config, job, model.params)
+
+  @functools.cache
+  def modules_of(foresee):
+    del foresee  # all of a cell that its modules depend on
+    return prune.rank_units(cell, job, model.params)
+
   dense = {
     split: model.loss(model.params, windows, job.dense)
     for split, windows in job.text._asdict().items()
@@ -156,7 +163,8 @@ def fill(config, job, seed: int, load, ledger):
     'units': job.sites.units,
   }
   for name, sparsity in todo:
-    cell = cell_of(config, seed, sparsity)
+    cell = cell_of(config, seed, sparsity, name)
+    modules = modules_of(cell.search.foresee)
     problem = problem_of(cell, job, model, modules)
     begun = time.perf_counter()
     trace = follow(allocator(name, cell), problem, seed)
@@ -206,11 +214,10 @@ def problem_of(config, job, model, modules) -> Problem:
 
 def allocator(name: str, config) -> Callable:
   """(problem, seed) -> incumbents, with the settings of the configuration."""
-  method = baselines.METHODS[name]
-  if method is baselines.fastforward.shipped:
-    return functools.partial(method, config=config)
+  if name == 'fastforward' or name in baselines.ABLATIONS:
+    return functools.partial(baselines.METHODS['fastforward'], config=config)
   settings = config.compare.settings.get(name, {})
-  return functools.partial(method, **settings)
+  return functools.partial(baselines.METHODS[name], **settings)
 
 
 def follow(allocate, problem: Problem, seed: int) -> list:

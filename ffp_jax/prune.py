@@ -90,8 +90,9 @@ def go(config, job, first, book, command) -> dict:
     size = save(job, repaired['searched'], keep['searched'], book)
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
-  book.write_json('allocation.json', allocation(config, job, best))
-  results |= rewards(job, dense, best) | sizes(job, best, size)
+  found = allocation(config, job, best)
+  book.write_json('allocation.json', found)
+  results |= rewards(job, dense, best) | sizes(job, found, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
   results |= {'versions': report.versions(), 'device': device()}
   book.write_json('results.json', results)
@@ -382,15 +383,14 @@ def device() -> str:
   return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
 
 
-def sizes(job, best, size) -> dict:
+def sizes(job, found, size) -> dict:
   """Parameters and bytes, dense and pruned, in the dtype of the files."""
-  total = hf.param_count(job.model)
-  removed = job.sites.total - job.sites.kept_cost(best.counts)
+  before, after = found['params_dense'], found['params_pruned']
   return {
-    'params_dense': total,
-    'params_pruned': total - removed,
+    'params_dense': before,
+    'params_pruned': after,
     'params_prunable': job.sites.total,
-    'params_removed': removed,
-    'bytes_dense': total * job.dtype.itemsize,
+    'params_removed': before - after,
+    'bytes_dense': before * job.dtype.itemsize,
     'bytes_pruned': size,
   }

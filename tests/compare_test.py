@@ -14,7 +14,10 @@ from ffp_jax import baselines, compare, config, hf, prune, sites
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
-_METHODS = ('uniform', 'flap', 'random', 'evopress', 'fastforward')
+_METHODS = (
+  *('uniform', 'flap', 'random', 'evopress', 'fastforward'),
+  'fastforward_foresee',
+)
 _TOKENS = 1200
 
 
@@ -89,6 +92,18 @@ class RunTest(parameterized.TestCase):
     self.assertIn(used['fastforward'] - 7 * 7 * 16, (128, 256, 384))
     for name in ('random', 'evopress', 'fastforward'):
       self.assertGreater(used[name], 0.6 * _TOKENS)
+
+  @parameterized.parameters(*baselines.ABLATIONS)
+  def test_an_ablation_changes_what_it_says(self, name):
+    cell = compare.cell_of(_config(), 0, 0.25, name)
+    config.validate(cell)
+    changed = config.changed_keys(cell, json.loads(_config().to_json()))
+    self.assertContainsSubset(baselines.ABLATIONS[name], {*changed})
+    plain = compare.cell_of(_config(), 0, 0.25)
+    self.assertCountEqual(
+      config.changed_keys(cell, json.loads(plain.to_json())),
+      baselines.ABLATIONS[name],
+    )
 
   def test_uniform_is_that_of_a_run(self):
     one = _config(**{'budget.sparsity': 0.25})

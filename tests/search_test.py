@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import allocate, curriculum, loss, masks, search
+from ffp_jax import allocate, curriculum, loss, masks, repair, search
 from ffp_jax import sites as sites_lib
 from ffp_jax.book import Book
 from ffp_jax.config import defaults
@@ -137,9 +137,8 @@ class CountGradientTest(parameterized.TestCase):
     count_S = np.concatenate(
       [source.integers(0, 6, 2), [source.integers(0, 25), 24 * (seed % 2)]]
     )
-    ours = search.count_gradient(
-      gradient, rank, jnp.asarray(count_S), window=window
-    )
+    near = search.around(rank, jnp.asarray(count_S), window=window)
+    ours = search.count_gradient(gradient, near)
     theirs = []
     for module in range(2):
       units = shapes[module][1]
@@ -162,7 +161,8 @@ class CountGradientTest(parameterized.TestCase):
       jnp.array([[7.0, 90.0, 5.0, 90.0]]), jnp.array([[7.0, 9.0, 90.0, 90.0]])
     )
     # Kept, then removed next: ranks 1 and 2; and only rank 0 to lose.
-    got = search.count_gradient(slopes, rank, jnp.array([2, 0]), window=0.1)
+    near = search.around(rank, jnp.array([2, 0]), window=0.1)
+    got = search.count_gradient(slopes, near)
     np.testing.assert_allclose(got, [6.0, 9.0])
 
 
@@ -242,12 +242,11 @@ def _score_at(priority_S, factor, target, modules, kind, steep):
   )
 
 
-def _score(priority_S, factor=1.0, kind='ratio', steep=False):
+def _score(priority_S, factor=1.0, kind='ratio', steep=False, harm=None):
   """(reward, gradient) of `factor` times the synthetic loss."""
   goal = allocate.target(_SITES, 0.4)
-  return _score_at(
-    np.float32(priority_S), factor, goal, _modules(), kind, steep
-  )
+  modules = allocate.modules(_SITES, _rank(), harm)
+  return _score_at(np.float32(priority_S), factor, goal, modules, kind, steep)
 
 
 class ScoreTest(parameterized.TestCase):
@@ -293,6 +292,19 @@ class ScoreTest(parameterized.TestCase):
     self.assertLess(ours[0], 0.0)
     # A priority common to all changes nothing.
     self.assertAlmostEqual(float(ours.sum()), 0.0, delta=1e-4)
+
+  def test_what_calibration_mends_counts_less(self):
+    priority_S = np.random.default_rng(1).standard_normal(2 * _L)
+    ones = jax.tree.map(lambda r: jnp.ones(r.shape), _rank())
+    reward, plain = _score(priority_S)
+    half = repair.Harm(ones, jax.tree.map(lambda x: 0.5 * x, ones))
+    same, halved = _score(priority_S, harm=half)
+    self.assertEqual(same, reward)
+    np.testing.assert_allclose(halved, 0.5 * plain, rtol=1e-5)
+    # Attention mended whole: its modules give way to the FFN's.
+    some = repair.Harm(ones, Masks(0.05 * ones.attention, ones.ffn))
+    _, moved = _score(priority_S, harm=some)
+    self.assertLess(np.sum((moved - plain)[:_L]), 0.0)
 
 
 class MemoryTest(absltest.TestCase):

@@ -31,3 +31,19 @@ METHODS = {
   'fastforward_published': fastforward.published,
   'fastforward': fastforward.shipped,
 }
+
+# 'fastforward' with one thing changed: name to keys of the configuration.
+ABLATIONS = {
+  # The score function in the place of gradients through the masks.
+  'fastforward_score': {
+    'policy.pathwise_weight': 0.0,
+    'policy.score_weight': 1.0,
+  },
+  # No sparsity curriculum; a rising number of reward rows.
+  'fastforward_steep': {'search.sparsity_shares': (1.0, 1.0)},
+  'fastforward_rising': {'search.rows': (1, 2)},
+  # From the uniform allocation instead of the FFN's.
+  'fastforward_even': {'search.attention_prior': 0.0},
+  # Gradients that foresee the calibration.
+  'fastforward_foresee': {'search.foresee': 0.1},
+}
