@@ -2,7 +2,10 @@ import contextlib
 import functools
 import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -121,6 +124,32 @@ class FrontierTest(parameterized.TestCase):
     ):
       _run(self.workdir, sparsities)
     self.assertFalse(self.workdir.exists())
+
+
+class CommandTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ([], '--sparsities is missing'),
+    (['--sparsities=0.2,x'], '--sparsities: could not convert'),
+    (['--sparsities=0.3,0.2'], 'rising order'),
+  )
+  def test_refused(self, arguments, word):
+    workdir = pathlib.Path(_FOLDER.name) / 'refused'
+    done = subprocess.run(
+      [
+        *(sys.executable, '-m', 'ffp_jax.frontier'),
+        *('--config=configs/llama.py', f'--workdir={workdir}', *arguments),
+      ],
+      cwd=pathlib.Path(__file__).parent.parent,
+      env=os.environ | tiny_run.ENVIRONMENT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertLen(done.stderr.splitlines(), 1, done.stderr)
+    self.assertIn(word, done.stderr)
+    self.assertFalse(workdir.exists())
 
 
 if __name__ == '__main__':
