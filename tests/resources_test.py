@@ -10,6 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import budget, config, files, prune, resources, sites
+from ffp_jax.benchmarks import latency
 from ffp_jax.config import RequestError
 from ffp_jax.model import ModelConfig
 from tests import tiny_run
@@ -112,6 +113,17 @@ class LatencyTest(parameterized.TestCase):
       RequestError, rf'\Abudget.latency_table: [^\n]*{pattern}'
     ):
       _of(latency=0.2, latency_table=str(self.path))
+
+  @parameterized.parameters(True, False)
+  def test_a_table_of_this_machine(self, gated):
+    model = dataclasses.replace(_MODEL, gated=gated)
+    runs = latency.half_layers(model, 16, np.float32)
+    table = latency.measure(runs, repeats=2)
+    self.assertEqual([*table['attention']], ['1', '2', '3', '4'])
+    self.assertEqual([*table['ffn']], ['12', '24', '30', '36', '42', '48'])
+    found = self._latency(table)
+    dense = table['attention']['4'] + table['ffn']['48']
+    self.assertAlmostEqual(found.kept(_sites().units), 3 * dense)
 
   def test_missing(self):
     with self.assertRaisesRegex(RequestError, 'budget.latency_table'):
