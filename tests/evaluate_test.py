@@ -266,7 +266,7 @@ class CommandTest(parameterized.TestCase):
       'fewshot': None,
       'limit': None,
       'batch_tokens': 256,
-      'results': None,
+      'run': None,
       'out': str(self.folder / 'out.json'),
     }
     args = types.SimpleNamespace(**settings | changes)
