@@ -6,6 +6,7 @@ Every run that was killed has to end as the one that nothing disturbed.
 """
 
 import collections
+import itertools
 import json
 import multiprocessing
 import os
@@ -120,8 +121,10 @@ def main(argv):
     spent = undisturbed(config, folder / 'whole')
     expected, hit = outcome(folder / 'whole'), collections.Counter()
     print(f'undisturbed: {spent:.1f} s')
-    while (left := flags.FLAGS.times - hit.total()) > 0:
-      workdir = folder / f'run{hit.total()}'
+    for run in itertools.count():
+      if (left := flags.FLAGS.times - hit.total()) <= 0:
+        break
+      workdir = folder / f'run{run}'
       stages = disturbed(config, workdir, source.uniform(0.0, spent, left))
       hit.update(stages)
       if outcome(workdir) != expected:
