@@ -115,11 +115,12 @@ class GenerateTest(parameterized.TestCase):
       self.assertEqual(list(said), ['a', '\N{SNOWMAN}', 'b'])
 
   def test_no_prompt(self):
+    models = _models()  # may have to be made, before nothing can be loaded
     with (
       mock.patch.object(files, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(RequestError, '--prompt'),
     ):
-      _generated(_models(), prompt='')
+      _generated(models, prompt='')
 
 
 if __name__ == '__main__':
