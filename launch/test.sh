@@ -2,4 +2,4 @@
 # The whole test suite. Usage: bash launch/test.sh [PYTEST ARGUMENT ...]
 source "$(dirname "$0")/venv.sh"
 make_venv -r tests/requirements.txt
-.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
+.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
