@@ -1,6 +1,8 @@
 """What commands have in common: flags, log, errors, compiled programs."""
 
 import contextlib
+import shlex
+import sys
 
 from absl import flags, logging
 
@@ -35,19 +37,31 @@ def parse(argv, **required):
   return rest
 
 
-def log_ours():
-  """Logs what this package says; orbax and others speak through absl too."""
-  logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+def begin(module: str, workdir: str):
+  """What a command that works in a directory and can go on does first.
 
+  Signals end it in order; only this package is logged, as orbax and others
+  speak through absl too; and programs are kept beside the workdir, unless
+  JAX_COMPILATION_CACHE_DIR names another place.
 
-def keep_compiled(workdir):
-  """Keeps compiled programs beside a workdir, if no other place is set."""
+  Args:
+    module: that was run.
+    workdir: its flag.
+
+  Returns:
+    (path of the workdir, the command that goes on).
+  """
+  again = shlex.join(['python', '-m', module, *sys.argv[1:]])
+  signals.exit_on_signals(again)
   import jax  # here, so that a wrong flag is refused at once
 
-  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
-    cache = str(workdir.resolve().parent / '.compiled')
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+  path = book.place(workdir)
+  if not jax.config.jax_compilation_cache_dir:
+    cache = str(path.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
+  return path, again
 
 
 @contextlib.contextmanager

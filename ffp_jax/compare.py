@@ -10,8 +10,6 @@ import functools
 import importlib.util
 import itertools
 import pathlib
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,7 +30,6 @@ from ffp_jax import (
   prune,
   search,
   sharding,
-  signals,
 )
 from ffp_jax import config as config_lib
 from ffp_jax.baselines import outcome
@@ -145,11 +142,6 @@ def fill(config, job, seed: int, load, ledger):
     return
   model = load()
 
-  @functools.cache
-  def modules_of(foresee):
-    del foresee  # all of a cell that its modules depend on
-    return prune.rank_units(cell, job, model.params)
-
   dense = {
     split: model.loss(model.params, windows, job.dense)
     for split, windows in job.text._asdict().items()
@@ -162,9 +154,13 @@ def fill(config, job, seed: int, load, ledger):
     'tokens': config.compare.tokens,
     'units': job.sites.units,
   }
+  ranked = {}
   for name, sparsity in todo:
     cell = cell_of(config, seed, sparsity, name)
-    modules = modules_of(cell.search.foresee)
+    foresee = cell.search.foresee  # all of a cell that its modules depend on
+    if foresee not in ranked:
+      ranked[foresee] = prune.rank_units(cell, job, model.params)
+    modules = ranked[foresee]
     problem = problem_of(cell, job, model, modules)
     begun = time.perf_counter()
     trace = follow(allocator(name, cell), problem, seed)
@@ -266,11 +262,7 @@ def judge(config, job, model, modules, dense, trace) -> dict:
 
 def main(argv):
   del argv
-  again = shlex.join(['python', '-m', 'ffp_jax.compare', *sys.argv[1:]])
-  signals.exit_on_signals(again)
-  command.log_ours()
-  workdir = book.place(flags.FLAGS.workdir)
-  command.keep_compiled(workdir)
+  workdir, again = command.begin('ffp_jax.compare', flags.FLAGS.workdir)
   with command.refusing(workdir, again):
     results = run(flags.FLAGS.config, workdir)
   print(outcome.summary(results))

@@ -10,13 +10,11 @@ with its model and report; DIR/frontier.html compares them.
 """
 
 import functools
-import shlex
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import book, command, prune, report, signals
+from ffp_jax import book, command, prune, report
 from ffp_jax import config as config_lib
 from ffp_jax.config import RequestError
 from ffp_jax.reporting import comparison, page, wording
@@ -83,13 +81,12 @@ def summary(runs) -> str:
   rows += [_row('dense', dense['params_dense'], dense['dense']['ppl'], None)]
   for point in runs:
     results = point.results
-    same = 'uniform_calibrated' if 'calibrated' in results else 'uniform'
     rows.append(
       _row(
         f'{point.allocation["sparsity_achieved"]:.2%}',
         results['params_pruned'],
         results[wording.final(results)]['ppl'],
-        wording.ppl(results[same]['ppl']),
+        wording.ppl(results[wording.even(results)]['ppl']),
       )
     )
   return '\n'.join([*rows, *wording.protocol(dense['protocol'], shorten=True)])
@@ -102,11 +99,7 @@ def _row(name, params, ppl, uniform):
 def main(argv):
   del argv
   args = flags.FLAGS
-  again = shlex.join(['python', '-m', 'ffp_jax.frontier', *sys.argv[1:]])
-  signals.exit_on_signals(again)
-  command.log_ours()
-  workdir = book.place(args.workdir)
-  command.keep_compiled(workdir)
+  workdir, again = command.begin('ffp_jax.frontier', args.workdir)
   with command.refusing(workdir, again):
     try:
       sparsities = [float(number) for number in args.sparsities]

@@ -7,13 +7,10 @@ or by the end of another process of the run; after the last two the same
 command goes on.
 """
 
-import shlex
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import book, command, signals
+from ffp_jax import book, command
 from ffp_jax.config import refuse
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
@@ -43,14 +40,10 @@ def parse(argv):
 
 def main(argv):
   del argv
-  again = shlex.join(['python', '-m', 'ffp_jax.main', *sys.argv[1:]])
-  signals.exit_on_signals(again)
+  workdir, again = command.begin('ffp_jax.main', _WORKDIR.value)
   # Imported here, so that a wrong flag is refused at once.
   from ffp_jax import prune, report, sharding
 
-  command.log_ours()
-  workdir = book.place(_WORKDIR.value)
-  command.keep_compiled(workdir)
   with command.refusing(workdir, again):
     if _COORDINATOR.value:
       sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from ffp_jax import command, evaluate, hf, hub
+from ffp_jax.calibrate import HALVES
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.model import Layer
 
@@ -42,16 +43,12 @@ def half_layers(config, tokens: int, dtype):
 
 
 def _run(config, widths, kind, x, source):
+  names = next(half for half in HALVES if half.module == kind)
   layer = Layer(config, widths['attention'], widths['ffn'])
 
   def half(params):
-    enter, leave = (
-      ('attention_inputs', 'attend')
-      if kind == 'attention'
-      else ('ffn_inputs', 'feed')
-    )
-    inputs = layer.apply(params, x, method=enter)
-    return layer.apply(params, x, inputs, method=leave)
+    inputs = layer.apply(params, x, method=names.inputs)
+    return layer.apply(params, x, inputs, method=names.output)
 
   at = jnp.arange(x.shape[1])[None]
   shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, at))

@@ -83,8 +83,7 @@ def _leads(point, points) -> bool:
 
 def _run_row(point, run):
   results = run.results
-  repaired = 'uniform_calibrated' in results
-  uniform = results['uniform_calibrated' if repaired else 'uniform']['ppl']
+  uniform = results[wording.even(results)]['ppl']
   return _row(point, wording.ppl(uniform))
 
 

@@ -32,6 +32,11 @@ def final(results) -> str:
   return 'calibrated' if 'calibrated' in results else 'searched'
 
 
+def even(results) -> str:
+  """The uniform model that compares with the one saved."""
+  return 'uniform_calibrated' if 'calibrated' in results else 'uniform'
+
+
 def protocol(used, shorten=False) -> list[str]:
   """What was scored and how, in one sentence."""
   text = used['text']
