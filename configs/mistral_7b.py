@@ -14,7 +14,6 @@ def get_config():
   config.text.context = 2048
   config.text.calibration_windows = 64
   config.search.context = 2048
-  config.search.candidates = 4
   config.search.remat = True
   config.budget.round_ffn = 64
   return config

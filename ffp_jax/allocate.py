@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax import budget, repair
+from ffp_jax import budget
 from ffp_jax.model import Masks
 from ffp_jax.sites import Sites
 
@@ -18,7 +18,6 @@ class Modules(NamedTuple):
   """
 
   rank: Masks
-  harm: repair.Harm
   share_KxS: jax.Array
   floor_ratio_S: jax.Array
   units_S: jax.Array
@@ -35,14 +34,13 @@ class Target(NamedTuple):
   limit_K: jax.Array  # in the unit of cost_KxS
 
 
-def modules(sites: Sites, rank: Masks, harm=None) -> Modules:
-  """Puts `sites`, ranks and, if it is known, harm on the device."""
+def modules(sites: Sites, rank: Masks) -> Modules:
+  """Puts `sites` and ranks on the device."""
   cost_KxS = np.array([cost_S for cost_S, _ in _budgets(sites, 0.0)])
   removable_KxS = cost_KxS * sites.units
   share_KxS = removable_KxS / removable_KxS.sum(-1, keepdims=True)
   return Modules(
     rank=rank,
-    harm=harm or repair.unknown(rank),
     share_KxS=jnp.asarray(share_KxS, jnp.float32),
     floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
     units_S=jnp.asarray(sites.units, jnp.int32),

@@ -6,6 +6,7 @@ All share the scores of the units, the projection to integers, the
 calibration and the text; they differ in who gets the budget.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -28,6 +29,7 @@ from ffp_jax import (
   files,
   masks,
   prune,
+  repair,
   search,
   sharding,
 )
@@ -115,16 +117,22 @@ class Model(NamedTuple):
   params: dict
   loss: evaluate.Scorer
   nll: Callable  # what searches take
+  refit_nll: Callable  # the same, of `repair.refitting`
 
 
 def model_of(config, job) -> Model:
   """Loads the model."""
   dtype = evaluate.dtype_of(config.dtype)
-  apply = evaluate.apply_of(job.model, remat=config.search.remat)
+
+  def nll_of(model):
+    apply = evaluate.apply_of(model, remat=config.search.remat)
+    return lambda params, tokens, masks: nll(apply, params, tokens, masks)
+
   return Model(
     files.load_params(job.directory, job.model, dtype),
     evaluate.Scorer(job.model),
-    lambda params, tokens, masks: nll(apply, params, tokens, masks),
+    nll_of(job.model),
+    nll_of(dataclasses.replace(job.model, refit=True)),
   )
 
 
@@ -154,14 +162,19 @@ def fill(config, job, seed: int, load, ledger):
     'tokens': config.compare.tokens,
     'units': job.sites.units,
   }
-  ranked = {}
+  modules = prune.rank_units(config, job, model.params)
+
+  @functools.cache
+  def refit(strength):
+    text = job.text.calibration[:, None]
+    rank = modules.rank
+    return repair.refitting(
+      model.params, job.model, rank, text, strength=strength
+    )[1]
+
   for name, sparsity in todo:
     cell = cell_of(config, seed, sparsity, name)
-    foresee = cell.search.foresee  # all of a cell that its modules depend on
-    if foresee not in ranked:
-      ranked[foresee] = prune.rank_units(cell, job, model.params)
-    modules = ranked[foresee]
-    problem = problem_of(cell, job, model, modules)
+    problem = problem_of(cell, job, model, modules, refit)
     begun = time.perf_counter()
     trace = follow(allocator(name, cell), problem, seed)
     results['runs'].append(
@@ -178,7 +191,7 @@ def fill(config, job, seed: int, load, ledger):
     logging.info('%s', outcome.line(results['runs'][-1]))
 
 
-def problem_of(config, job, model, modules) -> Problem:
+def problem_of(config, job, model, modules, refit) -> Problem:
   """What the allocators see, with a full meter."""
   stack, text = model.params['stack'], job.text.calibration
 
@@ -203,6 +216,7 @@ def problem_of(config, job, model, modules) -> Problem:
     params=model.params,
     weights=(stack['attention']['out'], stack['ffn']['down']),
     measure=measure,
+    mend=lambda: (model.refit_nll, refit(config.search.refit)),
     measure_tokens=text.size,
     tokens=config.compare.tokens,
   )
@@ -234,11 +248,12 @@ def judge(config, job, model, modules, dense, trace) -> dict:
   @functools.cache
   def worth(counts):
     keep = masks.from_counts(modules.rank, np.array(counts))
-    reward = model.loss(model.params, job.text.reward, keep)
-    heldout = model.loss(model.params, job.text.heldout, keep)
+    repaired = prune.calibrate(config, job, model.params, {'': keep})['']
+    weights = {'ppl': model.params, 'ppl_calibrated': repaired}
+    heldout = job.text.heldout
     return {
-      'ppl': float(np.exp(heldout)),
-      'reward': float(np.exp(dense['reward'] - reward)),
+      name: float(np.exp(model.loss(params, heldout, keep)))
+      for name, params in weights.items()
     }
 
   looks = []
@@ -249,11 +264,10 @@ def judge(config, job, model, modules, dense, trace) -> dict:
     looks.append({'tokens': tokens, **worth(tuple(counts.tolist()))})
   counts = trace[-1][1]
   keep = masks.from_counts(modules.rank, counts)
-  repaired = prune.calibrate(config, job, model.params, {'answer': keep})
-  calibrated = model.loss(repaired['answer'], job.text.heldout, keep)
+  reward = model.loss(model.params, job.text.reward, keep)
   return {
     **worth(tuple(counts.tolist())),
-    'ppl_calibrated': float(np.exp(calibrated)),
+    'reward': float(np.exp(dense['reward'] - reward)),
     'sparsity_achieved': job.sites.sparsity(counts),
     'counts': counts,
     'checkpoints': looks,

@@ -57,18 +57,18 @@ def defaults() -> ml_collections.ConfigDict:
   config.search = ml_collections.ConfigDict()
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
-  config.search.steps = (4, 22)
+  config.search.steps = (4, 20)
   config.search.rows = (2, 2)  # of search.context tokens, a candidate
   config.search.context = 256  # short: attention is cheaper
-  config.search.candidates = 2  # even
+  config.search.candidates = 1  # antithetic pairs; if odd, and the mean
   config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.05  # units around a cut, share of the module
   config.search.reward = 'ratio'  # or 'log_ratio'
-  # Ridge strength by which the gradient foresees the calibration; 0: not.
-  config.search.foresee = 0.0
+  # Ridge strength with which candidates are calibrated; 0: as they are cut.
+  config.search.refit = 0.1
   config.search.lowest_ratio = 0.1
   config.search.attention_prior = 4.0  # first priority; FFN's is 0
-  config.search.remember = 2  # best candidates that are re-scored
+  config.search.remember = 1  # best candidates that are re-scored
   config.search.remat = False  # recompute activations: less memory
   config.search.init_from = ''  # workdir of a run whose policy to start from
 
@@ -237,10 +237,10 @@ def _validate_search(config):
     raise RequestError(
       f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'
     )
+  if search.refit < 0:
+    raise RequestError('search.refit: must be a ridge strength, or 0 for none')
   if search.block < 0:
     raise RequestError('search.block: must be positive, or 0 for what fits')
-  if search.candidates % 2:
-    raise RequestError('search.candidates: must be even (antithetic pairs)')
   if config.text.context % search.context:
     raise RequestError(
       f'search.context: {search.context} does not divide text.context '
@@ -268,6 +268,11 @@ def _validate_search(config):
       f'search.rows: each must be from 1 to {available}, the reward text in '
       'rows of search.context'
     )
+
+
+def refits(config) -> bool:
+  """Whether candidates are scored as calibration will leave them."""
+  return config.calibration.enabled and config.search.refit > 0
 
 
 def check_reachable(sites, config):

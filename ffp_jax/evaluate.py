@@ -56,7 +56,7 @@ def captured_of(config, statistic):
 
 
 class Scorer:
-  """A decoder's mean loss over windows, compiled once a window shape."""
+  """A decoder's losses over windows, compiled once a window shape."""
 
   def __init__(self, config: ModelConfig):
     apply = apply_of(config)
@@ -72,7 +72,18 @@ class Scorer:
   def __call__(
     self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
   ) -> float:
-    """Mean negative log-likelihood of the tokens scored, a window at a time.
+    """Mean negative log-likelihood of all tokens scored; see `each`."""
+    if spans_Wx2 is None:
+      spans_Wx2 = protocols.whole(windows_WxT)
+    losses = self.each(
+      params, windows_WxT, masks, spans_Wx2=spans_Wx2, label=label
+    )
+    return float(np.average(losses, weights=spans_Wx2 @ (-1, 1)))
+
+  def each(
+    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
+  ) -> np.ndarray:
+    """Mean negative log-likelihood of each window's tokens, one at a time.
 
     Args:
       params: of the decoder.
@@ -81,6 +92,9 @@ class Scorer:
       spans_Wx2: first position scored in each window, 1 or more, and the one
         past the last; None for T - 1 of each window.
       label: of the progress bar, None for no bar.
+
+    Returns:
+      float64 [W].
     """
     if spans_Wx2 is None:
       spans_Wx2 = protocols.whole(windows_WxT)
@@ -90,7 +104,7 @@ class Scorer:
       self._nll(params, window[None], span, masks).item()
       for window, span in zip(bar, spans_Wx2, strict=True)
     ]
-    return float(np.average(losses, weights=spans_Wx2 @ (-1, 1)))
+    return np.array(losses)
 
 
 class Tokens(NamedTuple):

@@ -71,6 +71,7 @@ class ModelConfig:
   ffn_bias: bool = False
   window: int | None = None
   tied: bool = False
+  refit: bool = False  # masks also refit the kept weights, see repair.py
   embed_width: int | None = None  # of projected embeddings, else None
   kept_groups: tuple[int, ...] | None = None
   kept_ffn: tuple[int, ...] | None = None
@@ -167,6 +168,8 @@ class Attention(nn.Module):
       scale = self.param(f'{name}_norm', nn.initializers.ones, (H,))
       setattr(self, f'{name}_norm', scale)
     self.out = self.param('out', _WEIGHT, (K, G, H, D))
+    if c.refit:
+      self.refit = self.param('refit', _WEIGHT, (K * G * H, K * G * H))
     if c.out_bias:
       self.out_bias = self.param('out_bias', _BIAS, (D,))
 
@@ -216,6 +219,9 @@ class Attention(nn.Module):
     return self.mix(q, k, v, at_BxT), past
 
   def output(self, mixed, mask_K=None):
+    if self.config.refit:
+      flat = mixed.reshape(*mixed.shape[:2], -1) @ self.refit
+      mixed = flat.reshape(mixed.shape)
     if mask_K is not None:
       mixed = mixed * mask_K[:, None, None].astype(mixed.dtype)
     width = self.config.width
@@ -238,6 +244,8 @@ class Ffn(nn.Module):
         bias = self.param(f'{name}_bias', _BIAS, (F,))
         setattr(self, f'{name}_bias', bias)
     self.down = self.param('down', _WEIGHT, (F, c.width))
+    if c.refit:
+      self.refit = self.param('refit', _WEIGHT, (F, F))
     if c.ffn_bias:
       self.down_bias = self.param('down_bias', _BIAS, (c.width,))
 
@@ -258,6 +266,8 @@ class Ffn(nn.Module):
     return hidden
 
   def output(self, hidden, mask_F=None):
+    if self.config.refit:
+      hidden = hidden @ self.refit
     if mask_F is not None:
       hidden = hidden * mask_F.astype(hidden.dtype)
     y = hidden @ self.down

@@ -7,6 +7,7 @@ Compiles the search step and the calibration of one layer ahead of time, for
 as many virtual devices, and asks the compiler what memory they take.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -74,6 +75,7 @@ def search_memory(config, model, params) -> memory.Memory:
     state,
     params,
     np.zeros((rows, config.search.context), np.int32),
+    np.float32(0.0),
     allocate.target(sites, config.budget.sparsity),
     allocate.modules(sites, rank),
   )
@@ -110,8 +112,7 @@ def flops(config, model) -> float:
   """Of one search step, by the products with the weights and of attention.
 
   A candidate takes a forward and a backward pass, the latter to activations
-  and masks alone, so as dear as one forward; with `remat` one more. The
-  dense model's forward comes on top.
+  and masks alone, so as dear as one forward; with `remat` one more.
   """
   c = config.search
   rows = max(c.rows)
@@ -122,7 +123,7 @@ def flops(config, model) -> float:
   heads = model.groups * model.heads_per_group * model.head_size
   attention = 4 * model.layers * heads * c.context
   forward = rows * c.context * (2 * products + attention)
-  return forward * (1 + c.candidates * (3 if c.remat else 2))
+  return forward * c.candidates * (3 if c.remat else 2)
 
 
 def plan(config, model, dtype, mesh) -> dict:
@@ -132,25 +133,34 @@ def plan(config, model, dtype, mesh) -> dict:
   widen, weights are counted at two bytes and the rest as in float32, more
   than it will be.
   """
+  scored = dataclasses.replace(model, refit=config_lib.refits(config))
   with jax.set_mesh(mesh):
     params = abstract_params(model, jnp.float32, mesh)
-    local = sum(
-      int(np.prod(x.sharding.shard_shape(x.shape)))
-      for x in jax.tree.leaves(params)
-    )
-    weights = local * dtype.itemsize
-    wide = local * np.dtype(np.float32).itemsize
-    step = search_memory(config, model, params)
+    scored_params = abstract_params(scored, jnp.float32, mesh)
+    weights = _local(params) * dtype.itemsize
+    step = search_memory(config, scored, scored_params)
     layer = calibration_memory(config, model, params)
+  of_search = _local(scored_params) * dtype.itemsize
+  if scored.refit:  # beside the output projections as they are
+    stack = params['stack']
+    kept = stack['attention']['out'], stack['ffn']['down']
+    of_search += _local(kept) * dtype.itemsize
+  wide = _local(scored_params) * np.dtype(np.float32).itemsize
   return {
     'params': hf.param_count(model),
     'mesh': dict(mesh.shape),
     'weights_bytes': weights,
-    'search_bytes': step.total - wide + weights,
+    'search_bytes': step.total - wide + of_search,
     'calibrate_bytes': layer.total + weights,
     'candidates': config.search.candidates,
-    'flops': flops(config, model),
+    'flops': flops(config, scored),
   }
+
+
+def _local(params) -> int:
+  """Parameters on each device."""
+  leaves = jax.tree.leaves(params)
+  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
 
 
 def describe(found: dict, memory_gib: float, tflops: float | None) -> str:

@@ -51,14 +51,15 @@ def init(policy: Policy, key, prior_S) -> dict:
 
 
 def sample(key, proposal: Proposal, candidates: int):
-  """Priorities in antithetic pairs: N = 2 * (candidates // 2), at least 2.
+  """Priorities in antithetic pairs, and the mean if their number is odd.
 
   Returns:
     (priorities [N,S], the standard noise behind them [N,S]).
   """
-  shape = (max(candidates // 2, 1), proposal.mean_S.shape[0])
-  half = jax.random.normal(key, shape)
-  noise_NxS = jnp.concatenate([half, -half])
+  size = len(proposal.mean_S)
+  half = jax.random.normal(key, (candidates // 2, size))
+  mean = jnp.zeros((candidates % 2, size))
+  noise_NxS = jnp.concatenate([half, -half, mean])
   return act(proposal, noise_NxS), noise_NxS
 
 

@@ -73,13 +73,18 @@ def go(config, job, first, book, command) -> dict:
     params = files.load_params(job.directory, job.model, dtype)
     loss = evaluate.Scorer(job.model)
   with book.timed('dense loss'):
-    dense = loss(params, job.text.reward, job.dense, label='dense loss')
+    text = reward_text(config, job, params, loss)
   with book.timed('importance'):
     modules = rank_units(config, job, params)
+  with book.timed('refit'):
+    scored = refit(config, job, params, modules)
   with book.timed('search'):
-    finalists, cost = find(config, job, params, modules, state, book)
+    finalists, cost = find(config, job, scored, modules, text, state, book)
   with book.timed('re-score'):
-    best, cost = rescore(config, job, params, modules, loss, finalists, cost)
+    tried = rescore(config, job, scored, modules, text, finalists)
+    del scored  # makes room
+    best = min(tried, key=lambda x: np.nan_to_num(x.nll, nan=np.inf))
+    cost['tokens_evaluated'] += (1 + len(tried)) * text.rows_RxT.size
   keep = {
     'uniform': uniform(config, job, modules),
     'searched': masks_lib.from_counts(modules.rank, best.counts),
@@ -92,7 +97,7 @@ def go(config, job, first, book, command) -> dict:
     results = judge(config, job, params, keep, repaired, loss)
   found = allocation(config, job, best)
   book.write_json('allocation.json', found)
-  results |= rewards(job, dense, best) | sizes(job, found, size)
+  results |= rewards(config, text, best) | sizes(job, found, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
   results |= {'versions': report.versions(), 'device': device()}
   book.write_json('results.json', results)
@@ -118,8 +123,15 @@ class Job(NamedTuple):
     return masks_lib.ones(model.layers, model.groups, model.ffn)
 
 
-class Best(NamedTuple):
-  """The winner of the re-scoring."""
+class Scored(NamedTuple):
+  """The decoder that candidates are scored on."""
+
+  model: hf.ModelConfig
+  params: dict
+
+
+class Finalist(NamedTuple):
+  """A candidate that was re-scored."""
 
   counts: np.ndarray  # [S]
   priority: np.ndarray  # [S]
@@ -199,22 +211,34 @@ def rank_units(config, job, params) -> allocate.Modules:
     norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
-  rank, harm = masks_lib.rank_all(scores), None
-  if config.search.foresee and config.calibration.enabled:
-    harm = repair.foresee(
-      params,
-      job.model,
-      rank,
-      job.text.calibration[:, None],
-      strength=config.search.foresee,
-    )
-  modules = allocate.modules(job.sites, rank, harm)
+  modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
   return jax.block_until_ready(modules)  # for an honest clock
 
 
-def find(config, job, params, modules, state, book):
+def reward_text(config, job, params, loss) -> search.RewardText:
+  """The reward rows, and what the dense model makes of them."""
+  rows = job.text.reward.reshape(-1, config.search.context)
+  dense = loss.each(params, rows, job.dense, label='dense loss')
+  return search.RewardText(rows, dense)
+
+
+def refit(config, job, params, modules) -> Scored:
+  """The decoder whose masks refit, or the dense one if none is asked for."""
+  if not config_lib.refits(config):
+    return Scored(job.model, params)
+  model, mended = repair.refitting(
+    params,
+    job.model,
+    modules.rank,
+    job.text.calibration[:, None],
+    strength=config.search.refit,
+  )
+  return Scored(model, jax.block_until_ready(mended))  # for an honest clock
+
+
+def find(config, job, scored, modules, text, state, book):
   """The search, from `state` on."""
-  apply = evaluate.apply_of(job.model, remat=config.search.remat)
+  apply = evaluate.apply_of(scored.model, remat=config.search.remat)
   with (
     checkpoint.Checkpoints(
       book.workdir / 'checkpoints',
@@ -229,37 +253,34 @@ def find(config, job, params, modules, state, book):
       job.sites,
       modules,
       lambda params, tokens, masks: nll(apply, params, tokens, masks),
-      params,
-      job.text.reward,
+      scored.params,
+      text,
       state,
       book,
       saved,
     )
 
 
-def rescore(config, job, params, modules, loss, finalists, cost):
-  """The finalist with the smallest loss on the whole reward text."""
+def rescore(config, job, scored, modules, text, finalists) -> list:
+  """Every `Finalist`, its loss over the whole reward text."""
+  loss = evaluate.Scorer(scored.model)
   goal = allocate.target(job.sites, config.budget.sparsity)
   counts = {
     tuple(counts_of(config, row, goal, modules)): row for row in finalists
   }
-  tried = [
-    Best(
+  return [
+    Finalist(
       np.array(count),
       row,
       loss(
-        params,
-        job.text.reward,
+        scored.params,
+        text.rows_RxT,
         masks_lib.from_counts(modules.rank, jnp.array(count)),
         label='re-score',
       ),
     )
     for count, row in counts.items()
   ]
-  tokens = cost['tokens_evaluated'] + len(tried) * job.text.reward.size
-  # Not a number sorts last.
-  best = min(tried, key=lambda x: np.nan_to_num(x.nll, nan=np.inf))
-  return best, {**cost, 'tokens_evaluated': tokens}
 
 
 _counts_of = jax.jit(allocate.counts_of, static_argnames='low')
@@ -365,15 +386,17 @@ def allocation(config, job, best) -> dict:
   }
 
 
-def rewards(job, dense, best) -> dict:
+def rewards(config, text, best) -> dict:
   """Perplexities on the reward text, beside which to read the held-out."""
-  windows = job.text.reward
+  rows = text.rows_RxT
   return {
     'reward': {
-      'dense_ppl': float(np.exp(dense)),
+      'dense_ppl': float(np.exp(np.mean(text.dense_R))),
       'searched_ppl': float(np.exp(best.nll)),
-      'tokens': windows.size - len(windows),
-      'context': windows.shape[1],
+      'tokens': rows.size - len(rows),
+      'context': rows.shape[1],
+      # Which of the models judged it foretells.
+      'of': 'calibrated' if config_lib.refits(config) else 'searched',
     }
   }
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax import allocate, curriculum, masks, memory, policy, repair
+from ffp_jax import allocate, curriculum, masks, memory, policy
 from ffp_jax.loss import reward as reward_of
 from ffp_jax.model import Masks
 from ffp_jax.sharding import side_by_side
@@ -30,6 +30,13 @@ _UPDATE_KEYS = (
   'value_weight',
   'entropy_weight',
 )
+
+
+class RewardText(NamedTuple):
+  """What candidates are scored on."""
+
+  rows_RxT: np.ndarray  # tokens
+  dense_R: np.ndarray  # mean loss of the dense model on each row
 
 
 class Memory(NamedTuple):
@@ -115,9 +122,7 @@ def score(
     nll
   )
   near = around(modules.rank, count_S, window=window)
-  # Of the model as calibration will leave it.
-  left_S = jnp.concatenate(repair.left(modules.harm, near))
-  per_count_S = count_gradient(gradient, near) * left_S
+  per_count_S = count_gradient(gradient, near)
   (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
   return reward, jnp.where(known, ascent_S, 0.0)
@@ -193,8 +198,9 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
     block: candidates that each part of the mesh scores at once.
 
   Returns:
-    (state, model params, tokens [B,T], Target, Modules) ->
-    (state, metrics); compiled once for each shape of the tokens.
+    (state, model params, tokens [B,T], loss of the dense model on them,
+    Target, Modules) -> (state, metrics); compiled once for each shape of the
+    tokens.
   """
   c = config.search
   weights = {name: config.policy[name] for name in _UPDATE_KEYS}
@@ -202,11 +208,10 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
   def propose(params, sparsity):
     return net.apply({'params': params}, sparsity)
 
-  def step(state, model_params, tokens_BxT, target, modules):
+  def step(state, model_params, tokens_BxT, dense_nll, target, modules):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     proposal = propose(state.params, target.sparsity)
     priority, noise = policy.sample(key, proposal, c.candidates)
-    dense = jnp.mean(nll(model_params, tokens_BxT, None))
 
     def score_one(priority_S):
       return score(
@@ -214,7 +219,7 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
         target,
         modules,
         lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
-        dense,
+        dense_nll,
         low=c.lowest_ratio,
         window=c.window,
         kind=c.reward,
@@ -254,9 +259,7 @@ def start(config, sites: Sites) -> SearchState:
   return init(key, net, optim, first, remember=size)
 
 
-def run(
-  config, sites, modules, nll, model_params, reward_WxT, state, book, saved
-):
+def run(config, sites, modules, nll, model_params, text, state, book, saved):
   """The host loop: from a state to the end of the curriculum.
 
   Args:
@@ -264,7 +267,7 @@ def run(
     sites, modules: what may be removed.
     nll: as `make_step` takes it.
     model_params: of the dense decoder.
-    reward_WxT: reward windows.
+    text: a `RewardText`.
     state: from `start`, or saved after any step.
     book: a `Book`; gets a line of metrics for every step.
     saved: a `Checkpoints`.
@@ -283,16 +286,18 @@ def run(
   # Before the first line of metrics: where these are, so is a checkpoint.
   saved.begin(int(state.step), state)
   book.rewind(int(state.step))
-  rows_RxT = reward_WxT.reshape(-1, config.search.context)
   with book.progress(total, int(state.step)) as bar:
     for step in range(int(state.step), total):
       begun = time.perf_counter()
       index, stage, starts = curriculum.stage_at(plan, step)
-      tokens = curriculum.draw(rows_RxT, step, stage.rows, config.seed)
+      tokens, dense = (
+        curriculum.draw(x, step, stage.rows, config.seed) for x in text
+      )
       state, metrics = step_fn(
         forget(state) if starts else state,
         model_params,
         tokens,
+        np.float32(np.mean(dense)),
         allocate.target(sites, stage.sparsity),
         modules,
       )
@@ -322,7 +327,9 @@ def _step_that_fits(make, config, state, model_params, target, modules):
   c = config.search
   tokens = np.zeros((max(c.rows), c.context), np.int32)
   block = c.block or memory.fitting(
-    make(1), c.candidates, *(state, model_params, tokens, target, modules)
+    make(1),
+    c.candidates,
+    *(state, model_params, tokens, np.float32(0.0), target, modules),
   )
   return memory.halving(make, block)
 
@@ -330,14 +337,13 @@ def _step_that_fits(make, config, state, model_params, target, modules):
 def cost(config, plan) -> dict:
   """What a whole search takes.
 
-  A backward pass counts as two forward ones, and every step runs the dense
-  model too.
+  A backward pass counts as two forward ones.
   """
   c = config.search
   tokens = sum(stage.steps * stage.rows for stage in plan) * c.context
   return {
     'candidates_evaluated': c.candidates * sum(stage.steps for stage in plan),
-    'tokens_evaluated': tokens * (3 * c.candidates + 1),
+    'tokens_evaluated': tokens * 3 * c.candidates,
   }
 
 

@@ -48,6 +48,8 @@ _PARAMS = {
   'attention/key_bias': ('groups', None),
   'attention/value_bias': ('groups', None),
   'attention/out': ('groups', 'heads', None, 'embed'),
+  'attention/refit': ('embed', 'ffn'),
+  'ffn/refit': ('embed', 'ffn'),
   'ffn/gate': ('embed', 'ffn'),
   'ffn/up': ('embed', 'ffn'),
   'ffn/gate_bias': ('ffn',),

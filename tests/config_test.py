@@ -81,11 +81,6 @@ class ValidateTest(_TestCase):
       with self.refused(f'{key}: {value}'):
         config_lib.validate(_with(**{key: value}))
 
-  @parameterized.parameters(1, 3)
-  def test_candidates_come_in_pairs(self, value):
-    with self.refused('search.candidates: '):
-      config_lib.validate(_with(**{'search.candidates': value}))
-
   def test_context_of_the_search(self):
     config = _with(**{'text.context': 96, 'search.context': 32})
     config_lib.validate(config)

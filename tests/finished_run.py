@@ -62,6 +62,7 @@ def results(**changes):
       'searched_ppl': 20.0,
       'tokens': 12264,
       'context': 512,
+      'of': 'calibrated',
     },
     'params_dense': 1000000,
     'params_pruned': 850000,
@@ -109,6 +110,16 @@ def run(name='runs/a', *, lines=6, settings=None, **changes) -> Run:
     config(**(settings or {})),
     *(plain(x) for x in (allocation(), results(**changes), lines)),
   )
+
+
+def uncalibrated(results: dict) -> dict:
+  """The results of the same run without calibration."""
+  left = {
+    key: value
+    for key, value in results.items()
+    if key not in ('uniform_calibrated', 'calibrated')
+  }
+  return {**left, 'reward': {**results['reward'], 'of': 'searched'}}
 
 
 def write(workdir: pathlib.Path, run: Run):

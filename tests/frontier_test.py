@@ -83,7 +83,7 @@ class FrontierTest(parameterized.TestCase):
     ]
     self.assertEqual(steps, [6, 1, 1])
     self.assertEqual(
-      [r.results['candidates_evaluated'] for r in runs], [12, 2, 2]
+      [r.results['candidates_evaluated'] for r in runs], [6, 1, 1]
     )
 
   def test_without_steps_the_policy_is_read_off(self):

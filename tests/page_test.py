@@ -77,9 +77,8 @@ def _pages():
   other = finished_run.run(
     'runs/b', settings={'model': 'other'}, calibrated={'ppl': None}
   )
-  bare = finished_run.run(lines=0, calibrated={'ppl': None})
-  for key in ('uniform_calibrated', 'calibrated'):
-    del bare.results[key]
+  bare = finished_run.run(lines=0)
+  bare = bare._replace(results=finished_run.uncalibrated(bare.results))
   return {
     'full': list(sections.report(full)),
     'bare': list(sections.report(bare)),

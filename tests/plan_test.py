@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -76,9 +77,13 @@ class PlanTest(parameterized.TestCase):
     tokens = 2 * 64
     self.assertAlmostEqual(
       plan.flops(config, _MODEL),
-      tokens * (forward + scores + norms) * (1 + 4 * 2),
+      tokens * (forward + scores + norms) * 4 * 2,
       delta=1.0,
     )
+    refit = dataclasses.replace(_MODEL, refit=True)
+    more = plan.flops(config, refit) - plan.flops(config, _MODEL)
+    squares = 2 * 4 * (128**2 + 512**2)
+    self.assertAlmostEqual(more, tokens * squares * 4 * 2, delta=1.0)
 
   def test_the_estimate_is_what_is_allocated(self):
     """The compiler's figure against the growth of resident memory."""

@@ -200,7 +200,12 @@ class FinishedTest(_TestCase):
         'tokens': 5 * 31,
       },
     )
-    self.assertEqual(results['candidates_evaluated'], _STEPS * 2)
+    self.assertEqual(results['candidates_evaluated'], _STEPS)
+    # A candidate of a row and its gradient; 8 rows by the dense model, and by
+    # each of up to two finalists.
+    rest = results['tokens_evaluated'] - _STEPS * 16 * 3 - 8 * 16
+    self.assertIn(rest, (8 * 16, 2 * 8 * 16))
+    self.assertEqual(results['reward']['of'], 'calibrated')
     self.assertEqual(results['compilations'], 1)
     allocation = _read(workdir / 'allocation.json')
     for key in ('params_dense', 'params_pruned'):

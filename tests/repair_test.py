@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import importance, masks, repair
-from ffp_jax.evaluate import captured_of
+from ffp_jax import masks, repair
+from ffp_jax.evaluate import apply_of, captured_of
 from ffp_jax.model import Masks
 from tests import testing, tiny_run
 
@@ -18,113 +18,99 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-_MARGINALS = jax.jit(repair.marginals)
+_BASIS = jax.jit(repair.basis)
+_STRENGTH = 0.1
+_NAMES = 'llama_grouped', 'mistral_short_window', 'opt_post_norm_projected'
 
 
-def _problem(seed, units=7, size=2, outputs=5, tokens=60):
-  """Correlated inputs [N,I], weights [I,D], ranks [U]."""
-  source = np.random.default_rng(seed)
-  mix = source.standard_normal((units * size, units * size))
-  x = source.standard_normal((tokens, units * size)) @ mix
-  w = source.standard_normal((units * size, outputs))
-  return x, w, source.permutation(units)
+def _refit(x, w, kept, ridge):
+  """X_k W', W' the ridge regression of X W on the kept inputs, near W."""
+  rows = np.vstack([x[:, kept], np.sqrt(ridge) * np.eye(kept.sum())])
+  missing = x[:, ~kept] @ w[~kept]
+  aim = np.vstack([missing, np.zeros((kept.sum(), w.shape[1]))])
+  change = np.linalg.lstsq(rows, aim, rcond=None)[0]
+  return x[:, kept] @ (w[kept] + change)
 
 
-def _errors(x, w, rank, size, ridge):
-  """Squared output errors of every count, without and with a refit.
-
-  The refit minimises |X_k D - X_r W_r|^2 + ridge |D|^2 over the change D.
-  """
-  found = []
-  for count in range(len(rank) + 1):
-    kept = np.repeat(rank < count, size)
-    missing = x[:, ~kept] @ w[~kept]
-    plain = np.sum(np.square(missing))
-    rows = np.vstack([x[:, kept], np.sqrt(ridge) * np.eye(kept.sum())])
-    aim = np.vstack([missing, np.zeros((kept.sum(), w.shape[1]))])
-    change = np.linalg.lstsq(rows, aim, rcond=None)[0]
-    found.append((plain, np.sum(np.square(rows @ change - aim))))
-  return np.array(found).T
-
-
-class MarginalsTest(parameterized.TestCase):
+class BasisTest(parameterized.TestCase):
   @parameterized.product(seed=(0, 1, 2), strength=(0.01, 0.3), size=(1, 2, 3))
-  def test_against_least_squares(self, seed, strength, size):
-    x, w, rank = _problem(seed, size=size)
+  def test_a_mask_leaves_what_a_regression_does(self, seed, strength, size):
+    source = np.random.default_rng(seed)
+    units = 7
+    mix = source.standard_normal((units * size, units * size))
+    x = source.standard_normal((60, units * size)) @ mix
+    w = source.standard_normal((units * size, 5))
+    rank = source.permutation(units)
     gram = x.T @ x
-    plain, mended = _MARGINALS(
-      np.float32(gram), np.float32(w), np.int32(rank), strength
+    refit, weight = map(
+      np.asarray,
+      _BASIS(np.float32(gram), np.float32(w), np.int32(rank), strength),
     )
     ridge = strength * np.trace(gram) / len(gram)
-    for ours, theirs in zip(
-      (plain, mended), _errors(x, w, rank, size, ridge), strict=True
-    ):
-      # The unit at rank r is what is lost between keeping r + 1 and r.
-      lost = (theirs[:-1] - theirs[1:])[rank]
-      np.testing.assert_allclose(ours, lost, atol=2e-4 * theirs.max())
+    atol = 2e-3 * np.abs(x @ w).max()
+    for count in range(units + 1):
+      kept = np.repeat(rank < count, size)
+      ours = x @ refit * kept @ weight
+      np.testing.assert_allclose(ours, _refit(x, w, kept, ridge), atol=atol)
+      # Removed inputs have no part in it, whatever they are.
+      fresh = source.standard_normal(x.shape)
+      np.testing.assert_allclose(
+        (x * kept + fresh * ~kept) @ refit * kept @ weight, ours, atol=atol
+      )
 
-  def test_what_others_can_say_costs_nothing(self):
-    x, w, _ = _problem(0, units=3, size=1)
-    x[:, 2] = x[:, 0] - 2.0 * x[:, 1]
-    plain, mended = _MARGINALS(
-      np.float32(x.T @ x), np.float32(w), np.arange(3), 1e-5
-    )
-    self.assertLess(mended[2], 1e-2 * plain[2])
-
-  def test_a_failed_factorisation_is_no_repair(self):
-    gram = -np.eye(4, dtype=np.float32)
-    plain, mended = _MARGINALS(
-      gram, np.ones((4, 2), np.float32), np.arange(4), 0.1
-    )
-    np.testing.assert_array_equal(mended, plain)
+  def test_a_matrix_that_cannot_be_factorised_changes_nothing(self):
+    gram = np.array([[1.0, 2.0], [2.0, 1.0]], np.float32)  # indefinite
+    weight = np.eye(2, 3, dtype=np.float32)
+    refit, new = _BASIS(gram, weight, np.arange(2), 0.0)
+    np.testing.assert_array_equal(refit, np.eye(2))
+    np.testing.assert_array_equal(new, weight)
 
 
-class LeftTest(absltest.TestCase):
-  def test_share_around_the_cut(self):
-    plain = Masks(np.float32([[1, 2, 3]]), np.float32([[4, 4, 4, 4]]))
-    mended = Masks(np.float32([[0.5, 1, 9]]), np.float32([[4, 1, 1, 0]]))
-    near = Masks(np.float32([[1, 1, 0]]), np.float32([[0, 1, 1, 0]]))
-    share = repair.left(repair.Harm(plain, mended), near)
-    np.testing.assert_allclose(np.concatenate(share), [0.5, 0.25])
-    more = repair.left(
-      repair.Harm(plain, mended), Masks(*(1 - n for n in near))
-    )
-    np.testing.assert_allclose(np.concatenate(more), [1.0, 0.5])
-
-  def test_unknown_harm_changes_nothing(self):
-    rank = Masks(np.arange(3)[None], np.arange(4)[None])
-    near = Masks(np.ones((1, 3)), np.ones((1, 4)))
-    share = repair.left(repair.unknown(rank), near)
-    np.testing.assert_array_equal(np.concatenate(share), 1.0)
+@functools.cache
+def _refitting(name):
+  """(pair, ranks, calibration windows, the decoder whose masks refit)."""
+  pair = testing.pair(name)
+  source = np.random.default_rng(0)
+  config = pair.config
+  shapes = (config.layers, config.groups), (config.layers, config.ffn)
+  rank = masks.rank_all(Masks(*(source.random(s) for s in shapes)))
+  windows = testing.tokens(4, 16)[:, None]
+  found = repair.refitting(
+    pair.params, config, rank, windows, strength=_STRENGTH
+  )
+  return pair, rank, windows, found
 
 
-class ForeseeTest(parameterized.TestCase):
-  @parameterized.parameters('llama_grouped', 'opt_pre_norm')
-  def test_harm_is_that_of_the_dense_models_inputs(self, name):
-    pair = testing.pair(name)
-    config, params = pair.config, pair.params
-    tokens = testing.tokens(2, 11)
-    stack = params['stack']
-    weights = stack['attention']['out'], stack['ffn']['down']
-    rank = masks.rank_all(importance.magnitude(weights))
-    windows = np.asarray(tokens)[:, None]
-    found = repair.foresee(params, config, rank, windows, strength=0.1)
+class RefittingTest(parameterized.TestCase):
+  @parameterized.parameters(*_NAMES)
+  def test_without_masks_it_is_the_dense_decoder(self, name):
+    pair, _, windows, (config, params) = _refitting(name)
+    ours = jax.jit(apply_of(config))(params, windows[0], None)
+    theirs = jax.jit(apply_of(pair.config))(pair.params, windows[0], None)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
+    ones = masks.ones(config.layers, config.groups, config.ffn)
+    again = jax.jit(apply_of(config))(params, windows[0], ones)
+    np.testing.assert_allclose(ours, again, atol=1e-3 * np.abs(ours).max())
 
-    def inputs(x):
-      return x.reshape(-1, x.shape[-1] if x.ndim == 3 else x[0, 0].size)
-
-    captured = functools.partial(captured_of(config, inputs), params)
-    seen = jax.tree.map(np.asarray, jax.jit(captured)(tokens))
-    for plain, mended, ranks, x, w in zip(
-      *found, rank, seen, weights, strict=True
-    ):
-      for i in range(config.layers):
-        flat = np.asarray(w[i]).reshape(-1, w.shape[-1])
-        expected = _MARGINALS(x[i].T @ x[i], flat, ranks[i], 0.1)
-        for ours, theirs in zip((plain[i], mended[i]), expected, strict=True):
-          np.testing.assert_allclose(
-            ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max()
-          )
+  @parameterized.parameters(*_NAMES)
+  def test_a_cut_module_is_refit_on_the_dense_models_inputs(self, name):
+    """Of the first layer's FFN, whose output the next layer sees."""
+    pair, rank, windows, (config, params) = _refitting(name)
+    inputs = jax.jit(captured_of(pair.config, lambda x: x))
+    entered = [
+      np.asarray(inputs(pair.params, w)[1], np.float64) for w in windows
+    ]
+    x = np.concatenate([e[0].reshape(-1, config.ffn) for e in entered])
+    w = np.asarray(pair.params['stack']['ffn']['down'][0], np.float64)
+    ridge = _STRENGTH * np.sum(x**2) / config.ffn
+    stack = params['stack']['ffn']
+    kept = np.asarray(rank.ffn[0]) < config.ffn // 2
+    ours = x @ stack['refit'][0] * kept @ stack['down'][0]
+    theirs = _refit(x, w, kept, ridge)
+    np.testing.assert_allclose(ours, theirs, atol=3e-3 * np.abs(x @ w).max())
+    # And it comes closer to the whole output than the cut alone.
+    whole, cut = x @ w, x[:, kept] @ w[kept]
+    self.assertLess(np.square(ours - whole).sum(), np.square(cut - whole).sum())
 
 
 if __name__ == '__main__':

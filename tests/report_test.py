@@ -22,10 +22,6 @@ from tests import finished_run
 _PLOTS = ('plot_kept.png', 'plot_search.png', 'plot_perplexity.png')
 
 
-def _without(results, *keys):
-  return {key: value for key, value in results.items() if key not in keys}
-
-
 def _strict(text):
   def refuse(constant):
     raise ValueError(f'{constant} is not JSON')
@@ -214,8 +210,8 @@ class WriteTest(_Folder):
       '512, no BOS; 32 windows of 512 tokens, 16,352 tokens scored.',
       '| tokens scored | 12,264 | 16,352 |',
       '| perplexity, dense | 15.00 | 16.58 |',
-      '| perplexity, searched | 20.00 | 21.25 |',
-      '| dense / searched | 0.750 | 0.780 |',
+      '| perplexity, pruned | 20.00 | 19.65 |',
+      '| dense / pruned | 0.750 | 0.844 |',
       'Sparsity 20.000% asked, 19.998% achieved',
       '15.00% of all parameters',
       '| parameters | 1,000,000 | 850,000 (-15.0%) |',
@@ -253,12 +249,11 @@ class WriteTest(_Folder):
   def test_without_calibration(self):
     run = finished_run.run(lines=1)
     text = self.write(
-      run._replace(
-        results=_without(run.results, 'uniform_calibrated', 'calibrated')
-      )
+      run._replace(results=finished_run.uncalibrated(run.results))
     )
     self.assert_drawn(*_PLOTS)
     self.assertNotIn('+ calibration', text)
+    self.assertIn('Both are before calibration', text)
     self.assertIn('the perplexity is 21.25', text)
 
   def test_broken_models_and_odd_paths(self):
@@ -453,9 +448,7 @@ class SummaryTest(absltest.TestCase):
       self.assertIn(part, text)
 
   def test_without_calibration(self):
-    results = _without(
-      finished_run.results(), 'uniform_calibrated', 'calibrated'
-    )
+    results = finished_run.uncalibrated(finished_run.results())
     self.assertNotIn('+ calibration', self.check(results))
 
   def test_it_fits_when_all_is_large_or_broken(self):

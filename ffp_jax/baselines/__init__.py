@@ -36,6 +36,7 @@ METHODS = {
 ABLATIONS = {
   # The score function in the place of gradients through the masks.
   'fastforward_score': {
+    'search.candidates': 8,
     'policy.pathwise_weight': 0.0,
     'policy.score_weight': 1.0,
   },
@@ -44,6 +45,8 @@ ABLATIONS = {
   'fastforward_rising': {'search.rows': (1, 2)},
   # From the uniform allocation instead of the FFN's.
   'fastforward_even': {'search.attention_prior': 0.0},
-  # Gradients that foresee the calibration.
-  'fastforward_foresee': {'search.foresee': 0.1},
+  # A pair of proposals a step instead of the policy's mean.
+  'fastforward_pairs': {'search.candidates': 2},
+  # Candidates scored as they are cut, not as calibration will leave them.
+  'fastforward_cut': {'search.refit': 0.0},
 }

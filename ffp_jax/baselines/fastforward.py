@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ffp_jax import config as config_lib
 from ffp_jax import curriculum, policy, search
 from ffp_jax.baselines.problem import Problem
 from ffp_jax.book import Book
@@ -48,14 +49,18 @@ def shipped(problem: Problem, seed: int, *, config):
   """
   config = config.copy_and_resolve_references()
   config.seed, config.budget.sparsity = seed, problem.sparsity
-  finals = (1 + config.search.remember) * problem.rows_RxT.size
-  steps = _affordable(config, problem.left - finals)
-  config.search.steps = (
-    steps if sum(steps) else _affordable(config, problem.left)
-  )
   yield problem.project(problem.start_S)
+  if config_lib.refits(config):
+    problem = problem.refit()
+  whole = problem.rows_RxT.size
+  finals = (1 + config.search.remember) * whole
+  steps = _affordable(config, problem.left - whole - finals)
+  config.search.steps = (
+    steps if sum(steps) else _affordable(config, problem.left - whole)
+  )
   if not sum(config.search.steps):
     return
+  dense = problem.losses([problem.sites.units], problem.rows_RxT)[0]
   states, net = _States(), search.network(config, problem.sites)[0]
   with tempfile.TemporaryDirectory() as folder:
     found, _ = search.run(
@@ -64,7 +69,7 @@ def shipped(problem: Problem, seed: int, *, config):
       problem.modules,
       problem.nll,
       problem.params,
-      problem.rows_RxT,
+      search.RewardText(problem.rows_RxT, dense),
       search.start(config, problem.sites),
       Book(pathlib.Path(folder)),
       states,

@@ -73,7 +73,8 @@ def page(results: dict):
       [_row(method, runs) for method, runs in groups],
     )
   yield Picture(
-    'Held-out perplexity of the incumbent against evaluated tokens',
+    'Held-out perplexity of the incumbent, calibrated, against evaluated '
+    'tokens',
     png='plot_curves.png',
   )
   yield Picture('Share kept in every layer', png='plot_kept.png')
@@ -116,7 +117,7 @@ def _spread(runs, name, form=wording.ppl) -> str:
 
 
 def curves(results: dict):
-  """Held-out perplexity of the incumbents, a panel a sparsity."""
+  """Calibrated held-out perplexity of the incumbents, a panel a sparsity."""
   panels = list(_grouped(results['runs']))
   figure, axes = _figure(len(panels), 1, 3.6)
   for ax, (sparsity, groups) in zip(axes[:, 0], panels, strict=True):
@@ -124,14 +125,16 @@ def curves(results: dict):
       looks = zip(*(run['checkpoints'] for run in runs), strict=True)
       x, y = zip(*map(_mean_look, looks), strict=True)
       ax.plot(x, y, label=method, marker='o', markersize=3, **_look(i))
-    ax.set(title=f'{sparsity:.0%} removed', ylabel='perplexity', yscale='log')
+    ax.set(title=f'{sparsity:.0%} removed', yscale='log')
+    ax.set(ylabel='perplexity, calibrated')
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
   axes[-1, 0].set(xlabel='evaluated tokens')
   return figure
 
 
 def _mean_look(looks):
-  known = [np.nan if x['ppl'] is None else x['ppl'] for x in looks]
+  known = [x['ppl_calibrated'] for x in looks]
+  known = [np.nan if x is None else x for x in known]
   return looks[0]['tokens'], np.mean(known)
 
 

@@ -48,7 +48,8 @@ class Problem:
     params: of the dense decoder.
     weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).
     measure: () -> `Inputs` of the dense decoder.
-    measure_tokens: what calling it costs.
+    mend: () -> (nll, params) of `repair.refitting`.
+    measure_tokens: what calling either costs.
     tokens: the budget.
     spent: what has been charged, in turn.
   """
@@ -63,6 +64,7 @@ class Problem:
   params: dict
   weights: tuple
   measure: Callable[[], Inputs]
+  mend: Callable[[], tuple]
   measure_tokens: int
   tokens: int
   spent: list[int] = dataclasses.field(default_factory=list)
@@ -108,6 +110,12 @@ class Problem:
     self.charge(self.measure_tokens)
     return self.measure()
 
+  def refit(self) -> 'Problem':
+    """The same, but candidates are scored calibrated; charged."""
+    self.charge(self.measure_tokens)
+    nll, params = self.mend()
+    return dataclasses.replace(self, nll=nll, params=params)
+
   def draw(self, source, rows: int) -> np.ndarray:
     """Different reward rows, as many as asked for or there are, [r,T]."""
     count = min(rows, len(self.rows_RxT))
@@ -118,6 +126,11 @@ class Problem:
 
     A loss that isn't finite is infinite, and so sorts last.
     """
+    means = np.mean(self.losses(counts_NxS, rows_RxT), axis=1)
+    return np.where(np.isfinite(means), means, np.inf)
+
+  def losses(self, counts_NxS, rows_RxT) -> np.ndarray:
+    """Losses [N,R] of candidates on each of the same rows, charged at once."""
     rows_RxT = np.asarray(rows_RxT)
     self.charge(len(counts_NxS) * rows_RxT.size)
     losses = [
@@ -127,8 +140,7 @@ class Problem:
       ]
       for count in counts_NxS
     ]
-    means = np.mean(jax.device_get(losses), axis=1, dtype=np.float64)
-    return np.where(np.isfinite(means), means, np.inf)
+    return np.array(jax.device_get(losses), np.float64)
 
   def project(self, priority_S) -> np.ndarray:
     """Counts of priorities, the budget met by `budget.project`."""

@@ -59,6 +59,7 @@ def search_steps(config, job_sites, model, params, tokens):
   goal = allocate.target(job_sites, config.budget.sparsity)
   net, optim = search.network(config, job_sites)
   prior = search.prior(job_sites, config.search.attention_prior)
+  dense = np.float32(1.0)  # its value doesn't matter to the time
 
   def real(params, tokens, masks):
     return nll(apply, params, tokens, masks)
@@ -76,7 +77,7 @@ def search_steps(config, job_sites, model, params, tokens):
     ]
 
     def run():
-      holder[0], metrics = step(holder[0], params, tokens, goal, modules)
+      holder[0], metrics = step(holder[0], params, tokens, dense, goal, modules)
       jax.block_until_ready(metrics)
 
     return run

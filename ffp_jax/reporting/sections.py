@@ -99,28 +99,34 @@ def _perplexities(run):
 
 def _overfit(results):
   yield Heading(3, 'Reward against held-out text')
+  seen, unseen = results['reward'], results['protocol']
+  when = {'searched': 'before', 'calibrated': 'after'}[seen['of']]
   yield Text(
     'The search saw the reward text and never the held-out text. A lower ratio '
     'on the held-out text means that the allocation fits the reward text. Both '
-    'are before calibration.'
+    f'are {when} calibration.'
   )
-  seen, unseen = results['reward'], results['protocol']
+  if when == 'after':
+    yield Text(
+      'On the reward text the calibration is the one that the search foresees: '
+      'of each module by itself, with the inputs of the dense model.'
+    )
   ppls = [
     [seen['dense_ppl'], results['dense']['ppl']],
-    [seen['searched_ppl'], results['searched']['ppl']],
+    [seen['searched_ppl'], results[seen['of']]['ppl']],
   ]
   rows = [
     ('tokens a window', *(f'{x["context"]:,}' for x in (seen, unseen))),
     ('tokens scored', *(f'{x["tokens"]:,}' for x in (seen, unseen))),
     ('perplexity, dense', *map(wording.ppl, ppls[0])),
-    ('perplexity, searched', *map(wording.ppl, ppls[1])),
+    ('perplexity, pruned', *map(wording.ppl, ppls[1])),
     (
-      'dense / searched',
+      'dense / pruned',
       *(wording.ratio(*pair, 3) for pair in zip(*ppls, strict=True)),
     ),
   ]
   yield Table(
-    'Perplexity before calibration', ('', 'reward text', 'held-out text'), rows
+    f'Perplexity {when} calibration', ('', 'reward text', 'held-out text'), rows
   )
 
 
