@@ -39,8 +39,8 @@ def shipped(problem: Problem, seed: int, *, config):
   """`search.run` with the numbers of steps that the budget pays for.
 
   The shares of the stages stay; the finalists are re-scored on the whole
-  reward text, as in `prune.rescore`, where that leaves a step. Until then
-  the incumbent is the policy's mean.
+  reward text, as in `prune.rescore`, where that leaves as many steps as are
+  configured. Until then the incumbent is the policy's mean.
 
   Args:
     problem: what scores.
@@ -53,11 +53,10 @@ def shipped(problem: Problem, seed: int, *, config):
   if config_lib.refits(config):
     problem = problem.refit()
   whole = problem.rows_RxT.size
-  finals = (1 + config.search.remember) * whole
-  steps = _affordable(config, problem.left - whole - finals)
-  config.search.steps = (
-    steps if sum(steps) else _affordable(config, problem.left - whole)
-  )
+  room = problem.left - whole
+  spare = room - (1 + config.search.remember) * whole
+  enough = search.cost(config, curriculum.plan(config))['tokens_evaluated']
+  config.search.steps = _affordable(config, spare if spare >= enough else room)
   if not sum(config.search.steps):
     return
   dense = problem.losses([problem.sites.units], problem.rows_RxT)[0]
