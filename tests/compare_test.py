@@ -30,15 +30,11 @@ def tearDownModule():
 
 
 @functools.cache
-def _paths():
-  folder = pathlib.Path(_FOLDER.name)
-  tiny_run.write_model(folder / 'model')
-  (folder / 'text.txt').write_text(tiny_run.text(2))
-  return folder / 'model', folder / 'text.txt'
+def _inputs():
+  return tiny_run.inputs(pathlib.Path(_FOLDER.name))
 
 
 def _config(**overrides):
-  model, text = _paths()
   out = config.comparison()
   changes = tiny_run.config().to_dict()
   changes['compare'] = {
@@ -48,8 +44,7 @@ def _config(**overrides):
     'tokens': _TOKENS,
   }
   out.update(changes)
-  out.model, out.data = str(model), str(text)
-  out.update_from_flattened_dict(overrides)
+  out.update_from_flattened_dict(_inputs() | overrides)
   return out
 
 
@@ -74,7 +69,7 @@ class RunTest(parameterized.TestCase):
   def test_every_method_meets_both_budgets(self):
     _, results = _finished()
     self.assertEqual([run['method'] for run in results['runs']], [*_METHODS])
-    model = hf.model_config(_paths()[0])
+    model = hf.model_config(pathlib.Path(_inputs()['model']))
     found = sites.sites(model, round_heads=1, round_ffn=2)
     for run in results['runs']:
       slack = found.limit(0.25) - found.kept_cost(run['counts'])

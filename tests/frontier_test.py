@@ -30,12 +30,7 @@ def tearDownModule():
 
 @functools.cache
 def _config():
-  folder = pathlib.Path(_FOLDER.name)
-  tiny_run.write_model(folder / 'model')
-  (folder / 'text.txt').write_text(tiny_run.text(2))
-  return tiny_run.config(
-    model=str(folder / 'model'), data=str(folder / 'text.txt')
-  )
+  return tiny_run.config(**tiny_run.inputs(pathlib.Path(_FOLDER.name)))
 
 
 def _run(workdir, sparsities=_SPARSITIES, steps=1):

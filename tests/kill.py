@@ -112,11 +112,7 @@ def main(argv):
   source = np.random.default_rng(flags.FLAGS.seed)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    config = tiny_run.config(
-      model=str(folder / 'model'), data=str(folder / 'text.txt')
-    )
-    tiny_run.write_model(folder / 'model')
-    (folder / 'text.txt').write_text(tiny_run.text(2))
+    config = tiny_run.config(**tiny_run.inputs(folder))
     undisturbed(config, folder / 'compiled')
     spent = undisturbed(config, folder / 'whole')
     expected, hit = outcome(folder / 'whole'), collections.Counter()

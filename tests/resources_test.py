@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 import pathlib
 import tempfile
@@ -259,20 +258,12 @@ class IntegersTest(absltest.TestCase):
       self.assertLess(units @ cost / whole / (1 / 0.7) - 1, 1e-3)
 
 
-@functools.cache
-def _inputs(folder):
-  folder = pathlib.Path(folder)
-  tiny_run.write_model(folder / 'model')
-  (folder / 'text.txt').write_text(tiny_run.text(2))
-  return {'model': str(folder / 'model'), 'data': str(folder / 'text.txt')}
-
-
 class RunTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     folder = self.enterContext(tempfile.TemporaryDirectory())
     self.folder = pathlib.Path(folder)
-    self.inputs = _inputs(folder)
+    self.inputs = tiny_run.inputs(self.folder)
 
   def _run(self, **budgets):
     settings = tiny_run.config(**self.inputs)

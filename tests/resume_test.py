@@ -58,10 +58,8 @@ def tearDownModule():
 @functools.cache
 def _inputs() -> dict:
   folder = pathlib.Path(_FOLDER.name)
-  tiny_run.write_model(folder / 'model')
-  (folder / 'text.txt').write_text(tiny_run.text(2))
   (folder / 'config.py').write_text(_CONFIG)
-  return {'model': str(folder / 'model'), 'data': str(folder / 'text.txt')}
+  return tiny_run.inputs(folder)
 
 
 def _config(**overrides):

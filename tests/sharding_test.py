@@ -185,8 +185,7 @@ def _config(folder, mesh, **overrides):
 def _home(family) -> pathlib.Path:
   """Holds a model, a text, and a run of them on one device, `one`."""
   folder = pathlib.Path(_FOLDER.name) / family
-  tiny_run.write_model(folder / 'model', model_type=family, **_FAMILIES[family])
-  (folder / 'text.txt').write_text(tiny_run.text(4))
+  tiny_run.inputs(folder, topics=4, model_type=family, **_FAMILIES[family])
   prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
   return folder
 

@@ -114,6 +114,19 @@ def write_model(
   write_tokenizer(directory)
 
 
+def inputs(folder: pathlib.Path, topics: int = 2, **changes) -> dict:
+  """Writes what a run needs: `model` and `data` of its configuration.
+
+  Args:
+    folder: gets `model` and `text.txt`.
+    topics: of `text`.
+    **changes: to HF_CONFIG.
+  """
+  write_model(folder / 'model', **changes)
+  (folder / 'text.txt').write_text(text(topics))
+  return {'model': str(folder / 'model'), 'data': str(folder / 'text.txt')}
+
+
 def write_tokenizer(directory: pathlib.Path):
   """Byte-level BPE of VOCAB tokens."""
   level = tokenizers.pre_tokenizers.ByteLevel
