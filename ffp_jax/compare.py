@@ -77,13 +77,15 @@ def check(config):
   if 'compare' not in config:
     raise RequestError("--config: no key 'compare'; give configs/compare.py")
   c = config.compare
-  known = {**baselines.METHODS, **baselines.ABLATIONS}
+  known = {**baselines.METHODS, **baselines.ABLATIONS, **baselines.REFIT}
   for name in c.methods:
     if name not in known:
       raise RequestError(
         f'compare.methods: {name!r} is not one of {", ".join(known)}'
       )
-  if 'cmaes' in c.methods and not importlib.util.find_spec('cma'):
+  if {'cmaes', 'cmaes_refit'} & {*c.methods} and not importlib.util.find_spec(
+    'cma'
+  ):
     raise RequestError('compare.methods: cmaes needs `pip install cma`')
   for key in ('methods', 'sparsities', 'seeds', 'checkpoints'):
     if not c[key]:
@@ -226,8 +228,16 @@ def allocator(name: str, config) -> Callable:
   """(problem, seed) -> incumbents, with the settings of the configuration."""
   if name == 'fastforward' or name in baselines.ABLATIONS:
     return functools.partial(baselines.METHODS['fastforward'], config=config)
-  settings = config.compare.settings.get(name, {})
-  return functools.partial(baselines.METHODS[name], **settings)
+  base = baselines.REFIT.get(name, name)
+  settings = config.compare.settings.get(base, {})
+  allocate = functools.partial(baselines.METHODS[base], **settings)
+  return functools.partial(on_refit, allocate) if base != name else allocate
+
+
+def on_refit(allocate, problem: Problem, seed: int):
+  """An allocator that scores candidates calibrated."""
+  yield problem.project(problem.start_S)
+  yield from allocate(problem.refit(), seed)
 
 
 def follow(allocate, problem: Problem, seed: int) -> list:

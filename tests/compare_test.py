@@ -10,13 +10,22 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import baselines, compare, config, hf, prune, sites
+from ffp_jax import (
+  baselines,
+  compare,
+  config,
+  evaluate,
+  hf,
+  masks,
+  prune,
+  sites,
+)
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
 _METHODS = (
   *('uniform', 'flap', 'random', 'evopress', 'fastforward'),
-  'fastforward_cut',
+  *('fastforward_cut', 'evopress_refit'),
 )
 _TOKENS = 1200
 
@@ -86,8 +95,26 @@ class RunTest(parameterized.TestCase):
     # and 8 rows of reward text for each of up to two finalists.
     rest = used['fastforward'] - 6 * 32 - 8 * 16 - 13 * 3 * 16
     self.assertIn(rest, (128, 256))
-    for name in ('random', 'evopress', 'fastforward'):
+    for name in ('random', 'evopress', 'fastforward', 'evopress_refit'):
       self.assertGreater(used[name], 0.6 * _TOKENS)
+
+  def test_refit_candidates_are_scored_calibrated(self):
+    one = _config(**{'budget.sparsity': 0.25})
+    job = prune.prepare(one)
+    model = compare.model_of(one, job)
+    modules = prune.rank_units(one, job, model.params)
+    scored = prune.refit(one, job, model.params, modules)
+    problem = compare.problem_of(
+      one, job, model, modules, lambda _: scored.params
+    )
+    counts, rows = problem.project(problem.start_S), problem.rows_RxT[:2]
+    found = problem.refit().losses([counts], rows)[0]
+    keep = masks.from_counts(modules.rank, counts)
+    expected = evaluate.Scorer(scored.model).each(scored.params, rows, keep)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    cut = problem.losses([counts], rows)[0]
+    self.assertGreater(np.abs(found - cut).min(), 1e-4)
+    self.assertEqual(problem.used, 6 * 32 + 2 * rows.size)
 
   @parameterized.parameters(*baselines.ABLATIONS)
   def test_an_ablation_changes_what_it_says(self, name):

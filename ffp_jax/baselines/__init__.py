@@ -32,6 +32,19 @@ METHODS = {
   'fastforward': fastforward.shipped,
 }
 
+# Those that score candidates: 'evopress_refit' is 'evopress' with candidates
+# scored as calibration will leave them, which 'fastforward' does by itself.
+_SCORING = (
+  'sensitivity',
+  'knapsack',
+  'random',
+  'evopress',
+  'eas',
+  'cmaes',
+  'amc',
+)
+REFIT = {f'{name}_refit': name for name in _SCORING}
+
 # 'fastforward' with one thing changed: name to keys of the configuration.
 ABLATIONS = {
   # The score function in the place of gradients through the masks.
