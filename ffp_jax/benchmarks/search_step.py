@@ -22,6 +22,7 @@ from ffp_jax import (
   hf,
   hub,
   masks,
+  repair,
   search,
   sites,
 )
@@ -50,11 +51,14 @@ def torch_forward(directory, tokens):
 
 def search_steps(config, job_sites, model, params, tokens):
   """One search step of the model, and the same step with a free loss."""
-  apply = evaluate.apply_of(model)
   rank = masks.Masks(
     jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
     jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
   )
+  model, params = repair.refitting(
+    params, model, rank, tokens[:, None], strength=config.search.refit
+  )
+  apply = evaluate.apply_of(model)
   modules = allocate.modules(job_sites, rank)
   goal = allocate.target(job_sites, config.budget.sparsity)
   net, optim = search.network(config, job_sites)
