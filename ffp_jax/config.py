@@ -126,7 +126,7 @@ def comparison() -> ml_collections.ConfigDict:
   )
   c.sparsities = (0.2, 0.3)
   c.seeds = (0, 1, 2)  # of the splits of the text and of the methods
-  c.tokens = 120_000  # evaluated; a backward pass counts as two forward ones
+  c.tokens = 54_000  # evaluated; a backward pass counts as two forward ones
   c.checkpoints = (0.25, 0.5, 1.0)  # shares of it, at which to look
 
   # Searches start from search.attention_prior; AMC and FastForward as
