@@ -129,7 +129,9 @@ def published(
   the share of the reward text from `first_share` to all along a cube. The
   answer is the proposal of the last stair with the largest reward, before
   that the mean. Departs in that both schedules run over the budget of
-  tokens instead of episodes, and that the network is `policy.Policy`.
+  tokens instead of episodes, that no step takes more than half a stair's
+  tokens, so that a small budget gets to the last stair too, and that the
+  network is `policy.Policy`.
   """
   source = np.random.default_rng(seed)
   net = policy.Policy(len(problem.start_S), tuple(hidden), std)
@@ -164,6 +166,8 @@ def published(
       entropy_weight=entropy,
     )[:2]
 
+  row_tokens = candidates * problem.rows_RxT.shape[1]
+  most = max(1, problem.tokens // (2 * stages * row_tokens))
   best = math.inf
   yield meet(problem, zeros_S)
   while True:
@@ -171,7 +175,8 @@ def published(
     stair = min(stages, 1 + int(progress * stages))
     easier = problem.at(problem.sparsity * stair / stages)
     share = first_share + (1.0 - first_share) * progress**3
-    rows = problem.draw(source, math.ceil(share * len(problem.rows_RxT)))
+    count = min(most, math.ceil(share * len(problem.rows_RxT)))
+    rows = problem.draw(source, count)
     noise = source.standard_normal((candidates, len(zeros_S)), np.float32)
     sparsity = jnp.float32(easier.sparsity)
     proposal, action, log_prob = sample(params, sparsity, noise)
