@@ -310,6 +310,14 @@ class SensitivityTest(parameterized.TestCase):
     self.assertTrue(np.all(error <= _SITES.step / _SITES.units), error)
     self.assertEqual(problem.used, 7 * problem.rows_RxT.size)
 
+  @parameterized.parameters((120, 3), (60, 0))
+  def test_knapsack_makes_do_with_a_part_of_a_row(self, tokens, length):
+    problem = _problem(tokens)
+    answers = _answers('knapsack', problem)
+    # Five levels of each of six modules, and the dense model.
+    self.assertEqual(problem.used, 31 * length)
+    self.assertLen(answers, 2 if length else 1)
+
   @parameterized.parameters(range(20))
   def test_knapsack_is_exact(self, seed):
     source = np.random.default_rng(seed)

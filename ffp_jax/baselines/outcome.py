@@ -28,7 +28,7 @@ def line(run: dict) -> str:
 
 def write(results: dict, workdir: pathlib.Path):
   """Makes compare.md and its plots from what compare.json holds."""
-  for name, picture in {'curves': curves, 'kept': kept}.items():
+  for name, _, picture in _pictures(results):
     (workdir / f'plot_{name}.png').write_bytes(plots.png(picture(results)))
   replace(workdir / 'compare.md', blocks.markdown(page(results)))
 
@@ -72,12 +72,19 @@ def page(results: dict):
       ),
       [_row(method, runs) for method, runs in groups],
     )
-  yield Picture(
-    'Held-out perplexity of the incumbent, calibrated, against evaluated '
-    'tokens',
-    png='plot_curves.png',
-  )
-  yield Picture('Share kept in every layer', png='plot_kept.png')
+  for name, caption, _ in _pictures(results):
+    yield Picture(caption, png=f'plot_{name}.png')
+
+
+def _pictures(results):
+  """(name, caption, what draws it); no curves where each is one point."""
+  if any(len(run['checkpoints']) > 1 for run in results['runs']):
+    caption = (
+      'Held-out perplexity of the incumbent, calibrated, against evaluated '
+      'tokens'
+    )
+    yield 'curves', caption, curves
+  yield 'kept', 'Share kept in every layer', kept
 
 
 def _grouped(runs):
@@ -118,6 +125,8 @@ def _spread(runs, name, form=wording.ppl) -> str:
 
 def curves(results: dict):
   """Calibrated held-out perplexity of the incumbents, a panel a sparsity."""
+  from matplotlib import ticker  # slow to import
+
   panels = list(_grouped(results['runs']))
   figure, axes = _figure(len(panels), 1, 3.6)
   for ax, (sparsity, groups) in zip(axes[:, 0], panels, strict=True):
@@ -127,6 +136,9 @@ def curves(results: dict):
       ax.plot(x, y, label=method, marker='o', markersize=3, **_look(i))
     ax.set(title=f'{sparsity:.0%} removed', yscale='log')
     ax.set(ylabel='perplexity, calibrated')
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
   axes[-1, 0].set(xlabel='evaluated tokens')
   return figure

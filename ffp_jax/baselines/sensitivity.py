@@ -119,8 +119,8 @@ def _rounded(sites, s: int, ratio: float) -> int:
 def _alone(problem: Problem, source, levels) -> list[np.ndarray]:
   """What each module loses at each of its counts, the others whole.
 
-  All on the same rows, as many as the budget pays for. A loss that isn't
-  finite is very large.
+  All on the same rows, as many as the budget pays for, or on the beginning of
+  one where it doesn't pay for a whole. A loss that isn't finite is very large.
   """
   units = problem.sites.units
   candidates = [units]
@@ -129,8 +129,9 @@ def _alone(problem: Problem, source, levels) -> list[np.ndarray]:
       one = units.copy()
       one[s] = count
       candidates.append(one)
-  each = len(candidates) * problem.rows_RxT.shape[1]
-  rows = problem.draw(source, max(1, problem.left // each))
+  each = problem.left // len(candidates)  # tokens; two give one loss
+  length = max(2, min(problem.rows_RxT.shape[1], each))
+  rows = problem.draw(source, max(1, each // length))[:, :length]
   losses = np.minimum(problem.score(candidates, rows), 1e9)
   ends = np.cumsum([len(row) for row in levels])
   return np.split(losses[1:] - losses[0], ends[:-1])
