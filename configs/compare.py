@@ -3,7 +3,7 @@
 Command: python -m ffp_jax.compare --config=configs/compare.py --workdir=DIR
 `--config.compare.methods="('uniform', 'random')"` compares some of them; a
 later command on the same DIR may ask for more methods, sparsities and seeds.
-Not run whole yet; docs/results.md has what was.
+docs/results.md has the results.
 """
 
 from ffp_jax.config import comparison
