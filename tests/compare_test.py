@@ -20,6 +20,7 @@ from ffp_jax import (
   prune,
   sites,
 )
+from ffp_jax.baselines import outcome
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -226,6 +227,13 @@ class CommandTest(parameterized.TestCase):
     self.assertLen(done.stderr.splitlines(), 1, done.stderr)
     self.assertStartsWith(done.stderr, 'ffp_jax: ')
     self.assertIn(word, done.stderr)
+
+
+class OutcomeTest(absltest.TestCase):
+  def test_no_curves_of_single_points(self):
+    one, two = ({'runs': [{'checkpoints': [{}] * n}]} for n in (1, 2))
+    names = [[x[0] for x in outcome._pictures(runs)] for runs in (one, two)]
+    self.assertEqual(names, [['kept'], ['curves', 'kept']])
 
 
 if __name__ == '__main__':
