@@ -77,7 +77,7 @@ def check(config):
   if 'compare' not in config:
     raise RequestError("--config: no key 'compare'; give configs/compare.py")
   c = config.compare
-  known = {**baselines.METHODS, **baselines.ABLATIONS, **baselines.REFIT}
+  known = [*baselines.METHODS, *baselines.ABLATIONS, *baselines.REFIT]
   for name in c.methods:
     if name not in known:
       raise RequestError(
@@ -212,7 +212,7 @@ def problem_of(config, job, model, modules, refit) -> Problem:
     modules=modules,
     sparsity=config.budget.sparsity,
     low=config.search.lowest_ratio,
-    start_S=search.prior(job.sites, config.search.attention_prior),
+    start_S=search.prior(job.sites, config.compare.attention_prior),
     rows_RxT=job.text.reward.reshape(-1, config.search.context),
     nll=model.nll,
     params=model.params,
@@ -226,12 +226,13 @@ def problem_of(config, job, model, modules, refit) -> Problem:
 
 def allocator(name: str, config) -> Callable:
   """(problem, seed) -> incumbents, with the settings of the configuration."""
-  if name == 'fastforward' or name in baselines.ABLATIONS:
-    return functools.partial(baselines.METHODS['fastforward'], config=config)
-  base = baselines.REFIT.get(name, name)
+  base = baselines.base(name)
+  if base == 'fastforward':
+    return functools.partial(baselines.METHODS[base], config=config)
   settings = config.compare.settings.get(base, {})
   allocate = functools.partial(baselines.METHODS[base], **settings)
-  return functools.partial(on_refit, allocate) if base != name else allocate
+  refits = name in baselines.REFIT
+  return functools.partial(on_refit, allocate) if refits else allocate
 
 
 def on_refit(allocate, problem: Problem, seed: int):

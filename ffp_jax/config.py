@@ -62,12 +62,12 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.context = 256  # short: attention is cheaper
   config.search.candidates = 1  # antithetic pairs; if odd, and the mean
   config.search.block = 0  # candidates scored at once; 0: as many as fit
-  config.search.window = 0.05  # units around a cut, share of the module
+  config.search.window = 0.2  # removed units next to a cut, a share of all
   config.search.reward = 'ratio'  # or 'log_ratio'
   # Ridge strength with which candidates are calibrated; 0: as they are cut.
   config.search.refit = 0.1
   config.search.lowest_ratio = 0.1
-  config.search.attention_prior = 4.0  # first priority; FFN's is 0
+  config.search.attention_prior = 2.0  # first priority; FFN's is 0
   config.search.remember = 1  # best candidates that are re-scored
   config.search.remat = False  # recompute activations: less memory
   config.search.init_from = ''  # workdir of a run whose policy to start from
@@ -129,8 +129,9 @@ def comparison() -> ml_collections.ConfigDict:
   c.tokens = 54_000  # evaluated; a backward pass counts as two forward ones
   c.checkpoints = (0.25, 0.5, 1.0)  # shares of it, at which to look
 
-  # Searches start from search.attention_prior; AMC and FastForward as
-  # published from what their authors do.
+  # First priority of attention, from which the searches start: whole. AMC and
+  # FastForward start as their authors do, ours from search.attention_prior.
+  c.attention_prior = 4.0
   s = c.settings = ml_collections.ConfigDict()
   s.owl = dict(outlier=5.0, spread=0.08)
   s.depth = dict(first=0.25)
@@ -161,6 +162,7 @@ def comparison() -> ml_collections.ConfigDict:
     entropy=0.01,
     stages=4,
     first_share=0.05,
+    exact=False,
   )
   return config
 

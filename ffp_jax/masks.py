@@ -1,6 +1,5 @@
 """Scores and counts to masks, ties broken by index."""
 
-import jax
 import jax.numpy as jnp
 
 from ffp_jax.model import Masks
@@ -29,14 +28,18 @@ def from_counts(rank: Masks, count_S) -> Masks:
 
   Args:
     rank: from `rank_all`.
-    count_S: [S], attention of every layer, then FFN of every layer.
+    count_S: [S], attention of every layer, then FFN of every layer; of a
+      count that isn't whole, the fraction is the mask of its last unit.
 
   Returns:
     float32 Masks [L,K] and [L,F].
   """
   attention_L, ffn_L = jnp.split(count_S, 2)
-  keep = Masks(rank.attention < attention_L[:, None], rank.ffn < ffn_L[:, None])
-  return jax.tree.map(lambda x: x.astype(jnp.float32), keep)
+
+  def keep(count_L, rank):
+    return jnp.clip((count_L[:, None] - rank).astype(jnp.float32), 0.0, 1.0)
+
+  return Masks(keep(attention_L, rank.attention), keep(ffn_L, rank.ffn))
 
 
 def ones(layers: int, groups: int, channels: int) -> Masks:

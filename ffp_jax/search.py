@@ -2,7 +2,7 @@
 
 A step proposes N candidates at the stage's sparsity, scores them on the same
 tokens through masks, and updates the policy. What the loss says about the
-units on both sides of each module's cut reaches the policy as the gradient
+units that each module would get back next reaches the policy as the gradient
 of the reward with respect to the priorities, through the projection.
 """
 
@@ -56,47 +56,45 @@ class SearchState(NamedTuple):
   memory: Memory
 
 
-def around(rank: Masks, count_S, *, window) -> Masks:
-  """1 for the units whose rank is within `window` of their module's cut.
+def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
+  """d loss / d count, from the mask gradients of the units next to come back.
 
-  Args:
-    rank: of the units.
-    count_S: where each module is cut.
-    window: half width, as a share of the module's units; at least one unit.
-  """
-
-  def near(rank, count_L):
-    half = max(1, round(window * rank.shape[-1]))
-    cut = count_L[:, None]
-    return ((rank >= cut - half) & (rank < cut + half)).astype(jnp.float32)
-
-  return Masks(*map(near, rank, jnp.split(count_S, 2)))
-
-
-def count_gradient(mask_gradient: Masks, near: Masks):
-  """d loss / d count, from the mask gradients of the units around the cut.
-
-  The masked forward runs removed units too, so both sides are known: the
-  mean over them.
+  The masked forward runs removed units too, so what they would bring is
+  known. What is kept has settled, calibrated or trained, where the loss is
+  flat in its masks: a unit's gradient falls from that at mask 0 to about zero
+  at 1, and its mean on the way is half of it. A unit kept in part, as whole
+  attention groups are while the search goes on, has the gradient it has.
 
   Args:
     mask_gradient: d loss / d mask, [L,K] and [L,F].
-    near: from `around`.
+    rank: of the units.
+    count_S: what the masks keep, see `masks.from_counts`; [S].
+    window: units to average, as a share of the module's; at least one.
 
   Returns:
     float32 [S].
   """
-  means = [
-    jnp.sum(gradient * near, -1) / jnp.sum(near, -1)
-    for gradient, near in zip(mask_gradient, near, strict=True)
-  ]
-  return jnp.concatenate(means)
+
+  def mean(gradient, rank, count_L):
+    units = rank.shape[-1]
+    # Of a module that keeps all of its units, the last.
+    first = jnp.minimum(jnp.floor(count_L), units - 1.0)[:, None]
+    near = (rank >= first) & (rank < first + max(1, round(window * units)))
+    way = jnp.where(rank == first, 1.0, 0.5)
+    return jnp.sum(near * way * gradient, -1) / jnp.sum(near, -1)
+
+  halves = zip(mask_gradient, rank, jnp.split(count_S, 2), strict=True)
+  return jnp.concatenate([mean(*half) for half in halves])
 
 
 def score(
   priority_S, target, modules, loss_of, dense_nll, *, low, window, kind
 ):
   """Reward of one candidate and its gradient.
+
+  Candidates are scored before their counts are rounded, which keeps the
+  budget and lets whole attention groups come and go by degrees. A group that
+  is worth what it costs is kept by more than half, so rounding is right.
 
   Args:
     priority_S: the proposal.
@@ -114,15 +112,14 @@ def score(
   ratio_S, pull_back = jax.vjp(
     lambda p: allocate.project(p, target, modules, low=low), priority_S
   )
-  count_S = allocate.counts(ratio_S, target, modules)
+  count_S = ratio_S * modules.units_S
   nll, gradient = jax.value_and_grad(loss_of)(
     masks.from_counts(modules.rank, count_S)
   )
   reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x, kind))(
     nll
   )
-  near = around(modules.rank, count_S, window=window)
-  per_count_S = count_gradient(gradient, near)
+  per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
   (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
   return reward, jnp.where(known, ascent_S, 0.0)

@@ -61,12 +61,15 @@ def _harm(kept_S, xp=np):
 
 
 def _nll(params, tokens_BxT, masks):
-  """`_harm`, seen through noise that is the same for all on the same row."""
+  """`_harm`, seen through noise that is the same for all on the same row.
+
+  Flat in the masks of units that are kept, as the loss of a model is.
+  """
   del params
   noise_B = 0.1 * jnp.sin(tokens_BxT[:, 0])
   if masks is None:
     return 1.0 + noise_B
-  kept_S = jnp.concatenate([mask.mean(-1) for mask in masks])
+  kept_S = jnp.concatenate([(mask * (2.0 - mask)).mean(-1) for mask in masks])
   return _harm(kept_S, jnp) + noise_B
 
 
@@ -111,10 +114,10 @@ def _config():
   return config
 
 
-def _answers(name, problem, seed=0):
+def _answers(name, problem, seed=0, **changes):
   """Every incumbent of a method, with the settings that are on record."""
   config = _config()
-  settings = config.compare.settings.get(name, {})
+  settings = {**config.compare.settings.get(name, {}), **changes}
   if name == 'fastforward':
     settings = {'config': config}
   out = []
@@ -176,6 +179,16 @@ class AllTest(parameterized.TestCase):
   def test_published_gets_to_its_last_stair(self):
     first, *_, last = _answers('fastforward_published', _problem(1000))
     self.assertFalse(np.array_equal(first, last))
+
+  def test_published_with_the_exact_projection(self):
+    method = 'fastforward_published'
+    cut, exact = (
+      _answers(method, _problem(1000), exact=exact) for exact in (False, True)
+    )
+    self.assertFalse(np.array_equal(cut[-1], exact[-1]))
+    # Equal priorities are the same share of each module, with rounding.
+    even = _problem().project(np.zeros(2 * _L))
+    np.testing.assert_array_equal(exact[0], even)
 
 
 def _optimum():

@@ -129,6 +129,15 @@ class RunTest(parameterized.TestCase):
       baselines.ABLATIONS[name],
     )
 
+  def test_names_tell_the_method(self):
+    for name, method in (
+      ('evopress_refit', 'evopress'),
+      ('fastforward_cut', 'fastforward'),
+      ('fastforward_published', 'fastforward_published'),
+      ('fastforward_published_exact', 'fastforward_published'),
+    ):
+      self.assertEqual(baselines.base(name), method)
+
   def test_uniform_is_that_of_a_run(self):
     one = _config(**{'budget.sparsity': 0.25})
     job = prune.prepare(one)
@@ -230,6 +239,21 @@ class CommandTest(parameterized.TestCase):
 
 
 class OutcomeTest(absltest.TestCase):
+  def test_overview_has_every_method_and_sparsity(self):
+    runs = [
+      {'method': name, 'sparsity': sparsity, 'ppl_calibrated': ppl}
+      for name, sparsity, ppl in (
+        *(('b', 0.3, 2.0), ('b', 0.2, 4.0), ('b', 0.3, 3.0)),
+        *(('a', 0.3, 5.0), ('a', 0.3, None)),
+      )
+    ]
+    table = outcome._overview(runs)
+    self.assertEqual(table.header, ('method', '20%', '30%'))
+    self.assertEqual(
+      table.rows,
+      [('b', '4.00 (1)', '2.50 ± 0.71 (2)'), ('a', '', 'not finite (2)')],
+    )
+
   def test_no_curves_of_single_points(self):
     one, two = ({'runs': [{'checkpoints': [{}] * n}]} for n in (1, 2))
     names = [[x[0] for x in outcome._pictures(runs)] for runs in (one, two)]

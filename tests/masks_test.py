@@ -99,6 +99,12 @@ class FromCountsTest(parameterized.TestCase):
       self.assertEqual(after.sum(), count)
       before = after
 
+  def test_a_count_that_is_not_whole_keeps_a_part_of_a_unit(self):
+    rank = Masks(jnp.array([[1, 0, 2]]), jnp.array([[3, 1, 0, 2]]))
+    got = masks.from_counts(rank, jnp.array([1.75, 0.5]))
+    np.testing.assert_array_equal(got.attention, [[0.75, 1.0, 0.0]])
+    np.testing.assert_array_equal(got.ffn, [[0.0, 0.0, 0.5, 0.0]])
+
   def test_dense_counts_are_ones(self):
     source = np.random.default_rng(0)
     scores = Masks(source.random((2, 3)), source.random((2, 7)))

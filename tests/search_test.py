@@ -73,10 +73,13 @@ def _harm(kept_S, xp=np):
 
 
 def _nll(cliff, tokens_BxT, masks):
-  """`_harm` in the place of a model's loss; NaN where an FFN keeps more."""
+  """`_harm` in the place of a model's loss; NaN where an FFN keeps more.
+
+  Flat in the masks of units that are kept, as the loss of a model is.
+  """
   if masks is None:
     return jnp.ones(len(tokens_BxT))
-  kept_S = jnp.concatenate([mask.mean(-1) for mask in masks])
+  kept_S = jnp.concatenate([(mask * (2.0 - mask)).mean(-1) for mask in masks])
   value = jnp.where(kept_S[_L] > cliff, jnp.nan, _harm(kept_S, jnp))
   return jnp.full(len(tokens_BxT), value)
 
@@ -137,34 +140,50 @@ class CountGradientTest(parameterized.TestCase):
     window = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)[seed]
     count_S = np.concatenate(
       [source.integers(0, 6, 2), [source.integers(0, 25), 24 * (seed % 2)]]
+    ) + np.array([0.0, 0.5, 0.75, 0.0])
+    count_S = np.minimum(count_S, [5, 5, 24, 24])
+    ours = search.count_gradient(
+      gradient, rank, jnp.asarray(count_S), window=window
     )
-    near = search.around(rank, jnp.asarray(count_S), window=window)
-    ours = search.count_gradient(gradient, near)
     theirs = []
     for module in range(2):
       units = shapes[module][1]
-      half = max(1, round(window * units))
       for layer in range(2):
-        cut = count_S[2 * module + layer]
-        place = np.asarray(rank[module][layer])
-        near = [
-          gradient[module][layer][unit]
-          for unit in range(units)
-          if cut - half <= place[unit] < cut + half
-        ]
-        theirs.append(np.mean(near))
+        cut = min(int(count_S[2 * module + layer]), units - 1)
+        unit_at = np.argsort(np.asarray(rank[module][layer]))
+        last = min(units, cut + max(1, round(window * units)))
+        slopes = gradient[module][layer][unit_at[cut:last]]
+        slopes[1:] /= 2.0
+        theirs.append(np.mean(slopes))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     self.assertEqual(ours.dtype, jnp.float32)
 
-  def test_sees_the_next_and_the_last_unit(self):
+  @parameterized.parameters((2.0, 7.0), (2.6, 7.0), (1.3, 5.0), (4.0, 80.0))
+  def test_sees_the_unit_next_to_come_back(self, count, slope):
     rank = Masks(jnp.array([[2, 0, 1, 3]]), jnp.array([[2, 0, 1, 3]]))
-    slopes = Masks(
-      jnp.array([[7.0, 90.0, 5.0, 90.0]]), jnp.array([[7.0, 9.0, 90.0, 90.0]])
+    slopes = Masks(*2 * (jnp.array([[7.0, 90.0, 5.0, 80.0]]),))
+    got = search.count_gradient(
+      slopes, rank, jnp.array([count, 0.0]), window=0.1
     )
-    # Kept, then removed next: ranks 1 and 2; and only rank 0 to lose.
-    near = search.around(rank, jnp.array([2, 0]), window=0.1)
-    got = search.count_gradient(slopes, near)
-    np.testing.assert_allclose(got, [6.0, 9.0])
+    np.testing.assert_allclose(got, [slope, 90.0])
+
+  def test_is_the_slope_between_counts_where_kept_units_are_flat(self):
+    """The mean over the window of what each whole unit brings."""
+    worth = np.random.default_rng(0).random(40).astype(np.float32)
+    rank = Masks(jnp.zeros((1, 1), int), jnp.arange(40)[None])
+    count_S = jnp.array([1.0, 10.0])
+
+    def harm(keep):
+      return jnp.sum(worth * jnp.square(1.0 - keep.ffn))
+
+    def whole(count):
+      return float(harm(masks.from_counts(rank, jnp.array([1.0, count]))))
+
+    gradient = jax.grad(harm)(masks.from_counts(rank, count_S))
+    got = search.count_gradient(gradient, rank, count_S, window=0.25)
+    # The first of the ten has mask 0 too, but counts as if on its way.
+    expected = (whole(20.0) - whole(10.0)) / 10 - worth[10] / 10
+    self.assertAlmostEqual(float(got[1]), expected, places=4)
 
 
 class AllocateTest(parameterized.TestCase):
@@ -237,7 +256,7 @@ def _score_at(priority_S, factor, target, modules, kind, steep):
     return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
 
   dense = jnp.float32(1.0)
-  limits = {'low': 0.1, 'window': 0.05}
+  limits = {'low': 0.1, 'window': 0.3}
   return search.score(
     priority_S, target, modules, loss_of, dense, **limits, kind=kind
   )
@@ -486,9 +505,12 @@ class ModelSearchTest(absltest.TestCase):
     tokens = _own_tokens(lambda t: apply(params, t, None), 4, 16)
     step = search.make_step(net, optim, nll, config, block=1)
 
-    @jax.jit
-    def reward(priority_S):
-      count_S = allocate.counts_of(priority_S, goal, modules, low=0.1)
+    @functools.partial(jax.jit, static_argnames='rounded')
+    def reward(priority_S, rounded=True):
+      ratio_S = allocate.project(priority_S, goal, modules, low=0.1)
+      count_S = ratio_S * modules.units_S
+      if rounded:
+        count_S = allocate.counts(ratio_S, goal, modules)
       keep = masks.from_counts(modules.rank, count_S)
       pruned = nll(params, tokens, keep).mean()
       return jnp.exp(nll(params, tokens, None).mean() - pruned)
@@ -501,8 +523,8 @@ class ModelSearchTest(absltest.TestCase):
     mean_S = net.apply({'params': state.params}, jnp.float32(0.3)).mean_S
     self.assertLess(before, 0.9)
     self.assertGreater(float(reward(mean_S)), before + 0.02)
-    # The memory holds what it says.
-    best = float(reward(state.memory.priority_MxS[0]))
+    # The memory holds what it says, before rounding.
+    best = float(reward(state.memory.priority_MxS[0], rounded=False))
     self.assertAlmostEqual(best, float(state.memory.reward_M[0]), places=4)
     self.assertEqual(float(metrics['best_reward']), state.memory.reward_M[0])
     self.assertGreater(best, before + 0.02)

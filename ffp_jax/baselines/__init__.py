@@ -43,9 +43,9 @@ _SCORING = (
   'cmaes',
   'amc',
 )
-REFIT = {f'{name}_refit': name for name in _SCORING}
+REFIT = tuple(f'{name}_refit' for name in _SCORING)
 
-# 'fastforward' with one thing changed: name to keys of the configuration.
+# A method with one thing changed: name to keys of the configuration.
 ABLATIONS = {
   # The score function in the place of gradients through the masks.
   'fastforward_score': {
@@ -56,10 +56,21 @@ ABLATIONS = {
   # No sparsity curriculum; a rising number of reward rows.
   'fastforward_steep': {'search.sparsity_shares': (1.0, 1.0)},
   'fastforward_rising': {'search.rows': (1, 2)},
-  # From the uniform allocation instead of the FFN's.
+  # From the uniform allocation.
   'fastforward_even': {'search.attention_prior': 0.0},
   # A pair of proposals a step instead of the policy's mean.
   'fastforward_pairs': {'search.candidates': 2},
+  # Gradients of fewer units.
+  'fastforward_narrow': {'search.window': 0.05},
   # Candidates scored as they are cut, not as calibration will leave them.
   'fastforward_cut': {'search.refit': 0.0},
+  # As published, but with the exact projection.
+  'fastforward_published_exact': {
+    'compare.settings.fastforward_published.exact': True
+  },
 }
+
+
+def base(name: str) -> str:
+  """The method that a name in METHODS, REFIT or ABLATIONS is one of."""
+  return max((m for m in METHODS if name.startswith(m)), key=len)

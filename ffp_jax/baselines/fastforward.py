@@ -49,7 +49,8 @@ def shipped(problem: Problem, seed: int, *, config):
   """
   config = config.copy_and_resolve_references()
   config.seed, config.budget.sparsity = seed, problem.sparsity
-  yield problem.project(problem.start_S)
+  prior = config.search.attention_prior
+  yield problem.project(search.prior(problem.sites, prior))
   if config_lib.refits(config):
     problem = problem.refit()
   whole = problem.rows_RxT.size
@@ -121,6 +122,7 @@ def published(
   entropy: float,
   stages: int,
   first_share: float,
+  exact: bool,
 ):
   """The search as published: plain PPO on actions cut to [0.1, 1].
 
@@ -131,8 +133,10 @@ def published(
   that the mean. Departs in that both schedules run over the budget of
   tokens instead of episodes, that no step takes more than half a stair's
   tokens, so that a small budget gets to the last stair too, and that the
-  network is `policy.Policy`.
+  network is `policy.Policy`. With `exact`, actions are the priorities of
+  `Problem.project` in the place of `meet`.
   """
+  cut = Problem.project if exact else meet
   source = np.random.default_rng(seed)
   net = policy.Policy(len(problem.start_S), tuple(hidden), std)
   optim = optax.adam(learning_rate)
@@ -169,7 +173,7 @@ def published(
   row_tokens = candidates * problem.rows_RxT.shape[1]
   most = max(1, problem.tokens // (2 * stages * row_tokens))
   best = math.inf
-  yield meet(problem, zeros_S)
+  yield cut(problem, zeros_S)
   while True:
     progress = problem.used / problem.tokens
     stair = min(stages, 1 + int(progress * stages))
@@ -180,13 +184,13 @@ def published(
     noise = source.standard_normal((candidates, len(zeros_S)), np.float32)
     sparsity = jnp.float32(easier.sparsity)
     proposal, action, log_prob = sample(params, sparsity, noise)
-    counts = [meet(easier, row) for row in action]
+    counts = [cut(easier, row) for row in action]
     losses = problem.score(counts, rows)
     reward = jnp.asarray(10.0 * np.exp(-losses), jnp.float32)
     batch = policy.Batch(action, noise, log_prob, reward, 0.0 * action)
     params, opt_state = update(params, opt_state, batch, sparsity)
     if stair < stages:
-      yield meet(problem, proposal.mean_S)
+      yield cut(problem, proposal.mean_S)
     elif losses.min() < best:
       best = losses.min()
       yield counts[int(losses.argmin())]

@@ -57,6 +57,7 @@ def page(results: dict):
   )
   yield Text(' '.join(wording.protocol(results['protocol'])))
   yield Text(f'Dense: perplexity {wording.ppl(results["dense_ppl"])}.')
+  yield _overview(results['runs'])
   for sparsity, groups in _grouped(results['runs']):
     yield Heading(2, f'{sparsity:.0%} of the prunable parameters removed')
     yield Table(
@@ -74,6 +75,25 @@ def page(results: dict):
     )
   for name, caption, _ in _pictures(results):
     yield Picture(caption, png=f'plot_{name}.png')
+
+
+def _overview(runs) -> Table:
+  """A row a method, a column a sparsity."""
+  found = {
+    (method, sparsity): f'{_spread(same, "ppl_calibrated")} ({len(same)})'
+    for sparsity, groups in _grouped(runs)
+    for method, same in groups
+  }
+  methods = dict.fromkeys(run['method'] for run in runs)
+  sparsities = sorted({run['sparsity'] for run in runs})
+  return Table(
+    'Held-out perplexity with calibration (seeds)',
+    ('method', *(f'{sparsity:.0%}' for sparsity in sparsities)),
+    [
+      (method, *(found.get((method, s), '') for s in sparsities))
+      for method in methods
+    ],
+  )
 
 
 def _pictures(results):
