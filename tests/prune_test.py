@@ -361,7 +361,11 @@ class RepeatTest(_TestCase):
   def test_neither_search_nor_calibration(self):
     results = _run(
       self.workdir,
-      **{'search.steps': (0, 0), 'calibration.enabled': False},
+      **{
+        'search.steps': (0, 0),
+        'search.attention_prior': 4.0,
+        'calibration.enabled': False,
+      },
     )
     self.assertNotIn('calibrated', results)
     self.assertNotIn('uniform_calibrated', results)
