@@ -254,6 +254,21 @@ class OutcomeTest(absltest.TestCase):
       [('b', '4.00 (1)', '2.50 ± 0.71 (2)'), ('a', '', 'not finite (2)')],
     )
 
+  def test_behind_is_seed_by_seed(self):
+    runs = [
+      {'method': name, 'sparsity': 0.3, 'seed': seed, 'ppl_calibrated': ppl}
+      for name, seed, ppl in (
+        *(('fastforward', 0, 20.0), ('fastforward', 1, 30.0)),
+        *(('b', 0, 23.0), ('b', 1, 29.0), ('b', 2, 1.0)),
+        *(('a', 0, None), ('a', 1, 32.5)),
+      )
+    ]
+    table = outcome._behind(runs)
+    self.assertEqual(
+      table.rows, [('b', '+1.00 ± 2.83 (1 of 2)'), ('a', '+2.50 (1 of 1)')]
+    )
+    self.assertIsNone(outcome._behind(runs[2:]))
+
   def test_no_curves_of_single_points(self):
     one, two = ({'runs': [{'checkpoints': [{}] * n}]} for n in (1, 2))
     names = [[x[0] for x in outcome._pictures(runs)] for runs in (one, two)]
