@@ -138,37 +138,18 @@ def published(
   """
   cut = Problem.project if exact else meet
   source = np.random.default_rng(seed)
-  net = policy.Policy(len(problem.start_S), tuple(hidden), std)
-  optim = optax.adam(learning_rate)
   zeros_S = jnp.zeros(len(problem.start_S))
+  net = policy.Policy(len(zeros_S), tuple(hidden), std)
+  optim = optax.adam(learning_rate)
   params = policy.init(net, jax.random.key(seed), zeros_S)
   opt_state = optim.init(params)
-
-  def propose(params, sparsity):
-    return net.apply({'params': params}, sparsity)
-
-  @jax.jit
-  def sample(params, sparsity, noise_NxS):
-    proposal = propose(params, sparsity)
-    action_NxS = policy.act(proposal, noise_NxS)
-    return proposal, action_NxS, policy.log_prob(proposal, action_NxS)
-
-  @jax.jit
-  def update(params, opt_state, batch, sparsity):
-    return policy.update(
-      params,
-      opt_state,
-      batch,
-      sparsity,
-      apply=propose,
-      optim=optim,
-      epochs=epochs,
-      clip=clip,
-      score_weight=1.0,
-      pathwise_weight=0.0,
-      value_weight=0.5,
-      entropy_weight=entropy,
-    )[:2]
+  sample, update = _ppo(
+    lambda params, sparsity: net.apply({'params': params}, sparsity),
+    optim=optim,
+    epochs=epochs,
+    clip=clip,
+    entropy_weight=entropy,
+  )
 
   row_tokens = candidates * problem.rows_RxT.shape[1]
   most = max(1, problem.tokens // (2 * stages * row_tokens))
@@ -194,6 +175,37 @@ def published(
     elif losses.min() < best:
       best = losses.min()
       yield counts[int(losses.argmin())]
+
+
+def _ppo(propose, **settings):
+  """Plain PPO, jitted: what samples a batch of actions and what learns.
+
+  Args:
+    propose: (params, sparsity) -> `policy.Proposal`.
+    **settings: of `policy.update`, but for the weights of the other terms.
+  """
+
+  @jax.jit
+  def sample(params, sparsity, noise_NxS):
+    proposal = propose(params, sparsity)
+    action_NxS = policy.act(proposal, noise_NxS)
+    return proposal, action_NxS, policy.log_prob(proposal, action_NxS)
+
+  @jax.jit
+  def update(params, opt_state, batch, sparsity):
+    return policy.update(
+      params,
+      opt_state,
+      batch,
+      sparsity,
+      apply=propose,
+      score_weight=1.0,
+      pathwise_weight=0.0,
+      value_weight=0.5,
+      **settings,
+    )[:2]
+
+  return sample, update
 
 
 def meet(problem: Problem, action_S) -> np.ndarray:
