@@ -31,6 +31,7 @@ from ffp_jax import (
 from ffp_jax import calibrate as ridge
 from ffp_jax import config as config_lib
 from ffp_jax import masks as masks_lib
+from ffp_jax import results as results_lib
 from ffp_jax import sites as sites_lib
 from ffp_jax.book import Book
 from ffp_jax.loss import nll
@@ -95,11 +96,12 @@ def go(config, job, first, book, command) -> dict:
     size = save(job, repaired['searched'], keep['searched'], book)
   with book.timed('evaluate'):
     results = judge(config, job, params, keep, repaired, loss)
-  found = allocation(config, job, best)
+  found = results_lib.allocation(config, job, best)
   book.write_json('allocation.json', found)
-  results |= rewards(config, text, best) | sizes(job, found, size)
+  results |= results_lib.rewards(config, text, best)
+  results |= results_lib.sizes(job, found, size)
   results |= cost | {'seconds': book.seconds, 'command': command}
-  results |= {'versions': report.versions(), 'device': device()}
+  results |= {'versions': report.versions(), 'device': results_lib.device()}
   book.write_json('results.json', results)
   if book.writes:
     report.write(book.workdir)
@@ -350,70 +352,3 @@ def judge(config, job, params, keep, repaired, loss) -> dict:
     logging.info('held-out perplexity, %s: %.2f', name, results[name]['ppl'])
   results['protocol'] = job.protocol._asdict()
   return results
-
-
-def allocation(config, job, best) -> dict:
-  """What allocation.json holds."""
-  attention, ffn = np.split(best.counts, 2)
-  units = job.sites.units
-  total = hf.param_count(job.model)
-  removed = job.sites.total - job.sites.kept_cost(best.counts)
-  return {
-    'sparsity_target': config.budget.sparsity,
-    'sparsity_achieved': job.sites.sparsity(best.counts),
-    'params_dense': total,
-    'params_pruned': total - removed,
-    'budgets': [
-      {
-        'name': resource.name,
-        'removed_target': resource.removed,
-        'removed': 1.0 - resource.kept(best.counts) / resource.kept(units),
-      }
-      for resource in job.sites.resources
-    ],
-    'layers': [
-      {
-        'layer': i,
-        'attention_kept': int(attention[i]),
-        'attention_total': job.model.groups,
-        'ffn_kept': int(ffn[i]),
-        'ffn_total': job.model.ffn,
-      }
-      for i in range(job.model.layers)
-    ],
-    'seed': config.seed,
-    'priority': best.priority.tolist(),
-  }
-
-
-def rewards(config, text, best) -> dict:
-  """Perplexities on the reward text, beside which to read the held-out."""
-  rows = text.rows_RxT
-  return {
-    'reward': {
-      'dense_ppl': float(np.exp(np.mean(text.dense_R))),
-      'searched_ppl': float(np.exp(best.nll)),
-      'tokens': rows.size - len(rows),
-      'context': rows.shape[1],
-      # Which of the models judged it foretells.
-      'of': 'calibrated' if config_lib.refits(config) else 'searched',
-    }
-  }
-
-
-def device() -> str:
-  """What the run computes on, such as '4 x TPU v4'."""
-  return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-
-
-def sizes(job, found, size) -> dict:
-  """Parameters and bytes, dense and pruned, in the dtype of the files."""
-  before, after = found['params_dense'], found['params_pruned']
-  return {
-    'params_dense': before,
-    'params_pruned': after,
-    'params_prunable': job.sites.total,
-    'params_removed': before - after,
-    'bytes_dense': before * job.dtype.itemsize,
-    'bytes_pruned': size,
-  }
