@@ -25,11 +25,11 @@ from ffp_jax import (
   baselines,
   book,
   command,
-  evaluate,
   files,
   masks,
   prune,
   repair,
+  scoring,
   search,
   sharding,
 )
@@ -117,22 +117,22 @@ class Model(NamedTuple):
   """What all seeds share; the losses compile once."""
 
   params: dict
-  loss: evaluate.Scorer
+  loss: scoring.Scorer
   nll: Callable  # what searches take
   refit_nll: Callable  # the same, of `repair.refitting`
 
 
 def model_of(config, job) -> Model:
   """Loads the model."""
-  dtype = evaluate.dtype_of(config.dtype)
+  dtype = scoring.dtype_of(config.dtype)
 
   def nll_of(model):
-    apply = evaluate.apply_of(model, remat=config.search.remat)
+    apply = scoring.apply_of(model, remat=config.search.remat)
     return lambda params, tokens, masks: nll(apply, params, tokens, masks)
 
   return Model(
     files.load_params(job.directory, job.model, dtype),
-    evaluate.Scorer(job.model),
+    scoring.Scorer(job.model),
     nll_of(job.model),
     nll_of(dataclasses.replace(job.model, refit=True)),
   )
@@ -202,7 +202,7 @@ def problem_of(config, job, model, modules, refit) -> Problem:
     return jnp.stack([jnp.sum(x, (0, 1)), jnp.sum(jnp.square(x), (0, 1))])
 
   def measure():
-    captured = jax.jit(evaluate.captured_of(job.model, moments))
+    captured = jax.jit(scoring.captured_of(job.model, moments))
     totals = [captured(model.params, row[None]) for row in text]
     total = jax.tree.map(lambda *x: np.sum(x, axis=0) / text.size, *totals)
     return Inputs(*(tuple(x[:, i] for x in total) for i in range(2)))

@@ -6,15 +6,11 @@ python -m ffp_jax.evaluate --model=DIR --tasks=hellaswag,piqa
 
 import json
 import pathlib
-import sys
 import time
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from tqdm import tqdm
 
 from ffp_jax import (
   command,
@@ -24,146 +20,11 @@ from ffp_jax import (
   hub,
   protocols,
   report,
+  scoring,
   sharding,
+  tokenization,
 )
 from ffp_jax.config import RequestError, refuse
-from ffp_jax.loss import token_nll
-from ffp_jax.model import Decoder, ModelConfig
-
-
-def apply_of(config, *, remat=False):
-  """(params, tokens, masks) -> logits of the decoder with this config."""
-  decoder = Decoder(config, remat=remat)
-  return lambda params, tokens, masks: decoder.apply(
-    {'params': params}, tokens, masks
-  )
-
-
-def captured_of(config, statistic):
-  """(params, tokens) -> `statistic` of each output projection's inputs.
-
-  Returns:
-    Function to (attention [L,...], ffn [L,...]) of a dense decoder.
-  """
-  decoder = Decoder(config, capture=statistic)
-
-  def captured(params, tokens):
-    _, seen = decoder.apply({'params': params}, tokens, mutable='captured')
-    stack = seen['captured']['stack']
-    return stack['attention']['inputs'], stack['ffn']['inputs']
-
-  return captured
-
-
-class Scorer:
-  """A decoder's losses over windows, compiled once a window shape."""
-
-  def __init__(self, config: ModelConfig):
-    apply = apply_of(config)
-
-    def mean_nll(params, tokens_BxT, span_2, masks):
-      losses = token_nll(apply, params, tokens_BxT, masks)
-      at = jnp.arange(1, tokens_BxT.shape[1])
-      inside = (at >= span_2[0]) & (at < span_2[1])
-      return jnp.mean(losses, where=inside)
-
-    self._nll = jax.jit(mean_nll)
-
-  def __call__(
-    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
-  ) -> float:
-    """Mean negative log-likelihood of all tokens scored; see `each`."""
-    if spans_Wx2 is None:
-      spans_Wx2 = protocols.whole(windows_WxT)
-    losses = self.each(
-      params, windows_WxT, masks, spans_Wx2=spans_Wx2, label=label
-    )
-    return float(np.average(losses, weights=spans_Wx2 @ (-1, 1)))
-
-  def each(
-    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
-  ) -> np.ndarray:
-    """Mean negative log-likelihood of each window's tokens, one at a time.
-
-    Args:
-      params: of the decoder.
-      windows_WxT: token ids.
-      masks: `Masks` or None.
-      spans_Wx2: first position scored in each window, 1 or more, and the one
-        past the last; None for T - 1 of each window.
-      label: of the progress bar, None for no bar.
-
-    Returns:
-      float64 [W].
-    """
-    if spans_Wx2 is None:
-      spans_Wx2 = protocols.whole(windows_WxT)
-    quiet = label is None or not sys.stderr.isatty()
-    bar = tqdm(windows_WxT, desc=label, disable=quiet, leave=False)
-    losses = [
-      self._nll(params, window[None], span, masks).item()
-      for window, span in zip(bar, spans_Wx2, strict=True)
-    ]
-    return np.array(losses)
-
-
-class Tokens(NamedTuple):
-  """A text as a model's tokenizer has it."""
-
-  ids: np.ndarray  # int32 [N]
-  bos: int | None  # the tokenizer's beginning-of-sequence id
-
-
-def load_tokenizer(directory: pathlib.Path):
-  """A model's own tokenizer, of transformers.
-
-  Raises:
-    RequestError: the directory has none that can be loaded.
-  """
-  import transformers  # slow to import
-
-  transformers.logging.set_verbosity_error()
-  try:
-    return transformers.AutoTokenizer.from_pretrained(directory)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    line = str(error).strip().splitlines()[0]
-    raise RequestError(f'{directory}: no usable tokenizer ({line})') from error
-
-
-def tokenize(directory: pathlib.Path, text: str) -> Tokens:
-  """A text by the model's own tokenizer, tokenised once.
-
-  Raises:
-    RequestError: see `load_tokenizer`.
-  """
-  tokenizer = load_tokenizer(directory)
-  ids = tokenizer(text, verbose=False)['input_ids']
-  return Tokens(np.asarray(ids, np.int32), tokenizer.bos_token_id)
-
-
-def check_tokens(config: ModelConfig, tokens, context: int):
-  """Refuses what a lookup would clamp in silence.
-
-  Raises:
-    RequestError: an id beyond the vocabulary, or positions beyond the table.
-  """
-  if len(tokens) and tokens.max() >= config.vocab:
-    raise RequestError(
-      f'model: the tokenizer gives id {tokens.max()}, the embedding has '
-      f'{config.vocab} rows; the two do not belong together'
-    )
-  if config.positions == 'learned' and context > config.max_positions:
-    raise RequestError(
-      f'text.context: {context} is more than the {config.max_positions} '
-      'positions of this model'
-    )
-
-
-def dtype_of(name: str):
-  """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators."""
-  if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  return jnp.dtype(name)
 
 
 def evaluate(
@@ -185,7 +46,7 @@ def evaluate(
     protocol: see `protocols.arrange`.
     stride: tokens, None for the protocol's own.
     max_windows: only the first so many times `context` tokens, None for all.
-    dtype: see `dtype_of`.
+    dtype: see `scoring.dtype_of`.
 
   Returns:
     dict of the model, ppl, `protocols.Protocol`, dtype, seconds and
@@ -195,8 +56,8 @@ def evaluate(
   directory = hub.locate(model)
   config = hf.model_config(directory)
   text = corpora.read(source, report=True)
-  tokens = tokenize(directory, text.content)
-  check_tokens(config, tokens.ids, context)
+  tokens = tokenization.encode(directory, text.content)
+  tokenization.check(config, tokens.ids, context)
   limits = [n * context for n in (max_windows, text.windows) if n]
   ids = tokens.ids[: min(limits, default=None)]
   windows, spans = protocols.arrange(protocol, ids, context, stride)
@@ -211,10 +72,10 @@ def evaluate(
     stride=stride,
     bos=tokens.bos,
   )
-  dtype = dtype_of(dtype)
+  dtype = scoring.dtype_of(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     params = files.load_params(directory, config, dtype)
-    scorer = Scorer(config)
+    scorer = scoring.Scorer(config)
     scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
     start = time.perf_counter()
     mean = scorer(params, windows, spans_Wx2=spans, label='perplexity')
@@ -240,7 +101,7 @@ def evaluate_tasks(
     fewshot, limit: see `tasks.load` and `tasks.score`.
     context: most tokens of a request, None for the model's own positions.
     batch_tokens: about so many are computed together.
-    dtype: see `dtype_of`.
+    dtype: see `scoring.dtype_of`.
 
   Returns:
     dict of the model, whether it is pruned, tasks, harness, context, dtype
@@ -254,11 +115,11 @@ def evaluate_tasks(
     ) from error
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokenizer = load_tokenizer(directory)
+  tokenizer = tokenization.load(directory)
   context = context or config.max_positions
-  check_tokens(config, (), context)
+  tokenization.check(config, (), context)
   loaded = tasks.load(names, tokenizer, fewshot)
-  dtype = dtype_of(dtype)
+  dtype = scoring.dtype_of(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     params = files.load_params(directory, config, dtype)
     start = time.perf_counter()

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import command, decode, evaluate, files, hf, hub, sharding
+from ffp_jax import (
+  command,
+  decode,
+  files,
+  hf,
+  hub,
+  scoring,
+  sharding,
+  tokenization,
+)
 from ffp_jax.config import RequestError, refuse
 
 
@@ -24,11 +33,11 @@ def prepare(model: str, prompt: str, new: int):
   """
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokenizer = evaluate.load_tokenizer(directory)
+  tokenizer = tokenization.load(directory)
   ids = np.array(tokenizer(prompt)['input_ids'], np.int32)
   if not ids.size:
     raise RequestError('--prompt: gives no token; say something')
-  evaluate.check_tokens(config, ids, 0)
+  tokenization.check(config, ids, 0)
   decode.check_slots(config, len(ids) + new)
   return directory, config, tokenizer, ids
 
@@ -75,13 +84,13 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
     prompt: text.
     new: most new tokens.
     temperature, seed: see `decode.continuations`.
-    dtype: see `evaluate.dtype_of`.
+    dtype: see `scoring.dtype_of`.
 
   Raises:
     RequestError: one of them can't; nothing is printed then.
   """
   ready = [prepare(model, prompt, new) for model in models]
-  dtype = evaluate.dtype_of(dtype)
+  dtype = scoring.dtype_of(dtype)
   for model, (directory, config, tokenizer, ids) in zip(
     models, ready, strict=True
   ):

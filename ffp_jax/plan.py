@@ -20,12 +20,12 @@ from ffp_jax import (
   allocate,
   calibrate,
   command,
-  evaluate,
   hf,
   hub,
   loss,
   masks,
   memory,
+  scoring,
   search,
   sharding,
 )
@@ -57,7 +57,7 @@ def search_memory(config, model, params) -> memory.Memory:
     masks.ones(model.layers, model.groups, model.ffn),
   )
   net, optim = search.network(config, sites)
-  apply = evaluate.apply_of(model, remat=config.search.remat)
+  apply = scoring.apply_of(model, remat=config.search.remat)
   step = search.make_step(
     net,
     optim,

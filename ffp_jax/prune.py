@@ -14,7 +14,6 @@ from ffp_jax import (
   corpora,
   curriculum,
   data,
-  evaluate,
   export,
   files,
   hf,
@@ -24,9 +23,11 @@ from ffp_jax import (
   repair,
   report,
   resources,
+  scoring,
   search,
   sharding,
   signals,
+  tokenization,
 )
 from ffp_jax import calibrate as ridge
 from ffp_jax import config as config_lib
@@ -70,9 +71,9 @@ def go(config, job, first, book, command) -> dict:
 
   state = resume(first, book)
   with book.timed('load'):
-    dtype = evaluate.dtype_of(config.dtype)
+    dtype = scoring.dtype_of(config.dtype)
     params = files.load_params(job.directory, job.model, dtype)
-    loss = evaluate.Scorer(job.model)
+    loss = scoring.Scorer(job.model)
   with book.timed('dense loss'):
     text = reward_text(config, job, params, loss)
   with book.timed('importance'):
@@ -155,11 +156,11 @@ def prepare(config) -> Job:
   )
   sites = sites._replace(resources=resources.of(config, model, sites))
   config_lib.check_reachable(sites, config)
-  found = files.check_files(directory, model, evaluate.dtype_of(config.dtype))
+  found = files.check_files(directory, model, scoring.dtype_of(config.dtype))
   text = corpora.read(config.data)
-  tokens = evaluate.tokenize(directory, text.content)
+  tokens = tokenization.encode(directory, text.content)
   context = config.text.context
-  evaluate.check_tokens(model, tokens.ids, context)
+  tokenization.check(model, tokens.ids, context)
   splits = data.split(
     data.windows(tokens.ids, context),
     calibration=config.text.calibration_windows,
@@ -208,7 +209,7 @@ def rank_units(config, job, params) -> allocate.Modules:
   """Scores the units on the calibration text and orders each module's."""
   norms = None
   if importance.NEEDS_NORMS[config.importance]:
-    captured = evaluate.captured_of(job.model, importance.square_sum)
+    captured = scoring.captured_of(job.model, importance.square_sum)
     measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
     norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
@@ -240,7 +241,7 @@ def refit(config, job, params, modules) -> Scored:
 
 def find(config, job, scored, modules, text, state, book):
   """The search, from `state` on."""
-  apply = evaluate.apply_of(scored.model, remat=config.search.remat)
+  apply = scoring.apply_of(scored.model, remat=config.search.remat)
   with (
     checkpoint.Checkpoints(
       book.workdir / 'checkpoints',
@@ -265,7 +266,7 @@ def find(config, job, scored, modules, text, state, book):
 
 def rescore(config, job, scored, modules, text, finalists) -> list:
   """Every `Finalist`, its loss over the whole reward text."""
-  loss = evaluate.Scorer(scored.model)
+  loss = scoring.Scorer(scored.model)
   goal = allocate.target(job.sites, config.budget.sparsity)
   counts = {
     tuple(counts_of(config, row, goal, modules)): row for row in finalists

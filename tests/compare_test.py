@@ -10,16 +10,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import (
-  baselines,
-  compare,
-  config,
-  evaluate,
-  hf,
-  masks,
-  prune,
-  sites,
-)
+from ffp_jax import baselines, compare, config, hf, masks, prune, scoring, sites
 from ffp_jax.baselines import outcome
 from tests import tiny_run
 
@@ -111,7 +102,7 @@ class RunTest(parameterized.TestCase):
     counts, rows = problem.project(problem.start_S), problem.rows_RxT[:2]
     found = problem.refit().losses([counts], rows)[0]
     keep = masks.from_counts(modules.rank, counts)
-    expected = evaluate.Scorer(scored.model).each(scored.params, rows, keep)
+    expected = scoring.Scorer(scored.model).each(scored.params, rows, keep)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     cut = problem.losses([counts], rows)[0]
     self.assertGreater(np.abs(found - cut).min(), 1e-4)

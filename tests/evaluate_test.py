@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
 import ffp_jax
-from ffp_jax import corpora, evaluate, files, hf
+from ffp_jax import corpora, evaluate, files, hf, scoring, tokenization
 from ffp_jax.config import RequestError
 from tests import tiny_run
 
@@ -184,9 +184,9 @@ class ProtocolTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 3, 31, 32, 33, 48, 49)
   def test_sliding_over_a_short_text(self, length):
-    whole = evaluate.tokenize(_model(), _text().read_text())
+    whole = tokenization.encode(_model(), _text().read_text())
     short = whole._replace(ids=whole.ids[:length])
-    with mock.patch.object(evaluate, 'tokenize', return_value=short):
+    with mock.patch.object(tokenization, 'encode', return_value=short):
       got = _evaluate(_model(), protocol='sliding')
     ppl, scored = _torch_sliding(_model(), 32, 16, length)
     self.assertLess(abs(got['ppl'] / ppl - 1), 1e-5)
@@ -197,9 +197,9 @@ class ProtocolTest(parameterized.TestCase):
     ('gptq', 31), ('gptq', 0), ('sliding', 1), ('sliding', 0)
   )
   def test_too_short(self, protocol, length):
-    short = evaluate.Tokens(np.arange(length), None)
+    short = tokenization.Tokens(np.arange(length), None)
     with (
-      mock.patch.object(evaluate, 'tokenize', return_value=short),
+      mock.patch.object(tokenization, 'encode', return_value=short),
       mock.patch.object(files, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(
         RequestError, rf'\Adata: {length} tokens are too few[^\n]*context\Z'
@@ -224,10 +224,10 @@ class ProtocolTest(parameterized.TestCase):
       self.assertEqual(used['tokens'], expected - (protocol == 'sliding'))
 
   def test_bos_that_the_tokenizer_does_not_add(self):
-    tokens = evaluate.tokenize(_model(), _text().read_text())
+    tokens = tokenization.encode(_model(), _text().read_text())
     for bos, expected in (_BOS, False), (int(tokens.ids[0]), True):
       with mock.patch.object(
-        evaluate, 'tokenize', return_value=tokens._replace(bos=bos)
+        tokenization, 'encode', return_value=tokens._replace(bos=bos)
       ):
         got = _evaluate(_model(), max_windows=1)
       self.assertEqual(got['protocol']['bos'], expected)
@@ -337,9 +337,9 @@ class CommandTest(parameterized.TestCase):
   def test_ids_beyond_the_vocabulary(self):
     path = self.folder / 'model'
     shutil.copytree(_model(), path)
-    whole = evaluate.tokenize(path, 'a')
+    whole = tokenization.encode(path, 'a')
     huge = whole._replace(ids=np.full(100, tiny_run.VOCAB))
-    with mock.patch.object(evaluate, 'tokenize', return_value=huge):
+    with mock.patch.object(tokenization, 'encode', return_value=huge):
       self.refused('do not belong together', model=str(path))
 
   def test_tasks_without_lm_eval(self):
@@ -371,7 +371,7 @@ class ScorerTest(absltest.TestCase):
     params = tiny_run.params(config)
     windows = np.random.default_rng(0).integers(0, 300, (3, 16))
     spans = np.array([[1, 16], [9, 16], [4, 10]])
-    scorer = evaluate.Scorer(config)
+    scorer = scoring.Scorer(config)
     got = scorer(params, windows, spans_Wx2=spans)
     windows[2, 10:] = 7
     self.assertEqual(scorer(params, windows, spans_Wx2=spans), got)
@@ -382,7 +382,7 @@ class ScorerTest(absltest.TestCase):
     config = hf.model_config(_model())
     params = tiny_run.params(config)
     windows = np.random.default_rng(1).integers(0, 300, (2, 16))
-    scorer = evaluate.Scorer(config)
+    scorer = scoring.Scorer(config)
     spans = np.array([[1, 16], [13, 16]])
     each = [
       scorer(params, windows[i : i + 1], spans_Wx2=spans[i : i + 1])

@@ -9,7 +9,7 @@ import tokenizers
 import xllamacpp
 from absl.testing import absltest, parameterized
 
-from ffp_jax import evaluate, export, files, hf, hub
+from ffp_jax import export, files, hf, hub, tokenization
 from ffp_jax.export import formats, gguf_file
 from ffp_jax.formats import gguf_model, gguf_tokenizer
 from ffp_jax.model import Decoder, ModelConfig
@@ -256,7 +256,7 @@ class TokenizerTest(_TestCase):
   def check(self, model):
     runtime = _LlamaCpp(self.exported(model))
     for text in _TEXTS:
-      ids = evaluate.tokenize(model, text).ids.tolist()
+      ids = tokenization.encode(model, text).ids.tolist()
       self.assertEqual(runtime.tokens(text), ids, text)
 
   def edit_tokenizer(self, model, change):

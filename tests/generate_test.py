@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import evaluate, export, files, generate, hf
+from ffp_jax import export, files, generate, hf, scoring, tokenization
 from ffp_jax.config import RequestError
 from tests import testing, tiny_run
 
@@ -51,8 +51,8 @@ class GenerateTest(parameterized.TestCase):
     directory = pathlib.Path(model)
     config = hf.model_config(directory)
     params = files.load_params(directory, config, np.float32)
-    apply = jax.jit(evaluate.apply_of(config))
-    tokenizer = evaluate.load_tokenizer(directory)
+    apply = jax.jit(scoring.apply_of(config))
+    tokenizer = tokenization.load(directory)
     ids = tokenizer(prompt)['input_ids']
     for _ in range(count):
       # What follows a token doesn't reach it, and one length compiles once.
@@ -87,7 +87,7 @@ class GenerateTest(parameterized.TestCase):
     self.assertNotEqual(first, other)
 
   def test_end_of_sequence(self):
-    tokenizer = evaluate.load_tokenizer(pathlib.Path(_models()[0]))
+    tokenizer = tokenization.load(pathlib.Path(_models()[0]))
     ids = np.array(tokenizer('the way')['input_ids'])
     spoken = tokenizer('ab!cd')['input_ids']
     tokenizer.eos_token_id = spoken[2]
@@ -101,7 +101,7 @@ class GenerateTest(parameterized.TestCase):
       self.assertEqual(list(said), ['a', 'b'])
 
   def test_characters_of_several_tokens(self):
-    tokenizer = evaluate.load_tokenizer(pathlib.Path(_models()[0]))
+    tokenizer = tokenization.load(pathlib.Path(_models()[0]))
     ids = np.array(tokenizer('the way')['input_ids'])
     spoken = tokenizer('a\N{SNOWMAN}b')['input_ids']
     self.assertGreater(len(spoken), 3)

@@ -106,14 +106,14 @@ class PlanTest(parameterized.TestCase):
 _MEASURE = """
 import json, pathlib, re
 import jax, jax.numpy as jnp
-from ffp_jax import evaluate, loss, memory
+from ffp_jax import loss, memory, scoring
 from ffp_jax.model import Decoder, Masks, ModelConfig
 
 model = ModelConfig(vocab=2048, width=128, layers=6, groups=4,
                     heads_per_group=2, head_size=16, ffn=1024)
 tokens = jnp.zeros((8, 256), jnp.int32)
 params = jax.jit(Decoder(model).init)(jax.random.key(0), tokens)['params']
-apply = evaluate.apply_of(model)
+apply = scoring.apply_of(model)
 step = jax.jit(jax.grad(
   lambda m, p: loss.nll(apply, p, tokens, m).mean()))
 masks = Masks(jnp.ones((6, 4)), jnp.ones((6, 1024)))

@@ -20,6 +20,8 @@ from ffp_jax import (
   files,
   hf,
   prune,
+  scoring,
+  tokenization,
 )
 from ffp_jax.book import Book
 from ffp_jax.config import RequestError
@@ -231,13 +233,13 @@ class FinishedTest(_TestCase):
   def test_reloaded_has_the_perplexity_reported(self, folder, name):
     workdir, results = _finished()
     directory = workdir / folder if folder == 'pruned' else _model()
-    tokens = evaluate.tokenize(directory, _text().read_text())
+    tokens = tokenization.encode(directory, _text().read_text())
     np.testing.assert_array_equal(
-      tokens.ids, evaluate.tokenize(_model(), _text().read_text()).ids
+      tokens.ids, tokenization.encode(_model(), _text().read_text()).ids
     )
     held = data.windows(tokens.ids, 32)[-5:].reshape(-1)
     held = tokens._replace(ids=held)
-    with mock.patch.object(evaluate, 'tokenize', return_value=held):
+    with mock.patch.object(tokenization, 'encode', return_value=held):
       got = evaluate.evaluate(str(directory), str(_text()), context=32)
     expected = results['protocol'] | {'split': 'all of the text'}
     self.assertEqual(got['protocol'], expected)
@@ -257,9 +259,9 @@ class FinishedTest(_TestCase):
     self.assertLess(file.stat().st_size, (model / file.name).stat().st_size)
     config = hf.model_config(file.parent)
     params = files.load_params(file.parent, config, jnp.dtype('float32'))
-    tokens = evaluate.tokenize(model, _text().read_text()).ids
+    tokens = tokenization.encode(model, _text().read_text()).ids
     heldout = data.windows(tokens, 32)[-5:]
-    got = np.exp(evaluate.Scorer(config)(params, heldout))
+    got = np.exp(scoring.Scorer(config)(params, heldout))
     # The very projections that were judged, rounded before they were.
     np.testing.assert_allclose(got, results['calibrated']['ppl'], rtol=1e-5)
 
@@ -385,7 +387,7 @@ class RefusedTest(_TestCase):
     workdir = workdir or self.workdir
     before = sorted(self.folder.rglob('*'))
     with (
-      mock.patch.object(evaluate, 'Scorer', _unexpected),
+      mock.patch.object(scoring, 'Scorer', _unexpected),
       self.assertRaisesRegex(RequestError, rf'\A[^\n]*{pattern}[^\n]*\Z'),
     ):
       _run(workdir, **overrides)

@@ -5,8 +5,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import masks, repair
-from ffp_jax.evaluate import apply_of, captured_of
 from ffp_jax.model import Masks
+from ffp_jax.scoring import apply_of, captured_of
 from tests import testing, tiny_run
 
 

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ffp_jax import evaluate, export, files, hf, tasks
+from ffp_jax import evaluate, export, files, hf, tasks, tokenization
 from ffp_jax.config import RequestError
 from tests import testing, tiny_run
 
@@ -118,7 +118,7 @@ def _task(name) -> str:
 
 
 def _tokenizer():
-  return evaluate.load_tokenizer(_folder() / 'model')
+  return tokenization.load(_folder() / 'model')
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import decode, evaluate, files, hf, hub, report
+from ffp_jax import decode, files, hf, hub, report, scoring
 from ffp_jax.config import RequestError, refuse
 
 
@@ -35,7 +35,7 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
   """
   directory = hub.locate(model)
   config = decode.unrolled(hf.model_config(directory))
-  dtype = evaluate.dtype_of(dtype)
+  dtype = scoring.dtype_of(dtype)
   facts = {
     'device': jax.devices()[0].device_kind,
     'parameters, M': hf.param_count(config) / 1e6,

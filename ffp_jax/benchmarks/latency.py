@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import command, evaluate, hf, hub
+from ffp_jax import command, hf, hub, scoring
 from ffp_jax.calibrate import HALVES
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.model import Layer
@@ -85,7 +85,7 @@ def main(argv):
     config = hf.model_config(hub.locate(args.model))
     if config.sliced:
       raise RequestError(f'--model: {args.model!r} is pruned; give the dense')
-    dtype = evaluate.dtype_of(args.dtype)
+    dtype = scoring.dtype_of(args.dtype)
     table = measure(half_layers(config, args.tokens, dtype), args.repeats)
     out.write_text(json.dumps(table, indent=2) + '\n')
   except (RequestError, OSError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import data, evaluate, files, hf, hub
+from ffp_jax import data, files, hf, hub, scoring, tokenization
 from ffp_jax.config import RequestError, refuse
 
 
@@ -45,12 +45,12 @@ def compare(model, source, *, context, windows) -> dict:
   """Both perplexities on the first windows of a text, and the protocol."""
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokens = evaluate.tokenize(directory, data.read_text(source))
-  evaluate.check_tokens(config, tokens, context)
+  tokens = tokenization.encode(directory, data.read_text(source))
+  tokenization.check(config, tokens, context)
   text = data.windows(tokens, context)[:windows]
   theirs = torch_perplexity(directory, text)
   params = files.load_params(directory, config, jnp.dtype(jnp.float32))
-  ours = float(np.exp(evaluate.Scorer(config)(params, text, label='JAX')))
+  ours = float(np.exp(scoring.Scorer(config)(params, text, label='JAX')))
   return {
     'model': model,
     'text': source,

@@ -17,12 +17,12 @@ from absl import app, flags
 
 from ffp_jax import (
   allocate,
-  evaluate,
   files,
   hf,
   hub,
   masks,
   repair,
+  scoring,
   search,
   sites,
 )
@@ -58,7 +58,7 @@ def search_steps(config, job_sites, model, params, tokens):
   model, params = repair.refitting(
     params, model, rank, tokens[:, None], strength=config.search.refit
   )
-  apply = evaluate.apply_of(model)
+  apply = scoring.apply_of(model)
   modules = allocate.modules(job_sites, rank)
   goal = allocate.target(job_sites, config.budget.sparsity)
   net, optim = search.network(config, job_sites)
@@ -108,11 +108,11 @@ def main(argv):
   directory = hub.locate(args.model)
   model = hf.model_config(directory)
   where = sites.sites(model, round_heads=1, round_ffn=config.budget.round_ffn)
-  params = files.load_params(directory, model, evaluate.dtype_of('auto'))
+  params = files.load_params(directory, model, scoring.dtype_of('auto'))
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, model.vocab, (1, args.tokens), dtype=np.int32)
   short = tokens.reshape(-1, min(args.tokens, config.search.context))
-  scorer = evaluate.Scorer(model)
+  scorer = scoring.Scorer(model)
   ones = masks.ones(model.layers, model.groups, model.ffn)
   full, free = search_steps(config, where, model, params, short)
   runs = {
