@@ -1,5 +1,8 @@
 import functools
 import itertools
+import pathlib
+import re
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +159,15 @@ class AllTest(parameterized.TestCase):
     one, same, other = (_answers(name, _problem(5000), s) for s in (3, 3, 4))
     np.testing.assert_array_equal(one, same)
     self.assertFalse(np.array_equal(one, other))
+
+  def test_the_allocator_of_the_docs(self):
+    guide = pathlib.Path(__file__).parent.parent / 'docs/compare.md'
+    (code,) = re.findall('```python\n(.*?)```', guide.read_text(), re.S)
+    found = {'np': np}
+    exec(code, found)
+    with mock.patch.dict(baselines.METHODS, own=found['coordinate']):
+      first, *_, last = _answers('own', _problem(), step=1.0, rows=2)
+    self.assertLess(_harm_of(last), 0.8 * _harm_of(first))
 
   @parameterized.named_parameters(_named((*_MEASURED, *_SEARCHES)))
   def test_search_beats_uniform(self, name):
