@@ -206,6 +206,7 @@ def curves(results: dict):
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
   axes[-1, 0].set(xlabel='evaluated tokens')
+  axes[-1, 0].xaxis.set_major_formatter('{x:,.0f}')
   return figure
 
 
