@@ -62,7 +62,7 @@ def page(results: dict):
   yield _overview(results['runs'])
   if paired := _behind(results['runs']):
     yield Text(
-      f'The seed also cuts the text, so methods compare best seed by seed: '
+      'The seed also cuts the text, so methods compare best seed by seed: '
       f'how much higher than {_OURS} with calibration, and on how many seeds.'
     )
     yield paired
@@ -99,26 +99,33 @@ def _overview(runs) -> Table:
 
 def _behind(runs) -> Table | None:
   """How far each method is from ours on the same seed and sparsity."""
-  ours = {
-    (run['sparsity'], run['seed']): run['ppl_calibrated']
+  ppl = {key(run): run['ppl_calibrated'] for run in runs}
+
+  def ours(run):
+    return ppl.get((_OURS, *key(run)[1:]))
+
+  rivals = [
+    {**run, 'behind': run['ppl_calibrated'] - ours(run)}
     for run in runs
-    if run['method'] == _OURS
-  }
-  found = {}
-  for sparsity, groups in _grouped(runs):
-    for method, same in groups:
-      pairs = [
-        (run['ppl_calibrated'], ours.get((sparsity, run['seed'])))
-        for run in same
-        if method != _OURS
-      ]
-      apart = [a - b for a, b in pairs if a is not None and b is not None]
-      if apart:
-        more = sum(x > 0 for x in apart)
-        found[method, sparsity] = (
-          f'{_mean_and_spread(apart, _signed)} ({more} of {len(apart)})'
-        )
-  return _by_method(f'Behind {_OURS}', found) if found else None
+    if run['method'] != _OURS and None not in (run['ppl_calibrated'], ours(run))
+  ]
+  if not rivals:
+    return None
+  return _by_method(
+    f'Behind {_OURS}',
+    {
+      (method, sparsity): _gap(same)
+      for sparsity, groups in _grouped(rivals)
+      for method, same in groups
+    },
+  )
+
+
+def _gap(runs) -> str:
+  gaps = [run['behind'] for run in runs]
+  sign = '+' if np.mean(gaps) >= 0 else ''
+  more = sum(gap > 0 for gap in gaps)
+  return f'{sign}{_spread(runs, "behind")} ({more} of {len(gaps)})'
 
 
 def _by_method(title, cells: dict) -> Table:
@@ -174,18 +181,12 @@ def _row(method, runs):
 def _spread(runs, name, form=wording.ppl) -> str:
   """Mean and standard deviation over seeds; any that isn't finite shows."""
   values = [run[name] for run in runs]
-  return form(None) if None in values else _mean_and_spread(values, form)
-
-
-def _mean_and_spread(values, form) -> str:
+  if None in values:
+    return form(None)
   mean = form(float(np.mean(values)))
   if len(values) == 1:
     return mean
-  return f'{mean} ± {form(float(np.std(values, ddof=1))).lstrip("+")}'
-
-
-def _signed(number) -> str:
-  return f'{number:+.2f}'
+  return f'{mean} ± {form(float(np.std(values, ddof=1)))}'
 
 
 def curves(results: dict):
