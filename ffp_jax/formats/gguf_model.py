@@ -294,6 +294,7 @@ def _stored(path, tensor, head_size) -> Stored:
   try:
     gguf.dequantize(np.zeros((1, size), np.uint8), kind)
   except (NotImplementedError, ValueError):
+    # A type that gguf can't read keeps its name, by which it is refused.
     return Stored(shape, kind.name, None)
   place = tensor.data_offset, (rows, tensor.n_bytes // rows)
   read = functools.partial(_read, path, place, kind, shape)
