@@ -63,6 +63,14 @@ class RewardTest(parameterized.TestCase):
     numbers = [text for _, y, text in _texts(svg) if y == '36']
     self.assertEqual(numbers, ['1', '2'])
 
+  def test_one_candidate_is_one_curve(self):
+    svg, dots = self.draw([0.5, 0.6], candidates=1)
+    self.assertLen(dots, 2)
+    self.assertEmpty(_dots(svg, 'mean'))
+    labels = [text for _, _, text in _texts(svg)]
+    self.assertNotIn('mean of the step', labels)
+    self.assertNotIn('best of the step', labels)
+
   def test_a_gap_where_a_value_is_not_finite(self):
     svg, dots = self.draw([0.5, None, 0.5, 0.6], stage=0)
     self.assertLen(dots, 3)

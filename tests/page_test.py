@@ -235,6 +235,13 @@ class NumbersTest(absltest.TestCase):
         ],
       )
 
+  def test_one_candidate_has_one_reward(self):
+    lines = [finished_run.line(i, candidates=1) for i in range(2)]
+    root = _parse(finished_run.run(lines=lines))
+    head, *rows = _table(root, 'Reward of every step')
+    self.assertEqual(head, ['step', 'stage', 'reward'])
+    self.assertEqual([row[2] for row in rows], ['0.600', '0.610'])
+
   def test_shares_are_drawn_as_they_are(self):
     run = finished_run.run(uniform={'ppl': 33.16}, calibrated={'ppl': None})
     shares = {

@@ -9,6 +9,8 @@ import itertools
 import math
 from typing import NamedTuple
 
+from ffp_jax.reporting import wording
+
 _WIDTH, _HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 352, 40, 200
 _LETTER, _LINE = 7.5, 14  # of a label
@@ -51,17 +53,15 @@ class _Axis(NamedTuple):
     return [float(x) for x in values if self.low <= x <= self.high]
 
 
-# look -> (key, label, where its legend starts)
-_CURVES = {
-  'mean': ('reward_mean', 'mean of the step', 200),
-  'best': ('reward_max', 'best of the step', _LEFT),
-}
+# reward -> (look, where its legend starts)
+_CURVES = {'reward_mean': ('mean', 200), 'reward_max': ('best', _LEFT)}
 
 
 def reward(metrics: list[dict]) -> str:
-  """Best and mean reward of every step over the candidates so far."""
+  """Rewards of every step over the candidates so far."""
   ends = list(itertools.accumulate(line['candidates'] for line in metrics))
-  values = [line[key] for line in metrics for key, _, _ in _CURVES.values()]
+  labels = wording.rewards(metrics)
+  values = [line[key] for line in metrics for key in labels]
   x = _Axis(0, ends[-1], _LEFT, _RIGHT)
   y = _spanning([value for value in values if value is not None])
   parts = _frame(x, y, 'candidates evaluated', 'reward')
@@ -71,12 +71,13 @@ def reward(metrics: list[dict]) -> str:
     at = x(group[0][0] - group[0][1]['candidates'])
     parts.append(f'<path class="stage" d="M{at} {_TOP - 14}V{_BOTTOM}"/>')
     parts.append(_text(at + 3, _TOP - 4, f'{stage + 1}', 'start'))
-    for look, (key, _, _) in _CURVES.items():
+    for key in labels:
       points = [
         (x(end - line['candidates'] / 2), line[key]) for end, line in group
       ]
-      parts += _curve(look, points, y)
-  for look, (_, label, at) in _CURVES.items():
+      parts += _curve(_CURVES[key][0], points, y)
+  for key, label in labels.items():
+    look, at = _CURVES[key]
     parts.append(f'<path class="{look}" d="M{at} 10h20"/>')
     parts.append(_dot(look, at + 10, 10))
     parts.append(_text(at + 26, 14, label, 'start'))

@@ -99,13 +99,14 @@ def search(metrics):
       zip(ends, metrics, strict=True), lambda pair: pair[1]['stage']
     )
   ]
-  curves = {
-    'reward_max': ('best of the step', _ORANGE, '-', _ORANGE),
-    'reward_mean': ('mean of the step', _BLUE, '--', 'white'),
+  looks = {
+    'reward_max': (_ORANGE, '-', _ORANGE),
+    'reward_mean': (_BLUE, '--', 'white'),
   }
   for stage in stages:  # apart, since rewards compare within a stage only
     x = [end - line['candidates'] / 2 for end, line in stage]
-    for key, (label, color, dash, fill) in curves.items():
+    for key, label in wording.rewards(metrics).items():
+      color, dash, fill = looks[key]
       y = [math.nan if line[key] is None else line[key] for _, line in stage]
       label = label if stage is stages[0] else None
       look = {'linestyle': dash, 'marker': 'o', 'markerfacecolor': fill}

@@ -225,20 +225,19 @@ def _search(run):
     'sparsity and tokens.'
   )
   yield _stages(run.metrics)
+  rewards = wording.rewards(run.metrics)
   yield Picture(
-    'Reward of the candidates over the search: the best and the mean of '
-    'every step',
+    'Reward of the candidates over the search',
     'plot_search.png',
     charts.reward(run.metrics),
     Table(
       'Reward of every step',
-      ('step', 'stage', 'mean', 'best'),
+      ('step', 'stage', *rewards.values()),
       [
         (
           str(line['step'] + 1),
           str(line['stage'] + 1),
-          wording.reward(line['reward_mean']),
-          wording.reward(line['reward_max']),
+          *(wording.reward(line[key]) for key in rewards),
         )
         for line in run.metrics
       ],

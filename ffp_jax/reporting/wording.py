@@ -76,6 +76,17 @@ def size(count) -> str:
   return f'{count / 1e6:,.1f} MB'
 
 
+def rewards(metrics) -> dict[str, str]:
+  """The rewards of a step and what they are called.
+
+  Args:
+    metrics: the steps; with one candidate each, mean and best are the same.
+  """
+  if all(line['candidates'] == 1 for line in metrics):
+    return {'reward_max': 'reward'}
+  return {'reward_mean': 'mean of the step', 'reward_max': 'best of the step'}
+
+
 def reward(value) -> str:
   """A reward, None for one that is not finite."""
   return 'not finite' if value is None else f'{value:.3f}'
