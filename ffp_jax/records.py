@@ -87,16 +87,21 @@ def _too_long(where, limit) -> RequestError:
   )
 
 
-def _chunks(path):
-  """Yields text up to the last '}' so far, and how many bytes follow it."""
+def _chunks(path, limit):
+  """Yields text up to the last '}' so far, and whether that is too far away.
+
+  If so, the text goes on for more than `limit` bytes.
+  """
   start, raw = 0, b''
   with open_packed(path) as file:
     while more := file.read(_CHUNK):
       raw += more
       cut = raw.rfind(b'}') + 1
-      yield decoded(path, raw[:cut], start=start), len(raw) - cut
+      if len(raw) - cut > limit:
+        yield decoded(path, raw, start=start, final=False), True
+      yield decoded(path, raw[:cut], start=start), False
       start, raw = start + cut, raw[cut:]
-    yield decoded(path, raw, start=start), 0
+    yield decoded(path, raw, start=start), False
 
 
 def _parsed(text, begin, where):
@@ -122,7 +127,7 @@ def _json(path, limit, field):
     array = file.read(_CHUNK).lstrip(blank).startswith(b'[')
   gap = re.compile('[\ufeff \t\r\n' + (r',\[\]]*' if array else ']*'))
   text, line, number = '', 1, 1
-  for more, rest in _chunks(path):
+  for more, over in _chunks(path, limit):
     text, at = text + more, 0
     while True:
       begin = gap.match(text, at).end()
@@ -131,7 +136,8 @@ def _json(path, limit, field):
       where += f'line {line:,}'
       found = _parsed(text, begin, where) if begin < len(text) else None
       at = found[1] if found else begin
-      if (at - begin if found else len(text) - begin + rest) > limit:
+      size = (at if found else len(text)) - begin
+      if size > limit or (over and not found):
         raise _too_long(where, limit)
       if not found:
         break

@@ -149,7 +149,8 @@ class JsonLinesTest(_TestCase):
     ('{}', 'it has none'),
     ('{"body": "a", "id": 1}', "line 2 has no field 'text' or 'sentence' or ",
      "; it has 'body', 'id'; name the one to read (text.field, --field)"),
-    ('{"data": {"text": "a", "n": {"m": 1}}}', "it has 'data.text', 'data.n.m'"),
+    ('{"data": {"text": "a", "n": {"m": 1}}}',
+     "it has 'data.text', 'data.n.m'"),
     ('{"text": 3}', "line 2: 'text' is int, not text"),
     ('{"text": [1]}', "line 2: 'text' is list, not text"),
     ('{"messages": [{"role": "a"}]}', "line 2: 'messages' is list, not text"),
@@ -300,7 +301,7 @@ class TableTest(_TestCase):
 
   @parameterized.product(
     name=('a.csv', 'a.tsv', 'A.CSV', 'a.csv.gz'),
-    delimiter=',;\t',
+    delimiter=(',', ';', '\t'),
     mark=('', '\ufeff'),
     end=('\r\n', '\n'),
   )
@@ -420,7 +421,7 @@ class PackedTest(_TestCase):
         self.assertEqual(self.read(path), want)
 
   @parameterized.product(
-    packing=_PACK, kind=('txt', 'jsonl', 'csv'), whole=(True, False)
+    packing=tuple(_PACK), kind=('txt', 'jsonl', 'csv'), whole=(True, False)
   )
   def test_broken(self, packing, kind, whole):
     content = b'text\n' + bytes(f'{[*range(3000)]}', 'utf-8')
@@ -520,7 +521,8 @@ class FilesTest(_TestCase):
       self.assertEqual(documents.files(path), [path])
 
   @parameterized.parameters(
-    'a.docx', 'a', 'a.parquet.gz', '.txt', '.txt.gz', 'a.gz', 'a.txt.zip', 'atxt'
+    'a.docx', 'a', 'a.parquet.gz', '.txt', '.txt.gz', 'a.gz', 'a.txt.zip',
+    'atxt',
   )  # fmt: skip
   def test_another_format(self, name):
     self.assertEqual(documents.files(self.file(name, 'x')), [])
