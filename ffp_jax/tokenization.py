@@ -107,7 +107,7 @@ def ends(directory: pathlib.Path, tokenizer) -> frozenset[int]:
     values = json.loads(path.read_text(encoding='utf-8'))
   stated = values.get('eos_token_id')
   ids = stated if isinstance(stated, list) else [stated]
-  found = {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+  found = [i for i in (*ids, tokenizer.eos_token_id) if i is not None]
   if not all(type(i) is int for i in found):
     raise RequestError(
       f'{directory}: eos_token_id must be an id or a list of ids, found '
