@@ -133,7 +133,7 @@ def check(config: ModelConfig, tokens, context: int):
   problem = f'text.context: {context} is more than the {most} positions of this'
   if config.positions == 'learned':
     raise RequestError(f'{problem} model')
-  _warn(f'{problem} model; what it makes of the rest is worse than it can do')
+  _warn(f'{problem} model; its figures will be worse than within them')
 
 
 @functools.cache
