@@ -117,6 +117,7 @@ def evaluate_tasks(
   directory = hub.locate(model)
   config = hf.model_config(directory)
   tokenizer = tokenization.load(directory)
+  ends = tokenization.ends(directory, tokenizer)
   context = context or config.max_positions
   tokenization.check(config, (), context)
   loaded = tasks.load(names, tokenizer, fewshot)
@@ -125,7 +126,12 @@ def evaluate_tasks(
     params = files.load_params(directory, config, dtype)
     start = time.perf_counter()
     asked = tasks.JaxLM(
-      params, config, tokenizer, max_length=context, batch_tokens=batch_tokens
+      params,
+      config,
+      tokenizer,
+      max_length=context,
+      batch_tokens=batch_tokens,
+      ends=ends,
     )
     figures = tasks.score(asked, loaded, limit)
     seconds = time.perf_counter() - start
