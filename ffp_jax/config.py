@@ -30,7 +30,9 @@ def defaults() -> ml_collections.ConfigDict:
   """Every key a run has, at the value that suits the demo on two cores."""
   config = ml_collections.ConfigDict()
   config.model = 'demo'  # 'demo', a Hugging Face directory or a hub id
-  config.data = 'pydoc'  # or wikitext2, ptb, c4, a file or a directory
+  # Or general, wikitext2, ptb, c4, a file or a directory; or several of them
+  # with weights: 'general:0.7,a.jsonl:0.3'.
+  config.data = 'pydoc'
   config.dtype = 'auto'  # float32 on CPU, bfloat16 elsewhere
   config.seed = 0
 
@@ -41,6 +43,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.text.validation_windows = 8  # choose the ridge strength
   config.text.reward_windows = 16
   config.text.heldout_windows = 24  # from the end of the text
+  # Of another kind, for figures alone; '': the other of pydoc and general.
+  config.text.other = ''
 
   config.budget = ml_collections.ConfigDict()
   config.budget.sparsity = 0.2  # removed / prunable parameters
@@ -222,6 +226,11 @@ def validate(config):
   for key in ('text.context', 'search.context'):
     if _get(config, key) < 2:
       raise RequestError(f'{key}: {_get(config, key)} predicts no token')
+  if config.text.other and config.text.other == config.data:
+    raise RequestError(
+      f"text.other: {config.data!r} is the run's own text; name one of another "
+      "kind, or '' for a built-in one"
+    )
   strengths = config.calibration.strengths
   if not strengths or not all(s > 0 for s in strengths):
     raise RequestError('calibration.strengths: each must be positive')

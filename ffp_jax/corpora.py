@@ -1,15 +1,16 @@
-"""Where text comes from: built in, files, or corpora of the hub by name."""
+"""Where text comes from: built in, files, corpora of the hub, or a mixture."""
 
 import itertools
 import pathlib
 import pydoc_data.topics
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import huggingface_hub
 from absl import logging
 
-from ffp_jax import documents
+from ffp_jax import documents, general_text, mixture
 from ffp_jax.config import TEXT_BYTES, RequestError
 
 
@@ -76,24 +77,46 @@ CORPORA = {
 }
 
 
-def _pydoc():
-  """Python's own language reference, in English."""
+def _pydoc() -> Iterator[str]:
+  """Yields Python's own language reference, in English."""
   topics = pydoc_data.topics.topics
   return (topics[key] for key in sorted(topics))
 
 
-_BUILTIN = {'pydoc': _pydoc}
+def _general() -> Iterator[str]:
+  """Yields English texts of many kinds, fetched at the first use."""
+  try:
+    path = general_text.path()
+  except (ValueError, OSError, zipfile.BadZipFile) as error:
+    raise RequestError(
+      f"data: 'general': {error}; 'pydoc' needs no network"
+    ) from error
+  return documents.read(path, TEXT_BYTES, 'text')
+
+
+_BUILTIN = {'general': _general, 'pydoc': _pydoc}
+
+
+class _Source(NamedTuple):
+  """Documents that have not been read yet."""
+
+  documents: Iterable[str | None]  # None for those that are null
+  name: str
+  join: str = '\n\n'
+  windows: int | None = None
 
 
 def read(
   source: str, *, field='', report=False, limit: int = TEXT_BYTES
 ) -> Text:
-  """The text that `config.data` or --data names.
+  """Reads the text that `config.data` or --data names.
 
   Args:
-    source: 'pydoc'; one of CORPORA, with a split as in 'wikitext2:test'; or
-      a path, see `documents.files` and `documents.read`. Files and their
-      documents are joined by blank lines.
+    source: 'general' or 'pydoc'; one of CORPORA, with a split as in
+      'wikitext2:test'; or a path, see `documents.files` and `documents.read`.
+      Files and their documents are joined by blank lines. Or several of these
+      with weights, see `mixture.parse`; each has its share of the bytes in
+      every stretch of the text.
     field: what holds a document, see `documents.read`; no matter for a corpus.
     report: a corpus without a split means the one that papers report, test
       (validation for C4), instead of train.
@@ -101,13 +124,40 @@ def read(
 
   Raises:
     RequestError: there is no such text, it can't be fetched, is empty or
-      unreadable.
+      unreadable, or the weights are none.
   """
+  parts = mixture.parse(source)
+  sources = [_open(x.source, field, report, limit) for x in parts]
+  if len(parts) == 1:
+    return _text(sources[0], limit)
+  mixed = mixture.interleave(
+    [_pieces(x) for x in sources], [x.weight for x in parts]
+  )
+  name = ','.join(
+    f'{x.name}:{part.weight:g}' for x, part in zip(sources, parts, strict=True)
+  )
+  return _text(_Source(mixed, name), limit)
+
+
+def other_builtin(source: str) -> str:
+  """Returns the built-in text of another kind than `source`, as read takes it.
+
+  That is 'general' unless `source` has it, alone or in a mixture.
+
+  Raises:
+    RequestError: the weights of a mixture are none.
+  """
+  used = {part.source for part in mixture.parse(source)}
+  return 'pydoc' if 'general' in used else 'general'
+
+
+def _open(source, field, report, limit) -> _Source:
+  """Finds a text that is no mixture."""
   name, _, split = source.partition(':')
   if name in CORPORA:
-    return _read_corpus(name, split, report=report, limit=limit)
+    return _open_corpus(name, split, report=report, limit=limit)
   if source in _BUILTIN:
-    return _text(_BUILTIN[source](), source, limit=limit)
+    return _Source(_BUILTIN[source](), source)
   # Not Path(''), which is the working directory.
   path = pathlib.Path(source).expanduser()
   files = documents.files(path) if source else []
@@ -117,11 +167,10 @@ def read(
       f'directory or file of {documents.FORMATS}'
     )
   found = (documents.read(file, limit, field) for file in files)
-  found = itertools.chain.from_iterable(found)
-  return _text(found, source, limit=limit)
+  return _Source(itertools.chain.from_iterable(found), source)
 
 
-def _read_corpus(name, split, *, report, limit) -> Text:
+def _open_corpus(name, split, *, report, limit) -> _Source:
   corpus = CORPORA[name]
   split = split or list(corpus.splits)[-1 if report else 0]
   if split not in corpus.splits:
@@ -131,8 +180,26 @@ def _read_corpus(name, split, *, report, limit) -> Text:
   part = corpus.splits[split]
   found = documents.read(_fetch(name, corpus, part.file), limit)
   found = itertools.islice(found, part.documents)
-  text = _text(found, f'{name}:{split}', join=corpus.join, limit=limit)
-  return text._replace(windows=part.windows)
+  return _Source(found, f'{name}:{split}', corpus.join, part.windows)
+
+
+def _pieces(source: _Source) -> Iterator[str | None]:
+  """Yields a text in pieces for a mixture, and says in the log where it ends.
+
+  Raises:
+    RequestError: it is empty.
+  """
+  size = 0
+  for piece in mixture.pieces(source.documents, source.join):
+    size += len((piece or '').encode())
+    yield piece
+  if not size:
+    raise RequestError(f'data: {source.name!r} is empty')
+  logging.warning(
+    '%s: ends after %s bytes; the mixture ends too, so that its weights hold',
+    source.name,
+    f'{size:,}',
+  )
 
 
 def _fetch(name, corpus, file) -> pathlib.Path:
@@ -154,13 +221,14 @@ def _fetch(name, corpus, file) -> pathlib.Path:
     ) from error
 
 
-def _text(found: Iterable[str | None], name, *, limit, join='\n\n') -> Text:
+def _text(source: _Source, limit) -> Text:
   """Joins documents until there are `limit` bytes, and cuts there.
 
   Those that are None are left out, which is logged.
   """
+  name, join = source.name, source.join
   parts, size, cut, null = [], -len(join), False, 0
-  for document in found:
+  for document in source.documents:
     if document is None:
       null += 1
       continue
@@ -178,4 +246,4 @@ def _text(found: Iterable[str | None], name, *, limit, join='\n\n') -> Text:
   if null:
     logging.warning('%s: %s, left out', name, said)
   extent = f'the first {limit / 1e6:g} MB' if cut else 'the text'
-  return Text(content, name, extent)
+  return Text(content, name, extent, source.windows)

