@@ -4,6 +4,7 @@ Shape letters as in model.py; N continuations of a context, C tokens of each
 without its last, P scored positions.
 """
 
+import collections
 import functools
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import numpy as np
 from ffp_jax import decode
 from ffp_jax.model import Cache, Decoder, ModelConfig, first
 
-_SHORTEST = 8  # tokens of the smallest suffix shape
+SHORTEST = 32  # tokens of the smallest shape
+_SHORTEST_SUFFIX = 16
 _FEWEST = 16  # scored positions of the smallest shape
 
 
@@ -35,60 +37,108 @@ class Sequence(NamedTuple):
   queries: list[Query]
 
 
-def sequences(requests, *, most: int, tokens: int, share: bool = True):
+class _Context(NamedTuple):
+  """What is asked about one context."""
+
+  prefix: tuple[int, ...]
+  suffixes: list[tuple[int, ...]]  # different; one is empty if all would be
+  queries: list[Query]
+
+
+def sequences(
+  requests, *, most: int, tokens: int, share: bool = True
+) -> list[Sequence]:
   """Plans the forwards of requests so that equal tokens share them.
 
   Requests that differ in their last token alone need only one forward. The
   continuations of a context follow its cached keys and values if that takes
-  fewer tokens, padding included, than to repeat the context.
+  fewer tokens, padding included, than to repeat the context, and if there are
+  enough of the same shape to fill a batch: each shape has to be compiled.
 
   Args:
     requests: (anything, context, continuation); the latter two are token ids
       and not empty.
     most: tokens of the longest input; longer ones lose their start.
-    tokens: most of a shared context with its continuations.
+    tokens: about so many are in a batch.
     share: False to repeat contexts, as for positions that stretch with them.
 
   Returns:
-    list of `Sequence`s; each request is in one of them.
+    `Sequence`s; each request is in one of them.
   """
-  contexts = {}
+  contexts = _contexts(requests, most)
+  shapes = [_shape(context) if share else None for context in contexts]
+  counts = collections.Counter(shapes)
+  out = []
+  for context, shape in zip(contexts, shapes, strict=True):
+    if shape and counts[shape] * shape.tokens >= tokens >= shape.tokens:
+      out.append(_shared(context, shape))
+    else:
+      out.extend(_repeated(context))
+  return out
+
+
+def _contexts(requests, most) -> list[_Context]:
+  asked = {}
   for i, (_, context, continuation) in enumerate(requests):
     # The last token is scored, but not read.
     row = (context + continuation)[-most - 1 : -1]
     targets = tuple(continuation[-len(row) :])
     prefix = tuple(row[: len(row) - len(targets) + 1])
-    contexts.setdefault(prefix, []).append((i, targets))
-  return [
-    sequence
-    for prefix, asked in contexts.items()
-    for sequence in _of_context(prefix, asked, tokens, share)
-  ]
+    asked.setdefault(prefix, []).append((i, targets))
+  out = []
+  for prefix, pairs in asked.items():
+    different = dict.fromkeys(targets[:-1] for _, targets in pairs)
+    suffixes = [suffix for suffix in different if suffix] or [()]
+    # A lone token is scored in the prefix, whatever suffix follows.
+    which = {(): 0} | {suffix: i for i, suffix in enumerate(suffixes)}
+    queries = [
+      Query(i, len(prefix) - 1, which[targets[:-1]], targets)
+      for i, targets in pairs
+    ]
+    out.append(_Context(prefix, suffixes, queries))
+  return out
 
 
-def _of_context(prefix, asked, tokens, share):
-  """The `Sequence`s of one context and its (request, targets)."""
-  different = dict.fromkeys(targets[:-1] for _, targets in asked)
-  suffixes = [suffix for suffix in different if suffix] or [()]
-  # A lone token is scored in the prefix, whatever suffix follows.
-  which = {(): 0} | {suffix: i for i, suffix in enumerate(suffixes)}
-  queries = [
-    Query(i, len(prefix) - 1, which[targets[:-1]], targets)
-    for i, targets in asked
-  ]
-  longest = max(map(len, suffixes))
-  count, size = _rounded(len(suffixes), 1), _rounded(longest, _SHORTEST)
-  shared = _rounded(len(prefix), 1) + count * size
-  repeated = len(suffixes) * _rounded(len(prefix) + longest, 1)
-  if share and len(suffixes) > 1 and shared < min(repeated, tokens):
-    padded = np.zeros((count, size), np.int32)
-    for row, suffix in zip(padded, suffixes, strict=False):
-      row[: len(suffix)] = suffix
-    return [Sequence(prefix, padded, queries)]
+class _Shape(NamedTuple):
+  """Padded sizes of a prefix and its suffixes."""
+
+  time: int
+  count: int
+  size: int
+
+  @property
+  def tokens(self) -> int:
+    return self.time + self.count * self.size
+
+
+def _shape(context: _Context) -> _Shape | None:
+  """What is computed if suffixes follow the cache; None if it doesn't pay."""
+  longest, count = max(map(len, context.suffixes)), len(context.suffixes)
+  shape = _Shape(
+    _rounded(len(context.prefix), SHORTEST),
+    _rounded(count, 1),
+    _rounded(longest, _SHORTEST_SUFFIX),
+  )
+  repeated = count * _rounded(len(context.prefix) + longest, SHORTEST)
+  return shape if count > 1 and shape.tokens < repeated else None
+
+
+def _shared(context: _Context, shape: _Shape) -> Sequence:
+  padded = np.zeros((shape.count, shape.size), np.int32)
+  for row, suffix in zip(padded, context.suffixes, strict=False):
+    row[: len(suffix)] = suffix
+  return Sequence(context.prefix, padded, context.queries)
+
+
+def _repeated(context: _Context) -> list[Sequence]:
   none = np.zeros((0, 0), np.int32)
   return [
-    Sequence(prefix + suffix, none, [q for q in queries if q.suffix == i])
-    for i, suffix in enumerate(suffixes)
+    Sequence(
+      context.prefix + suffix,
+      none,
+      [query for query in context.queries if query.suffix == i],
+    )
+    for i, suffix in enumerate(context.suffixes)
   ]
 
 

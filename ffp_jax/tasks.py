@@ -24,7 +24,6 @@ from ffp_jax.model import ModelConfig
 
 HARNESS = f'lm_eval {lm_eval.__version__}'
 _RESAMPLES = 1000  # for standard errors without a formula
-_SHORTEST = 32  # tokens of the smallest shape
 _NEW_TOKENS = 256  # of a task that doesn't say, as for the harness's models
 # What it seeds with, so that its examples and shots are the same ones here.
 _SEED, _NUMPY_SEED = 0, 1234
@@ -127,7 +126,7 @@ def batches(rows: list[list[int]], *, most: int, tokens: int, extra: int = 0):
   """
 
   def shape(length):
-    return min(most, max(_SHORTEST, 1 << (length - 1).bit_length()))
+    return min(most, max(likelihood.SHORTEST, 1 << (length - 1).bit_length()))
 
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   for time, group in itertools.groupby(order, lambda i: shape(len(rows[i]))):
