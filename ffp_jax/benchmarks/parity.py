@@ -12,7 +12,16 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import data, files, hf, hub, scoring, tokenization
+from ffp_jax import (
+  command,
+  corpora,
+  data,
+  files,
+  hf,
+  hub,
+  scoring,
+  tokenization,
+)
 from ffp_jax.config import RequestError, refuse
 
 
@@ -45,7 +54,7 @@ def compare(model, source, *, context, windows) -> dict:
   """Both perplexities on the first windows of a text, and the protocol."""
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokens = tokenization.encode(directory, data.read_text(source))
+  tokens = tokenization.encode(directory, corpora.read(source).content).ids
   tokenization.check(config, tokens, context)
   text = data.windows(tokens, context)[:windows]
   theirs = torch_perplexity(directory, text)
@@ -70,7 +79,7 @@ def main(argv):
     result = compare(
       args.model, args.data, context=args.context, windows=args.windows
     )
-  except RequestError as error:
+  except (RequestError, OSError) as error:
     refuse(error)
   print(json.dumps(result, indent=2))
 
@@ -80,4 +89,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
   flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
-  app.run(main)
+  app.run(main, flags_parser=command.parse)
