@@ -5,15 +5,12 @@ those a handful of padded shapes.
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import random
 import sys
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import lm_eval.tasks
 import lm_eval.utils
 import numpy as np
@@ -21,13 +18,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as harness
 from tqdm import tqdm
 
-from ffp_jax import decode
+from ffp_jax import decode, likelihood
 from ffp_jax.config import RequestError
-from ffp_jax.model import Decoder, ModelConfig
+from ffp_jax.model import ModelConfig
 
 HARNESS = f'lm_eval {lm_eval.__version__}'
 _RESAMPLES = 1000  # for standard errors without a formula
-_SHORTEST = 32  # tokens of the smallest shape
 _NEW_TOKENS = 256  # of a task that doesn't say, as for the harness's models
 # What it seeds with, so that its examples and shots are the same ones here.
 _SEED, _NUMPY_SEED = 0, 1234
@@ -108,31 +104,6 @@ def score(model: TemplateLM, loaded: dict, limit: int | None) -> dict:
   }
 
 
-@functools.partial(jax.jit, static_argnames='config')
-def _score(params, tokens_BxT, target_BxT, *, config):
-  """Sum of the targets' log-probabilities, and whether all are likeliest.
-
-  Args:
-    params: of the decoder.
-    tokens_BxT: token ids.
-    target_BxT: the token after each, or -1 where none is scored.
-    config: `ModelConfig`.
-
-  Returns:
-    (float32 [B], bool [B]).
-  """
-  logits = Decoder(config).apply({'params': params}, tokens_BxT)
-  scored = target_BxT >= 0
-  index = jnp.where(scored, target_BxT, 0)[..., None]
-  picked = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  log_prob = picked - jax.nn.logsumexp(logits, axis=-1)
-  hit = jnp.argmax(logits, axis=-1) == target_BxT
-  return (
-    jnp.sum(log_prob, axis=-1, where=scored),
-    jnp.all(hit, axis=-1, where=scored),
-  )
-
-
 class Batch(NamedTuple):
   """Requests that are computed together."""
 
@@ -155,7 +126,7 @@ def batches(rows: list[list[int]], *, most: int, tokens: int, extra: int = 0):
   """
 
   def shape(length):
-    return min(most, max(_SHORTEST, 1 << (length - 1).bit_length()))
+    return min(most, max(likelihood.SHORTEST, 1 << (length - 1).bit_length()))
 
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   for time, group in itertools.groupby(order, lambda i: shape(len(rows[i]))):
@@ -214,22 +185,32 @@ class JaxLM(TemplateLM):
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
-    # The last token is scored, but not read.
-    rows = [(a + b)[-self.max_length - 1 : -1] for _, a, b in requests]
-    answers = [None] * len(rows)
-    bar = tqdm(total=len(rows), disable=disable_tqdm, leave=False)
-    for batch in batches(rows, most=self.max_length, tokens=self._batch_tokens):
-      target = np.full_like(batch.tokens, -1)
-      for row, i in enumerate(batch.index):
-        end = batch.real[row]
-        last = requests[i][2][-end:]
-        target[row, end - len(last) : end] = last
-      sums, hits = _score(
-        self._params, batch.tokens, target, config=self._config
-      )
-      for row, i in enumerate(batch.index):
-        answers[i] = sums[row].item(), hits[row].item()
-      bar.update(len(batch.index))
+    answers = [None] * len(requests)
+    bar = tqdm(total=len(requests), disable=disable_tqdm, leave=False)
+    kinds = {}
+    for sequence in likelihood.sequences(
+      requests,
+      most=self.max_length,
+      tokens=self._batch_tokens,
+      share=self._config.rope_scaling.kind != 'dynamic',
+    ):
+      kinds.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
+    for (count, size), alike in kinds.items():
+      for batch in batches(
+        [sequence.prefix for sequence in alike],
+        most=self.max_length,
+        tokens=self._batch_tokens,
+        extra=count * size,
+      ):
+        for i, answer in likelihood.score(
+          self._params,
+          [alike[i] for i in batch.index],
+          batch.tokens,
+          batch.real,
+          config=self._config,
+        ):
+          answers[i] = answer
+          bar.update()
     return answers
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False):

@@ -12,7 +12,16 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import corpora, data, files, hf, hub, scoring, tokenization
+from ffp_jax import (
+  command,
+  corpora,
+  data,
+  files,
+  hf,
+  hub,
+  scoring,
+  tokenization,
+)
 from ffp_jax.config import RequestError, refuse
 
 
@@ -75,7 +84,7 @@ def main(argv):
       context=args.context,
       windows=args.windows,
     )
-  except RequestError as error:
+  except (RequestError, OSError) as error:
     refuse(error)
   print(json.dumps(result, indent=2))
 
@@ -86,4 +95,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('field', '', 'Of --data, what holds a document.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
   flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
-  app.run(main)
+  app.run(main, flags_parser=command.parse)

@@ -17,6 +17,7 @@ from absl import app, flags
 
 from ffp_jax import (
   allocate,
+  command,
   files,
   hf,
   hub,
@@ -26,7 +27,7 @@ from ffp_jax import (
   search,
   sites,
 )
-from ffp_jax.config import defaults
+from ffp_jax.config import RequestError, defaults, refuse
 from ffp_jax.loss import nll
 
 
@@ -101,28 +102,33 @@ def medians(runs: dict, repeats: int) -> dict:
   return {name: statistics.median(times) for name, times in spent.items()}
 
 
-def main(argv):
-  del argv
-  args = flags.FLAGS
+def measure(source: str, *, tokens: int, repeats: int) -> dict:
+  """What a search step of a model costs by the default configuration.
+
+  Args:
+    source: model directory or hub id.
+    tokens: a candidate is scored on.
+    repeats: timed.
+  """
   config = defaults()
-  directory = hub.locate(args.model)
+  directory = hub.locate(source)
   model = hf.model_config(directory)
   where = sites.sites(model, round_heads=1, round_ffn=config.budget.round_ffn)
   params = files.load_params(directory, model, scoring.dtype_of('auto'))
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, model.vocab, (1, args.tokens), dtype=np.int32)
-  short = tokens.reshape(-1, min(args.tokens, config.search.context))
+  drawn = rng.integers(0, model.vocab, (1, tokens), dtype=np.int32)
+  short = drawn.reshape(-1, min(tokens, config.search.context))
   scorer = scoring.Scorer(model)
   ones = masks.ones(model.layers, model.groups, model.ffn)
   full, free = search_steps(config, where, model, params, short)
   runs = {
-    'masked forward, JAX': lambda: scorer(params, tokens, ones),
+    'masked forward, JAX': lambda: scorer(params, drawn, ones),
     'search step': full,
     'search step outside the model': free,
   }
-  if reference := torch_forward(directory, tokens):
+  if reference := torch_forward(directory, drawn):
     runs['dense forward, PyTorch'] = reference
-  found = medians(runs, args.repeats)
+  found = medians(runs, repeats)
   step, forward = found['search step'], found['masked forward, JAX']
   found['outside the model, share of a step'] = (
     found['search step outside the model'] / step
@@ -132,11 +138,23 @@ def main(argv):
       forward / found['dense forward, PyTorch']
     )
   found['candidates a step'] = config.search.candidates
-  print(json.dumps({'device': jax.devices()[0].device_kind, **found}, indent=2))
+  return {'device': jax.devices()[0].device_kind, **found}
+
+
+def main(argv):
+  del argv
+  args = flags.FLAGS
+  try:
+    found = measure(args.model, tokens=args.tokens, repeats=args.repeats)
+  except (RequestError, OSError) as error:
+    refuse(error)
+  print(json.dumps(found, indent=2))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
-  flags.DEFINE_integer('tokens', 512, 'Tokens a candidate is scored on.')
-  flags.DEFINE_integer('repeats', 7, 'Timed repeats.')
-  app.run(main)
+  flags.DEFINE_integer(
+    'tokens', 512, 'Tokens a candidate is scored on.', lower_bound=2
+  )
+  flags.DEFINE_integer('repeats', 7, 'Timed repeats.', lower_bound=1)
+  app.run(main, flags_parser=command.parse)

@@ -1,0 +1,186 @@
+"""Each command by its documented line; others have tests of their own."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from ffp_jax import config
+from tests import tiny_run
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
+_CONFIG = """
+from tests import tiny_run
+
+
+def get_config():
+  return tiny_run.config()
+"""
+_COMPARISON = """
+from ffp_jax import config
+from tests import tiny_run
+
+
+def get_config():
+  out = config.comparison()
+  out.update(tiny_run.config().to_dict())
+  out.compare.update(
+    {'methods': ('uniform', 'random'), 'sparsities': (0.25,), 'seeds': (0,)}
+  )
+  out.compare.tokens = 300
+  return out
+"""
+_TASK = """
+task: lines
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/lines.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+# Of the command lines in the documentation, but for `...` and the like.
+_LINE = re.compile(r'python -m (ffp_jax[\w.]*)((?:[^`\n\\]|\\+\n)*)')
+_SHORT = re.compile(r'`(\.[\w.]+)( --[^`]*)`')
+
+
+@functools.cache
+def _inputs() -> pathlib.Path:
+  folder = pathlib.Path(_FOLDER.name)
+  tiny_run.inputs(folder)
+  (folder / 'config.py').write_text(_CONFIG)
+  (folder / 'comparison.py').write_text(_COMPARISON)
+  (folder / 'lines.yaml').write_text(_TASK.replace('FOLDER', str(folder)))
+  path = folder / 'model' / 'tokenizer_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'eos_token': '!'}))
+  line = {'question': 'the way', 'choices': [' a', ' b']}
+  (folder / 'lines.jsonl').write_text(json.dumps(line) + '\n')
+  return folder
+
+
+def _call(line) -> str:
+  """What a command prints; FOLDER is where the inputs are."""
+  line = line.replace('FOLDER', str(_inputs()))
+  done = subprocess.run(
+    [sys.executable, '-m', *shlex.split(line)],
+    cwd=_ROOT,
+    env=os.environ | tiny_run.ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  if done.returncode:
+    raise AssertionError(f'{line}: exit code {done.returncode}\n{done.stderr}')
+  return done.stdout
+
+
+class CommandTest(parameterized.TestCase):
+  def test_parity(self):
+    found = json.loads(
+      _call(
+        'ffp_jax.benchmarks.parity --model=FOLDER/model '
+        '--data=FOLDER/text.txt --context=32'
+      )
+    )
+    self.assertEqual(found['tokens'], 4 * 31)
+    self.assertLess(found['relative difference'], 1e-5)
+
+  @parameterized.parameters(
+    ('ffp_jax.benchmarks.search_step --tokens=32 --repeats=1', 'search step'),
+    ('ffp_jax.benchmarks.latency --tokens=8 --out=FOLDER/table.json', 'ffn'),
+    ('ffp_jax.evaluate --tasks=FOLDER/lines.yaml --context=32', 'tasks'),
+  )
+  def test_figures(self, line, key):
+    self.assertIn(key, json.loads(_call(f'{line} --model=FOLDER/model')))
+
+  def test_load(self):
+    found = json.loads(_call('ffp_jax.benchmarks.load --params=1e6'))
+    self.assertGreater(found['load_params, bfloat16']['seconds'], 0.0)
+
+  def test_inference(self):
+    found = json.loads(
+      _call(
+        'ffp_jax.benchmarks.inference --dense=FOLDER/model '
+        '--pruned=FOLDER/model --prompt_tokens=4 --new_tokens=3 --repeats=1'
+      )
+    )
+    self.assertLen(found['jax'], 2)
+
+  def test_generate(self):
+    said = _call(
+      'ffp_jax.generate --model=FOLDER/model --dense=FOLDER/model '
+      "--prompt='the way' --tokens=3"
+    )
+    self.assertEqual(said.count('the way'), 2)
+
+  def test_frontier(self):
+    said = _call(
+      'ffp_jax.frontier --config=FOLDER/config.py --workdir=FOLDER/frontier '
+      '--config.model=FOLDER/model --config.data=FOLDER/text.txt '
+      '--sparsities=0.2,0.3 --steps=1'
+    )
+    self.assertIn('30', said)
+    self.assertTrue((_inputs() / 'frontier' / 'frontier.html').exists())
+
+  def test_compare(self):
+    _call(
+      'ffp_jax.compare --config=FOLDER/comparison.py --workdir=FOLDER/compare '
+      '--config.model=FOLDER/model --config.data=FOLDER/text.txt'
+    )
+    self.assertIn('uniform', (_inputs() / 'compare' / 'compare.md').read_text())
+
+
+def _documented():
+  """(where, module, arguments) of every command line."""
+  sources = [_ROOT / 'README.md', *_ROOT.glob('docs/*.md')]
+  sources += [*_ROOT.glob('ffp_jax/**/*.py'), *_ROOT.glob('configs/*.py')]
+  for path in sources:
+    text = path.read_text()
+    for module, rest in _LINE.findall(text):
+      yield path.name, module.rstrip('.'), rest
+    for module, rest in _SHORT.findall(text) if path.suffix == '.md' else ():
+      yield path.name, f'ffp_jax{module}', rest
+
+
+class DocumentationTest(absltest.TestCase):
+  def test_modules_and_flags_exist(self):
+    keys = config.comparison()
+    count = 0
+    for where, module, rest in _documented():
+      path = _ROOT / module.replace('.', '/')
+      path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+      if not path.exists():
+        self.assertEqual(module, 'ffp_jax', f'{where}: no {module}')
+        continue
+      source = path.read_text()
+      for name in re.findall(r'--([\w.]+)', rest):
+        flag, *key = name.split('.')
+        with self.subTest(f'{where}: {module} --{name}'):
+          self.assertRegex(source, rf"DEFINE_\w+\(\s*'{flag}'")
+          if key:
+            self.assertIn('.'.join(key), _flat(keys))
+        count += 1
+    self.assertGreater(count, 40)
+
+
+def _flat(keys):
+  return {
+    f'{name}.{rest}' if rest else name
+    for name, value in keys.items()
+    for rest in (_flat(value) if hasattr(value, 'items') else [''])
+  }
+
+
+if __name__ == '__main__':
+  absltest.main()
