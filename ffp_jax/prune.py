@@ -240,28 +240,43 @@ def refit(config, job, params, modules) -> Scored:
 
 
 def find(config, job, scored, modules, text, state, book):
-  """The search, from `state` on."""
+  """The search, from `state` on: logs and saves every step.
+
+  Returns:
+    (priorities worth re-scoring [M,S], what the whole search takes).
+  """
   apply = scoring.apply_of(scored.model, remat=config.search.remat)
+  plan = curriculum.plan(config)
+  ends, compilations = curriculum.ends(plan), 0
+  steps = search.steps(
+    config,
+    job.sites,
+    modules,
+    lambda params, tokens, masks: nll(apply, params, tokens, masks),
+    scored.params,
+    text,
+    state,
+  )
   with (
     checkpoint.Checkpoints(
       book.workdir / 'checkpoints',
       every=config.checkpoint.every,
       keep=config.checkpoint.keep,
-      ends=curriculum.ends(curriculum.plan(config)),
+      ends=ends,
     ) as saved,
     signals.save_first(saved.flush),
+    book.progress(ends[-1], int(state.step)) as show,
   ):
-    return search.run(
-      config,
-      job.sites,
-      modules,
-      lambda params, tokens, masks: nll(apply, params, tokens, masks),
-      scored.params,
-      text,
-      state,
-      book,
-      saved,
-    )
+    # Before the first line of metrics: where these are, so is a checkpoint.
+    saved.begin(int(state.step), state)
+    book.rewind(int(state.step))
+    for state, line in steps:
+      compilations = line.pop('compilations')
+      book.append(line)
+      show(line)
+      saved.save(line['step'] + 1, state)
+  cost = search.cost(config, plan) | {'compilations': compilations}
+  return search.finalists(config, job.sites, state), cost
 
 
 def rescore(config, job, scored, modules, text, finalists) -> list:
