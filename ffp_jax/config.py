@@ -283,11 +283,6 @@ def check_reachable(sites, config):
   Raises:
     RequestError: with the largest sparsity within reach.
   """
-  if sites.step @ sites.unit_cost // sites.scale >= 2**31:
-    raise RequestError(
-      'budget.round_heads, budget.round_ffn: one step of every module is more '
-      'than 2**31 units of cost; use finer steps'
-    )
   sparsity = config.budget.sparsity
   if sites.limit(sparsity) < sites.kept_cost(sites.floor):
     raise RequestError(

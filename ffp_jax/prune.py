@@ -282,9 +282,8 @@ def find(config, job, scored, modules, text, state, book):
 def rescore(config, job, scored, modules, text, finalists) -> list:
   """Every `Finalist`, its loss over the whole reward text."""
   loss = scoring.Scorer(scored.model)
-  goal = allocate.target(job.sites, config.budget.sparsity)
   counts = {
-    tuple(counts_of(config, row, goal, modules)): row for row in finalists
+    tuple(counts_of(config, job, modules, row)): row for row in finalists
   }
   return [
     Finalist(
@@ -301,20 +300,16 @@ def rescore(config, job, scored, modules, text, finalists) -> list:
   ]
 
 
-_counts_of = jax.jit(allocate.counts_of, static_argnames='low')
-
-
-def counts_of(config, priority_S, goal, modules) -> np.ndarray:
+def counts_of(config, job, modules, priority_S) -> np.ndarray:
   """Priorities to counts at the run's budget."""
-  low = config.search.lowest_ratio
-  return np.asarray(_counts_of(priority_S, goal, modules, low=low))
+  sparsity, low = config.budget.sparsity, config.search.lowest_ratio
+  return allocate.counts_of(priority_S, sparsity, job.sites, modules, low=low)
 
 
 def uniform(config, job, modules):
   """Masks of the same budget spread evenly."""
-  goal = allocate.target(job.sites, config.budget.sparsity)
   even = np.zeros(len(job.sites.units), np.float32)
-  counts = counts_of(config, even, goal, modules)
+  counts = counts_of(config, job, modules, even)
   return masks_lib.from_counts(modules.rank, jnp.array(counts))
 
 
