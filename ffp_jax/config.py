@@ -52,8 +52,6 @@ def defaults() -> ml_collections.ConfigDict:
   config.budget.latency = 0.0
   config.budget.latency_table = ''  # JSON of milliseconds, see resources.py
 
-  config.importance = 'wanda'  # or 'magnitude'
-
   config.search = ml_collections.ConfigDict()
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
@@ -63,7 +61,6 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.candidates = 1  # antithetic pairs; if odd, and the mean
   config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.2  # removed units next to a cut, a share of all
-  config.search.reward = 'ratio'  # or 'log_ratio'
   # Ridge strength with which candidates are calibrated; 0: as they are cut.
   config.search.refit = 0.1
   config.search.lowest_ratio = 0.1
@@ -88,7 +85,6 @@ def defaults() -> ml_collections.ConfigDict:
 
   config.calibration = ml_collections.ConfigDict()
   config.calibration.enabled = True
-  config.calibration.target = 'own'  # or 'dense'
   config.calibration.strengths = (0.01, 0.1, 1.0)
 
   config.mesh = ml_collections.ConfigDict()  # sizes; -1: what is left
@@ -169,9 +165,6 @@ def comparison() -> ml_collections.ConfigDict:
 
 _CHOICES = {
   'dtype': ('auto', 'float32', 'bfloat16'),
-  'importance': ('wanda', 'magnitude'),
-  'search.reward': ('ratio', 'log_ratio'),
-  'calibration.target': ('own', 'dense'),
 }
 _POSITIVE = (
   'text.calibration_windows',

@@ -207,13 +207,11 @@ def resume(first, book) -> search.SearchState:
 
 def rank_units(config, job, params) -> allocate.Modules:
   """Scores the units on the calibration text and orders each module's."""
-  norms = None
-  if importance.NEEDS_NORMS[config.importance]:
-    captured = scoring.captured_of(job.model, importance.square_sum)
-    measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
-    norms = measure(params, job.text.calibration[:, None])
+  captured = scoring.captured_of(job.model, importance.square_sum)
+  measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
+  norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
-  scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
+  scores = jax.jit(importance.wanda)(weights, norms)
   modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
   return jax.block_until_ready(modules)  # for an honest clock
 
@@ -325,7 +323,6 @@ def calibrate(config, job, params, keep) -> dict:
       masks,
       job.text.calibration[:, None],
       job.text.validation[:, None],
-      target=config.calibration.target,
       strengths=config.calibration.strengths,
       dtype=job.dtype,
     )

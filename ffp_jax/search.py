@@ -87,9 +87,7 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
   return jnp.concatenate([mean(*half) for half in halves])
 
 
-def score(
-  priority_S, target, modules, loss_of, dense_nll, *, low, window, kind
-):
+def score(priority_S, target, modules, loss_of, dense_nll, *, low, window):
   """Reward of one candidate and its gradient.
 
   Candidates are scored before their counts are rounded, which keeps the
@@ -104,7 +102,6 @@ def score(
     dense_nll: the dense model's mean loss on the same tokens.
     low: smallest ratio a priority can ask for.
     window: of `count_gradient`.
-    kind: of `loss.reward`.
 
   Returns:
     (reward, d reward / d priority [S]); zeros where the loss isn't finite.
@@ -116,9 +113,7 @@ def score(
   nll, gradient = jax.value_and_grad(loss_of)(
     masks.from_counts(modules.rank, count_S)
   )
-  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x, kind))(
-    nll
-  )
+  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x))(nll)
   per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
   (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
@@ -219,7 +214,6 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
         dense_nll,
         low=c.lowest_ratio,
         window=c.window,
-        kind=c.reward,
       )
 
     reward, gradient = side_by_side(score_one, priority, block=block)

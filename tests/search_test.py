@@ -226,8 +226,8 @@ class AllocateTest(parameterized.TestCase):
     self.assertAlmostEqual(float(goal.keep_K[0]), limit / removable)
 
 
-@functools.partial(jax.jit, static_argnames=('kind', 'steep'))
-def _score_at(priority_S, factor, target, modules, kind, steep):
+@functools.partial(jax.jit, static_argnames='steep')
+def _score_at(priority_S, factor, target, modules, steep):
   def loss_of(masks):
     value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
     # The root adds nothing, with a slope that isn't a number.
@@ -235,16 +235,14 @@ def _score_at(priority_S, factor, target, modules, kind, steep):
 
   dense = jnp.float32(1.0)
   limits = {'low': 0.1, 'window': 0.3}
-  return search.score(
-    priority_S, target, modules, loss_of, dense, **limits, kind=kind
-  )
+  return search.score(priority_S, target, modules, loss_of, dense, **limits)
 
 
-def _score(priority_S, factor=1.0, kind='ratio', steep=False):
+def _score(priority_S, factor=1.0, steep=False):
   """(reward, gradient) of `factor` times the synthetic loss."""
   goal = allocate.target(_SITES, 0.4)
   modules = allocate.modules(_SITES, _rank())
-  return _score_at(np.float32(priority_S), factor, goal, modules, kind, steep)
+  return _score_at(np.float32(priority_S), factor, goal, modules, steep)
 
 
 class ScoreTest(parameterized.TestCase):
@@ -259,8 +257,7 @@ class ScoreTest(parameterized.TestCase):
     self.assertEqual(reward, _score(np.zeros(2 * _L))[0])
     np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
 
-  @parameterized.parameters('ratio', 'log_ratio')
-  def test_reward_and_gradient_against_finite_differences(self, kind):
+  def test_reward_and_gradient_against_finite_differences(self):
     source = np.random.default_rng(0)
     priority_S = source.standard_normal(2 * _L)
     share_S = _SITES.units * _SITES.unit_cost / _SITES.total
@@ -273,8 +270,7 @@ class ScoreTest(parameterized.TestCase):
         kept = 0.1 + 0.9 / (1.0 + np.exp(-priority_S - shift))
         less = share_S @ kept < 0.6
         below, above = (shift, above) if less else (below, shift)
-      gap = _harm(kept) - 1.0
-      return np.exp(-gap) if kind == 'ratio' else 1.0 / (1.0 + gap)
+      return np.exp(1.0 - _harm(kept))
 
     theirs = np.array(
       [
@@ -282,7 +278,7 @@ class ScoreTest(parameterized.TestCase):
         for step in 1e-4 * np.eye(2 * _L)
       ]
     )
-    reward, ours = _score(priority_S, kind=kind)
+    reward, ours = _score(priority_S)
     self.assertAlmostEqual(float(reward), smooth(priority_S), delta=0.03)
     np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
     # Up for the module that hurts most, down for the one that hurts least.
