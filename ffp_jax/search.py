@@ -218,7 +218,12 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
 
     reward, gradient = side_by_side(score_one, priority, block=block)
     batch = policy.Batch(
-      priority, noise, policy.log_prob(proposal, priority), reward, gradient
+      priority,
+      noise,
+      policy.log_prob(proposal, priority),
+      proposal.value,
+      reward,
+      gradient,
     )
     params, opt_state, terms = policy.update(
       state.params,
