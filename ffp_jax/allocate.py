@@ -21,22 +21,18 @@ class Modules(NamedTuple):
   share_KxS: jax.Array
   floor_ratio_S: jax.Array
   units_S: jax.Array
-  cost_KxS: jax.Array
-  step_S: jax.Array
-  floor_S: jax.Array
 
 
 class Target(NamedTuple):
-  """One sparsity, in the forms that the step needs."""
+  """One sparsity, as the step takes it."""
 
   sparsity: jax.Array
   keep_K: jax.Array  # share of the removable cost
-  limit_K: jax.Array  # in the unit of cost_KxS
 
 
 def modules(sites: Sites, rank: Masks) -> Modules:
   """Puts `sites` and ranks on the device."""
-  cost_KxS = np.array([cost_S for cost_S, _ in _budgets(sites, 0.0)])
+  cost_KxS, _ = _budgets(sites, 0.0)
   removable_KxS = cost_KxS * sites.units
   share_KxS = removable_KxS / removable_KxS.sum(-1, keepdims=True)
   return Modules(
@@ -44,43 +40,27 @@ def modules(sites: Sites, rank: Masks) -> Modules:
     share_KxS=jnp.asarray(share_KxS, jnp.float32),
     floor_ratio_S=jnp.asarray(sites.floor / sites.units, jnp.float32),
     units_S=jnp.asarray(sites.units, jnp.int32),
-    cost_KxS=jnp.asarray(budget.wrap(cost_KxS)),
-    step_S=jnp.asarray(sites.step, jnp.int32),
-    floor_S=jnp.asarray(sites.floor, jnp.int32),
   )
 
 
 def target(sites: Sites, sparsity: float) -> Target:
   """The budget of a sparsity, and those of the other resources."""
-  found = _budgets(sites, sparsity)
-  keep_K = [limit / (cost_S @ sites.units) for cost_S, limit in found]
-  return Target(
-    jnp.float32(sparsity),
-    jnp.asarray(keep_K, jnp.float32),
-    jnp.asarray(budget.wrap([limit for _, limit in found])),
+  cost_KxS, limit_K = _budgets(sites, sparsity)
+  keep_K = limit_K / (cost_KxS @ sites.units)
+  return Target(jnp.float32(sparsity), jnp.asarray(keep_K, jnp.float32))
+
+
+def _budgets(sites: Sites, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
+  """(cost of one unit [K,S], what units may cost [K]), int64."""
+  budgets = [(sites.unit_cost, sites.limit(sparsity) - sites.fixed)]
+  for resource in sites.resources:
+    limit = resource.limit(sites.units) - resource.fixed
+    budgets.append((resource.unit_cost, limit))
+  costs, limits = zip(
+    *(budget.integers(cost, limit, sites.units) for cost, limit in budgets),
+    strict=True,
   )
-
-
-def _budgets(sites: Sites, sparsity: float) -> list[tuple[np.ndarray, int]]:
-  """(cost of one unit [S], what units may cost) in integers, a budget each."""
-  limit = sites.limit(sparsity) - sites.fixed
-  # Alone, the parameters are counted exactly however many they are.
-  if not sites.resources:
-    return [(sites.unit_cost // sites.scale, limit // sites.scale)]
-  others = [
-    (resource.unit_cost, resource.limit(sites.units) - resource.fixed)
-    for resource in sites.resources
-  ]
-  return [
-    budget.integers(cost_S, limit, sites.units)
-    for cost_S, limit in [(sites.unit_cost, limit), *others]
-  ]
-
-
-def counts_of(priority_S, target: Target, modules: Modules, *, low):
-  """Priorities to counts [S], the budget met."""
-  ratio_S = project(priority_S, target, modules, low=low)
-  return counts(ratio_S, target, modules)
+  return np.array(costs), np.array(limits)
 
 
 def project(priority_S, target: Target, modules: Modules, *, low):
@@ -94,13 +74,24 @@ def project(priority_S, target: Target, modules: Modules, *, low):
   )
 
 
-def counts(ratio_S, target: Target, modules: Modules):
+_project = jax.jit(project, static_argnames='low')
+
+
+def counts_of(priority_S, sparsity, sites: Sites, modules: Modules, *, low):
+  """Priorities to counts, int64 [S], every budget met; on the host."""
+  priority_S = jnp.asarray(priority_S, jnp.float32)
+  ratio_S = _project(priority_S, target(sites, sparsity), modules, low=low)
+  return counts(ratio_S, sparsity, sites)
+
+
+def counts(ratio_S, sparsity, sites: Sites) -> np.ndarray:
   """`budget.to_counts` on these modules."""
+  cost_KxS, limit_K = _budgets(sites, sparsity)
   return budget.to_counts(
     ratio_S,
-    target.limit_K,
-    units_S=modules.units_S,
-    cost_KxS=modules.cost_KxS,
-    step_S=modules.step_S,
-    floor_S=modules.floor_S,
+    limit_K,
+    units_S=sites.units,
+    cost_KxS=cost_KxS,
+    step_S=sites.step,
+    floor_S=sites.floor,
   )

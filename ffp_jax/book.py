@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import io
 import json
 import math
 import os
@@ -91,44 +90,42 @@ class Book:
     path = self.workdir / name
     return json.loads(path.read_text()) if path.exists() else None
 
-  def progress(self, total: int, initial: int) -> tqdm:
-    """The search's bar on a terminal, else the same as lines in the log.
+  @contextlib.contextmanager
+  def progress(self, total: int, done: int):
+    """Shows a search's steps: a bar on a terminal, else lines in the log.
 
-    Use `set_postfix` before `update`, to show this step's values.
+    Args:
+      total: steps of the whole search.
+      done: steps that have been taken.
+
+    Yields:
+      A function that takes the metrics of the step just taken.
     """
-    form = '{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left'
-    common = {'total': total, 'initial': initial, 'desc': 'search'}
-    if sys.stderr.isatty() or not self.writes:
-      return tqdm(
-        **common,
-        bar_format=form + ' {bar}',
-        dynamic_ncols=True,
-        disable=not self.writes,
-      )
-    # miniters, lest tqdm guess how many steps fill the interval.
-    return _LogBar(
-      **common,
-      bar_format=form,
-      mininterval=_LOG_SECONDS,
-      miniters=1,
-      file=io.StringIO(),
-    )
+    terminal = sys.stderr.isatty()
+    with tqdm(
+      desc='search',
+      total=total,
+      initial=done,
+      bar_format='{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left {bar}',
+      dynamic_ncols=True,
+      disable=not (terminal and self.writes),
+    ) as bar:
 
+      def show(line):
+        reward, sparsity = line['reward_mean'], line['sparsity']
+        shown = {'reward': f'{reward:.3f}', 'sparsity': f'{sparsity:.1%}'}
+        bar.set_postfix(shown, refresh=False)  # `update` redraws, at times
+        bar.update(1)
+        if self.writes and not terminal:
+          logging.log_every_n_seconds(
+            logging.INFO,
+            'search %d/%d, reward=%.3f, sparsity=%.1f%%, about %.0f s left',
+            _LOG_SECONDS,
+            *(line['step'] + 1, total, reward, 100.0 * sparsity),
+            line['seconds'] * (total - line['step'] - 1),
+          )
 
-class _LogBar(tqdm):
-  """A bar that logs a plain line whenever tqdm would redraw."""
-
-  _shown = None
-
-  def display(self, msg=None, pos=None):
-    del msg, pos
-    if self._shown != (self.n, self.postfix):  # close repeats the last one
-      self._shown = (self.n, self.postfix)
-      logging.info('%s', str(self))  # now; the bar moves on
-
-  def set_postfix(self, **values):
-    # tqdm's own redraws at once, as often as it is called.
-    super().set_postfix(refresh=False, **values)
+      yield show
 
 
 def plain(value):

@@ -6,7 +6,7 @@ import numpy as np
 
 _BISECTIONS = 60
 _ROUNDS = 4  # of the budgets in turn, where there are several
-_MOST = 2**30  # of a budget in `integers`
+_GRAINS = 2**40  # of a budget whose costs are no whole numbers
 
 
 def project(priority_S, keep_K, *, share_KxS, floor_S, low):
@@ -71,105 +71,85 @@ def project(priority_S, keep_K, *, share_KxS, floor_S, low):
 
 
 def to_counts(ratio_S, limit_K, *, units_S, cost_KxS, step_S, floor_S):
-  """Ratios to integer counts: floor to the step, then largest remainder.
+  """Rounds ratios to integer counts: floor to the step, largest remainder.
 
-  Steps left over go to the largest remainders, ties by index, skipping what
-  no longer fits, and go round again until not even the cheapest step fits.
-  No limit is exceeded, and a single one is missed by less than the cheapest
-  step.
+  Runs on the host. Steps left over go to the largest remainders, ties by
+  index, skipping what no longer fits, and go round again until not even the
+  cheapest step fits. No limit is exceeded, and a single one is missed by less
+  than the cheapest step.
 
   Args:
     ratio_S: kept shares, [S].
-    limit_K: costs that may be kept, from `wrap`.
-    units_S: units of the dense modules, int32 [S].
-    cost_KxS: cost of one unit, from `wrap`, int32 [K,S], in any unit of cost
-      with step_S @ cost_S below 2**31; with several budgets, their sums too.
-    step_S: rounding multiples, int32 [S]; keeping all units is always
+    limit_K: costs that may be kept, int64 [K].
+    units_S: units of the dense modules, int64 [S].
+    cost_KxS: cost of one unit, int64 [K,S].
+    step_S: rounding multiples, int64 [S]; keeping all units is always
       allowed, a multiple or not.
-    floor_S: fewest units to keep, int32 [S].
+    floor_S: fewest units to keep, int64 [S].
 
   Returns:
-    Counts, int32 [S].
+    Counts, int64 [S].
   """
-  wish_S = ratio_S * units_S
+  # In float32, as the ratios are: equal ratios have equal remainders.
+  ratio, units, step = (np.float32(x) for x in (ratio_S, units_S, step_S))
+  wish_S = ratio * units
   # A wish within float32 noise of a step counts as that step.
-  steps_S = jnp.floor(wish_S / step_S + 1e-4).astype(jnp.int32)
-  count_S = jnp.clip(steps_S * step_S, floor_S, units_S)
-  count_S = jnp.where(wish_S > units_S - 0.5e-4 * step_S, units_S, count_S)
-  order_S = jnp.argsort(count_S / step_S - wish_S / step_S, stable=True)
-  # Sums may pass 2**31, but the slack, which decides, stays below one step of
-  # every module (`Sites` sees to 2**31 there): int32 arithmetic wraps around,
-  # so the slack itself comes out exact.
-  slack_K = limit_K - jnp.sum(count_S * cost_KxS, axis=-1)
-
-  def bigger(s, count):
-    return jnp.minimum((count // step_S[s] + 1) * step_S[s], units_S[s])
-
-  def smaller(s, count):
-    return jnp.maximum((count - 1) // step_S[s] * step_S[s], floor_S[s])
-
-  def helps(s, slack_K):
-    """Whether a module costs something where there is too much."""
-    return jnp.any((slack_K[:, None] < 0) & (cost_KxS[:, s] != 0), axis=0)
-
-  def trim(i, carry):
-    count_S, slack_K = carry
-    s = order_S[-1 - i][None]
-    new = jnp.where(helps(s, slack_K), smaller(s, count_S[s]), count_S[s])
-    slack_K += ((count_S[s] - new) * cost_KxS[:, s])[:, 0]
-    return count_S.at[s].set(new), slack_K
-
-  def fill(i, carry):
-    count_S, slack_K = carry
-    s = order_S[i]
-    price_K = (bigger(s, count_S[s]) - count_S[s]) * cost_KxS[:, s]
-    fits = jnp.all(price_K <= slack_K)
-    new = jnp.where(fits, bigger(s, count_S[s]), count_S[s])
-    return count_S.at[s].set(new), slack_K - jnp.where(fits, price_K, 0)
-
-  def more(carry):
-    count_S, slack_K = carry
-    s = jnp.arange(len(units_S))
-    price_KxS = (bigger(s, count_S) - count_S) * cost_KxS
-    fits_S = jnp.all(price_KxS <= slack_K[:, None], axis=0)
-    return jnp.any(fits_S & jnp.any(price_KxS > 0, axis=0))
-
-  def over(carry):
-    count_S, slack_K = carry
-    s = jnp.arange(len(units_S))
-    return jnp.any(helps(s, slack_K) & (count_S > floor_S))
-
-  def sweep(step):
-    return lambda carry: jax.lax.fori_loop(0, len(units_S), step, carry)
-
-  carry = jax.lax.while_loop(over, sweep(trim), (count_S, slack_K))
-  count_S, _ = jax.lax.while_loop(more, sweep(fill), carry)
+  count_S = np.floor(wish_S / step + np.float32(1e-4)).astype(np.int64) * step_S
+  count_S = np.clip(count_S, floor_S, units_S)
+  whole = wish_S > units - np.float32(0.5e-4) * step
+  count_S = np.where(whole, units_S, count_S)
+  order_S = np.argsort(
+    np.float32(count_S) / step - wish_S / step, kind='stable'
+  )
+  slack_K = limit_K - cost_KxS @ count_S
+  _trim(count_S, slack_K, order_S[::-1], cost_KxS, step_S, floor_S)
+  _fill(count_S, slack_K, order_S, cost_KxS, step_S, units_S)
   return count_S
 
 
-def integers(unit_cost_S, limit, units_S) -> tuple[np.ndarray, int]:
-  """A budget in integers whose sums stay far below 2**31.
+def _trim(count_S, slack_K, order_S, cost_KxS, step_S, floor_S):
+  """Takes steps away, in place, from where a budget is overdrawn."""
+  moved = True
+  while moved:
+    moved = False
+    for s in order_S:
+      smaller = max((count_S[s] - 1) // step_S[s] * step_S[s], floor_S[s])
+      helps = np.any((slack_K < 0) & (cost_KxS[:, s] > 0))
+      if helps and smaller < count_S[s]:
+        slack_K += (count_S[s] - smaller) * cost_KxS[:, s]
+        count_S[s], moved = smaller, True
 
-  Exact where the costs' common divisor allows it, else with every cost
-  rounded up, so that who meets this budget meets the one given.
+
+def _fill(count_S, slack_K, order_S, cost_KxS, step_S, units_S):
+  """Spends what is left on steps that fit every budget, in place."""
+  moved = True
+  while moved:
+    moved = False
+    for s in order_S:
+      bigger = min((count_S[s] // step_S[s] + 1) * step_S[s], units_S[s])
+      price_K = (bigger - count_S[s]) * cost_KxS[:, s]
+      if bigger > count_S[s] and np.all(price_K <= slack_K):
+        slack_K -= price_K
+        count_S[s], moved = bigger, True
+
+
+def integers(unit_cost_S, limit, units_S) -> tuple[np.ndarray, int]:
+  """Returns a budget in integers, without their common divisor.
+
+  Exact for costs that are whole numbers; others are rounded up to a grain of
+  the total, so that who meets this budget meets the one given.
 
   Args:
-    unit_cost_S: cost of one unit, integers or not, [S].
+    unit_cost_S: cost of one unit, [S].
     limit: what all units may cost together.
     units_S: units of the dense modules.
 
   Returns:
     (cost of one unit int64 [S], limit).
   """
-  total = float(np.asarray(units_S, float) @ unit_cost_S)
-  whole_S = np.rint(unit_cost_S).astype(np.int64)
-  scale = np.gcd.reduce(whole_S)
-  if np.array_equal(whole_S, unit_cost_S) and total < _MOST * float(scale):
-    return whole_S // scale, int(limit // scale)
-  scale = total / _MOST
-  return np.ceil(unit_cost_S / scale).astype(np.int64), int(limit // scale)
-
-
-def wrap(integers) -> np.ndarray:
-  """Integers of any size to int32, modulo 2**32, as `to_counts` takes them."""
-  return np.asarray(integers, np.int64).astype(np.uint32).view(np.int32)
+  grain = 1.0
+  if np.any(unit_cost_S != np.rint(unit_cost_S)):
+    grain = float(units_S @ unit_cost_S) / _GRAINS
+  cost_S = np.ceil(unit_cost_S / grain).astype(np.int64)
+  divisor = int(np.gcd.reduce(cost_S))
+  return cost_S // divisor, int(limit / grain // divisor)

@@ -20,7 +20,7 @@ class Moments(NamedTuple):
   """Second moments of a module over tokens; I inputs, D outputs."""
 
   gram_IxI: jax.Array  # inputs of the pruned stream with themselves
-  cross_IxD: jax.Array  # inputs of the pruned stream with the target
+  cross_IxD: jax.Array  # inputs of the pruned stream with what to come near
 
 
 def ridge(moments: Moments, weight_IxD, mask_I, strength):
@@ -99,42 +99,24 @@ def choose(fit: Moments, check: Moments, weight_IxD, mask_I, strengths):
   return weight, index
 
 
-def moments(inputs_WxBxTxI, target_WxBxTxI, weight_IxD) -> Moments:
-  """Moments over windows.
+def moments(inputs_WxBxTxI, weight_IxD) -> Moments:
+  """Moments over windows, towards the module's own full output.
 
   Args:
     inputs_WxBxTxI: what enters the projection in the pruned stream.
-    target_WxBxTxI: what times W is the output to come close to; None for
-      the module's own full output, which takes no second product.
     weight_IxD: W.
   """
-  inputs, outputs = weight_IxD.shape
-  # Accelerators would round float32 products to fewer digits.
-  product = functools.partial(
-    jnp.einsum, 'ni,nj->ij', precision=jax.lax.Precision.HIGHEST
-  )
+  size = len(weight_IxD)
 
-  def add(total, pair):
-    x, y = jax.tree.map(
-      lambda a: a.reshape(-1, inputs).astype(jnp.float32), pair
-    )
-    cross = 0.0 if y is None else product(x, y @ weight_IxD)
-    return Moments(
-      total.gram_IxI + product(x, x), total.cross_IxD + cross
+  def add(gram, inputs):
+    x = inputs.reshape(-1, size).astype(jnp.float32)
+    # Accelerators would round float32 products to fewer digits.
+    return gram + jnp.einsum(
+      'ni,nj->ij', x, x, precision=jax.lax.Precision.HIGHEST
     ), None
 
-  empty = Moments(jnp.zeros((inputs, inputs)), jnp.zeros((inputs, outputs)))
-  total, _ = jax.lax.scan(add, empty, (inputs_WxBxTxI, target_WxBxTxI))
-  if target_WxBxTxI is None:
-    return total._replace(cross_IxD=total.gram_IxI @ weight_IxD)
-  return total
-
-
-class Streams(NamedTuple):
-  """Residual streams [W,B,T,D] of the windows, before one layer."""
-
-  pruned: jax.Array
-  dense: jax.Array | None  # only for the dense target
+  gram, _ = jax.lax.scan(add, jnp.zeros((size, size)), inputs_WxBxTxI)
+  return Moments(gram, gram @ weight_IxD)
 
 
 class Half(NamedTuple):
@@ -177,21 +159,17 @@ HALVES = (
 )
 
 
-def _half(layer, params, streams, mask, half: Half, fit_on, strengths):
-  """Calibrates one half layer and moves the streams past it."""
+def _half(layer, params, stream_WxBxTxD, mask, half: Half, fit_on, strengths):
+  """Calibrates one half layer and moves the stream past it."""
   weight = half.weight(params)
   mask_I = jnp.repeat(mask, len(weight) // len(mask))
-  entered = half.enter(layer, params, streams.pruned)
-  aim = dense = None
-  if streams.dense is not None:
-    aim = half.enter(layer, params, streams.dense)
-    dense = half.leave(layer, params, streams.dense, aim, None)
-  fit = moments(*jax.tree.map(lambda x: x[:fit_on], (entered, aim)), weight)
-  check = moments(*jax.tree.map(lambda x: x[fit_on:], (entered, aim)), weight)
+  entered = half.enter(layer, params, stream_WxBxTxD)
+  fit = moments(entered[:fit_on], weight)
+  check = moments(entered[fit_on:], weight)
   best, index = choose(fit, check, weight, mask_I, strengths)
   params = half.with_weight(params, best)
-  pruned = half.leave(layer, params, streams.pruned, entered, mask)
-  return params, Streams(pruned, dense), index
+  stream = half.leave(layer, params, stream_WxBxTxD, entered, mask)
+  return params, stream, index
 
 
 def embed(params, tokens_WxBxT, *, config):
@@ -211,21 +189,21 @@ def _embed(ends, tokens_WxBxT, *, config):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
-def _layer(params, streams, masks, *, config, fit_on, strengths):
+def _layer(params, stream_WxBxTxD, masks, *, config, fit_on, strengths):
   """Calibrates both halves of a layer, attention first.
 
   Returns:
-    (attention out, ffn down), the streams behind the layer, strength indices.
+    (attention out, ffn down), the stream behind the layer, strength indices.
   """
   layer = Layer(config, config.groups, config.ffn)
-  picks = []
+  picks, stream = [], stream_WxBxTxD
   for mask, half in zip(masks, HALVES, strict=True):
-    params, streams, index = _half(
-      layer, params, streams, mask, half, fit_on, strengths
+    params, stream, index = _half(
+      layer, params, stream, mask, half, fit_on, strengths
     )
     picks.append(index)
   new = params['attention']['out'], params['ffn']['down']
-  return new, streams, jnp.stack(picks)
+  return new, stream, jnp.stack(picks)
 
 
 def calibrate(
@@ -235,7 +213,6 @@ def calibrate(
   fit_WxBxT,
   check_WxBxT,
   *,
-  target,
   strengths,
   dtype=None,
 ):
@@ -247,8 +224,6 @@ def calibrate(
     keep: the masks.
     fit_WxBxT: calibration tokens, in W batches.
     check_WxBxT: validation tokens, which choose the strengths.
-    target: 'own' to match the module's full output on the pruned stream,
-      'dense' to match the dense model's.
     strengths: candidates for `ridge`.
     dtype: what the projections will be saved in, to which they are rounded;
       None for that of `params`.
@@ -258,14 +233,13 @@ def calibrate(
     and FFN, 0 where the projection stays as it is).
   """
   tokens = np.concatenate([fit_WxBxT, check_WxBxT])
-  start = embed(params, tokens, config=config)
-  streams = Streams(start, start if target == 'dense' else None)
+  stream = embed(params, tokens, config=config)
   outs, picks = [], []
   for i in range(config.layers):
     at = jax.tree.map(lambda x, i=i: x[i], (params['stack'], keep))
-    new, streams, pick = _layer(
+    new, stream, pick = _layer(
       at[0],
-      streams,
+      stream,
       at[1],
       config=config,
       fit_on=len(fit_WxBxT),

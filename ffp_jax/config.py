@@ -57,8 +57,6 @@ def defaults() -> ml_collections.ConfigDict:
   config.budget.latency = 0.0
   config.budget.latency_table = ''  # JSON of milliseconds, see resources.py
 
-  config.importance = 'wanda'  # or 'magnitude'
-
   config.search = ml_collections.ConfigDict()
   # The curriculum: one entry a stage.
   config.search.sparsity_shares = (0.5, 1.0)
@@ -68,7 +66,6 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.candidates = 1  # antithetic pairs; if odd, and the mean
   config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.2  # removed units next to a cut, a share of all
-  config.search.reward = 'ratio'  # or 'log_ratio'
   # Ridge strength with which candidates are calibrated; 0: as they are cut.
   config.search.refit = 0.1
   config.search.lowest_ratio = 0.1
@@ -93,7 +90,6 @@ def defaults() -> ml_collections.ConfigDict:
 
   config.calibration = ml_collections.ConfigDict()
   config.calibration.enabled = True
-  config.calibration.target = 'own'  # or 'dense'
   config.calibration.strengths = (0.01, 0.1, 1.0)
 
   config.mesh = ml_collections.ConfigDict()  # sizes; -1: what is left
@@ -174,9 +170,6 @@ def comparison() -> ml_collections.ConfigDict:
 
 _CHOICES = {
   'dtype': ('auto', 'float32', 'bfloat16'),
-  'importance': ('wanda', 'magnitude'),
-  'search.reward': ('ratio', 'log_ratio'),
-  'calibration.target': ('own', 'dense'),
 }
 _POSITIVE = (
   'text.calibration_windows',
@@ -293,11 +286,6 @@ def check_reachable(sites, config):
   Raises:
     RequestError: with the largest sparsity within reach.
   """
-  if sites.step @ sites.unit_cost // sites.scale >= 2**31:
-    raise RequestError(
-      'budget.round_heads, budget.round_ffn: one step of every module is more '
-      'than 2**31 units of cost; use finer steps'
-    )
   sparsity = config.budget.sparsity
   if sites.limit(sparsity) < sites.kept_cost(sites.floor):
     raise RequestError(

@@ -49,14 +49,3 @@ def wanda(out_weights, norms) -> Masks:
   out, down = (jnp.abs(w.astype(jnp.float32)).sum(-1) for w in out_weights)
   attention, ffn = norms
   return Masks(jnp.sum(out * attention, axis=(2, 3)), down * ffn)
-
-
-def magnitude(out_weights, norms=None) -> Masks:
-  """|W| alone, the same sum; `norms` is ignored."""
-  del norms
-  out, down = (jnp.abs(w.astype(jnp.float32)).sum(-1) for w in out_weights)
-  return Masks(jnp.sum(out, axis=(2, 3)), down)
-
-
-SCORES = {'wanda': wanda, 'magnitude': magnitude}
-NEEDS_NORMS = {'wanda': True, 'magnitude': False}

@@ -27,23 +27,15 @@ def nll(apply, params, tokens_BxT, masks=None):
   return jnp.mean(token_nll(apply, params, tokens_BxT, masks), axis=-1)
 
 
-def reward(dense_nll, pruned_nll, kind):
-  """How little is lost: larger is better, never NaN.
+def reward(dense_nll, pruned_nll):
+  """Returns PPL_dense / PPL_pruned: larger is better, never NaN.
 
   Args:
     dense_nll: mean loss of the dense model on the reward tokens, finite.
     pruned_nll: mean loss of the pruned model on the same tokens.
-    kind: 'ratio' for PPL_dense / PPL_pruned = exp(-gap), gap the loss added;
-      'log_ratio' for 1 / (1 + gap), the same to first order, but not flat
-      where the model is broken.
 
   Returns:
     The reward; 0 where the pruned loss isn't finite.
   """
-  gap = pruned_nll - dense_nll
-  if kind == 'ratio':
-    value = jnp.exp(-gap)
-  else:
-    # A pruned model may be a little better: stay linear there.
-    value = jnp.where(gap > 0, 1.0 / (1.0 + jnp.abs(gap)), 1.0 - gap)
+  value = jnp.exp(-(pruned_nll - dense_nll))
   return jnp.where(jnp.isfinite(pruned_nll), value, 0.0)

@@ -88,9 +88,6 @@ def calibration_memory(config, model, params) -> memory.Memory:
   windows = text.calibration_windows + text.validation_windows
   shape = windows, 1, text.context, model.width
   stream = jax.ShapeDtypeStruct(shape, params['embed']['table'].dtype)
-  streams = calibrate.Streams(
-    stream, stream if config.calibration.target == 'dense' else None
-  )
 
   def of_layer(x):
     spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
@@ -101,7 +98,7 @@ def calibration_memory(config, model, params) -> memory.Memory:
   return memory.needs(
     calibrate._layer,
     jax.tree.map(of_layer, params['stack']),
-    streams,
+    stream,
     keep,
     config=model,
     fit_on=text.calibration_windows,

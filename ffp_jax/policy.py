@@ -1,9 +1,10 @@
 """The policy: target sparsity to a distribution over priorities.
 
 Single-step: one proposal, one reward, no trajectory. Pure functions around
-one flax module; the learning signal has two parts, PPO's clipped score
-function (arXiv 1707.06347, equation 7) and the reparameterised gradient of
-the reward (SVG(0), arXiv 1510.09142).
+one flax module. There are two learning signals: PPO's clipped score function
+(arXiv 1707.06347, equation 7) with a value and an entropy term (equation 9),
+the published one; and the reparameterised gradient of the reward (SVG(0),
+arXiv 1510.09142), the default.
 """
 
 from typing import NamedTuple
@@ -93,6 +94,7 @@ class Batch(NamedTuple):
   priority_NxS: jax.Array
   noise_NxS: jax.Array
   log_prob_N: jax.Array  # under the policy that proposed them
+  value: jax.Array  # the reward that this policy expected, scalar
   reward_N: jax.Array
   gradient_NxS: jax.Array  # d reward / d priority, zeros if not known
 
@@ -107,38 +109,65 @@ def loss(
   value_weight,
   entropy_weight,
 ):
-  """What one epoch minimises.
+  """Returns what one epoch minimises.
+
+  A signal of weight 0 is not computed. The value term belongs to the score
+  function, whose baseline the value is, and has `value_weight` beside it.
 
   Args:
     proposal: of the policy being trained.
     batch: of the policy that proposed.
     clip: PPO's epsilon.
-    score_weight, pathwise_weight, value_weight, entropy_weight: of the terms.
+    score_weight, pathwise_weight, value_weight, entropy_weight: of the terms;
+      Python numbers.
 
   Returns:
     (scalar loss, dict of its terms).
   """
-  ratio_N = jnp.exp(log_prob(proposal, batch.priority_NxS) - batch.log_prob_N)
-  advantage_N = normalise(batch.reward_N)
-  bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
-  score = -jnp.mean(jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N))
-  moved_NxS = act(proposal, batch.noise_NxS)
-  pathwise = -jnp.mean(jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1))
-  value = jnp.mean(jnp.square(proposal.value - batch.reward_N))
-  spread = entropy(proposal)
-  total = (
-    score_weight * score
-    + pathwise_weight * pathwise
-    + value_weight * value
-    - entropy_weight * spread
-  )
-  terms = {
-    'loss_score': score,
-    'loss_pathwise': pathwise,
-    'loss_value': value,
-    'entropy': spread,
-  }
+  total, spread = 0.0, entropy(proposal)
+  terms = {'entropy': spread}
+  if pathwise_weight:
+    moved_NxS = act(proposal, batch.noise_NxS)
+    pathwise = -jnp.mean(jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1))
+    total += pathwise_weight * pathwise
+    terms['loss_pathwise'] = pathwise
+  if score_weight:
+    found = ppo(proposal, batch, clip=clip)
+    total += score_weight * found['loss_score']
+    total += value_weight * found['loss_value']
+    terms |= found
+  if entropy_weight:
+    total -= entropy_weight * spread
   return total, terms
+
+
+def ppo(proposal: Proposal, batch: Batch, *, clip) -> dict:
+  """Returns the terms of proximal policy optimisation.
+
+  With the ratio r = p / p_old and the advantage A = reward - value of the
+  policy that proposed, normalised over the batch:
+
+    loss_score = -mean(min(r A, clip(r, 1 - clip, 1 + clip) A))
+    loss_value = mean(max((v - reward)^2, (v_clipped - reward)^2)),
+
+  v_clipped no further than `clip` from the value before the update; and as a
+  measure of how far the policy has moved, approx_kl = mean(r - 1 - log r)
+  (Schulman, http://joschu.net/blog/kl-approx.html).
+  """
+  log_ratio_N = log_prob(proposal, batch.priority_NxS) - batch.log_prob_N
+  ratio_N = jnp.exp(log_ratio_N)
+  advantage_N = normalise(batch.reward_N - batch.value)
+  bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
+  score_N = jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
+  near = batch.value + jnp.clip(proposal.value - batch.value, -clip, clip)
+  miss_N, near_miss_N = (
+    jnp.square(value - batch.reward_N) for value in (proposal.value, near)
+  )
+  return {
+    'loss_score': -jnp.mean(score_N),
+    'loss_value': jnp.mean(jnp.maximum(miss_N, near_miss_N)),
+    'approx_kl': jnp.mean(ratio_N - 1.0 - log_ratio_N),
+  }
 
 
 def optimizer(*, learning_rate, network_learning_rate, decay, steps, max_norm):

@@ -207,13 +207,11 @@ def resume(first, book) -> search.SearchState:
 
 def rank_units(config, job, params) -> allocate.Modules:
   """Scores the units on the calibration text and orders each module's."""
-  norms = None
-  if importance.NEEDS_NORMS[config.importance]:
-    captured = scoring.captured_of(job.model, importance.square_sum)
-    measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
-    norms = measure(params, job.text.calibration[:, None])
+  captured = scoring.captured_of(job.model, importance.square_sum)
+  measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
+  norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
-  scores = jax.jit(importance.SCORES[config.importance])(weights, norms)
+  scores = jax.jit(importance.wanda)(weights, norms)
   modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
   return jax.block_until_ready(modules)  # for an honest clock
 
@@ -240,36 +238,50 @@ def refit(config, job, params, modules) -> Scored:
 
 
 def find(config, job, scored, modules, text, state, book):
-  """The search, from `state` on."""
+  """The search, from `state` on: logs and saves every step.
+
+  Returns:
+    (priorities worth re-scoring [M,S], what the whole search takes).
+  """
   apply = scoring.apply_of(scored.model, remat=config.search.remat)
+  plan = curriculum.plan(config)
+  ends, compilations = curriculum.ends(plan), 0
+  steps = search.steps(
+    config,
+    job.sites,
+    modules,
+    lambda params, tokens, masks: nll(apply, params, tokens, masks),
+    scored.params,
+    text,
+    state,
+  )
   with (
     checkpoint.Checkpoints(
       book.workdir / 'checkpoints',
       every=config.checkpoint.every,
       keep=config.checkpoint.keep,
-      ends=curriculum.ends(curriculum.plan(config)),
+      ends=ends,
     ) as saved,
     signals.save_first(saved.flush),
+    book.progress(ends[-1], int(state.step)) as show,
   ):
-    return search.run(
-      config,
-      job.sites,
-      modules,
-      lambda params, tokens, masks: nll(apply, params, tokens, masks),
-      scored.params,
-      text,
-      state,
-      book,
-      saved,
-    )
+    # Before the first line of metrics: where these are, so is a checkpoint.
+    saved.begin(int(state.step), state)
+    book.rewind(int(state.step))
+    for state, line in steps:
+      compilations = line.pop('compilations')
+      book.append(line)
+      show(line)
+      saved.save(line['step'] + 1, state)
+  cost = search.cost(config, plan) | {'compilations': compilations}
+  return search.finalists(config, job.sites, state), cost
 
 
 def rescore(config, job, scored, modules, text, finalists) -> list:
   """Every `Finalist`, its loss over the whole reward text."""
   loss = scoring.Scorer(scored.model)
-  goal = allocate.target(job.sites, config.budget.sparsity)
   counts = {
-    tuple(counts_of(config, row, goal, modules)): row for row in finalists
+    tuple(counts_of(config, job, modules, row)): row for row in finalists
   }
   return [
     Finalist(
@@ -286,20 +298,16 @@ def rescore(config, job, scored, modules, text, finalists) -> list:
   ]
 
 
-_counts_of = jax.jit(allocate.counts_of, static_argnames='low')
-
-
-def counts_of(config, priority_S, goal, modules) -> np.ndarray:
+def counts_of(config, job, modules, priority_S) -> np.ndarray:
   """Priorities to counts at the run's budget."""
-  low = config.search.lowest_ratio
-  return np.asarray(_counts_of(priority_S, goal, modules, low=low))
+  sparsity, low = config.budget.sparsity, config.search.lowest_ratio
+  return allocate.counts_of(priority_S, sparsity, job.sites, modules, low=low)
 
 
 def uniform(config, job, modules):
   """Masks of the same budget spread evenly."""
-  goal = allocate.target(job.sites, config.budget.sparsity)
   even = np.zeros(len(job.sites.units), np.float32)
-  counts = counts_of(config, even, goal, modules)
+  counts = counts_of(config, job, modules, even)
   return masks_lib.from_counts(modules.rank, jnp.array(counts))
 
 
@@ -315,7 +323,6 @@ def calibrate(config, job, params, keep) -> dict:
       masks,
       job.text.calibration[:, None],
       job.text.validation[:, None],
-      target=config.calibration.target,
       strengths=config.calibration.strengths,
       dtype=job.dtype,
     )

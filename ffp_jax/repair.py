@@ -62,7 +62,7 @@ def _layer(params, stream_WxBxTxD, ranks, *, config, strength):
   for rank_U, half in zip(ranks, calibrate.HALVES, strict=True):
     weight = half.weight(params)
     entered = half.enter(layer, params, stream_WxBxTxD)
-    gram = calibrate.moments(entered, None, weight).gram_IxI
+    gram = calibrate.moments(entered, weight).gram_IxI
     refit, weight = basis(gram, weight, rank_U, strength)
     new = half.with_weight(params, weight)[half.module][half.name]
     found.append((new, constrain(refit, 'embed', 'ffn').astype(new.dtype)))

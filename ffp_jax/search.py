@@ -1,4 +1,4 @@
-"""The search: one state, one jitted step, the curriculum.
+"""The search: one state, one jitted step, a generator of both.
 
 A step proposes N candidates at the stage's sparsity, scores them on the same
 tokens through masks, and updates the policy. What the loss says about the
@@ -87,9 +87,7 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
   return jnp.concatenate([mean(*half) for half in halves])
 
 
-def score(
-  priority_S, target, modules, loss_of, dense_nll, *, low, window, kind
-):
+def score(priority_S, target, modules, loss_of, dense_nll, *, low, window):
   """Reward of one candidate and its gradient.
 
   Candidates are scored before their counts are rounded, which keeps the
@@ -104,7 +102,6 @@ def score(
     dense_nll: the dense model's mean loss on the same tokens.
     low: smallest ratio a priority can ask for.
     window: of `count_gradient`.
-    kind: of `loss.reward`.
 
   Returns:
     (reward, d reward / d priority [S]); zeros where the loss isn't finite.
@@ -116,9 +113,7 @@ def score(
   nll, gradient = jax.value_and_grad(loss_of)(
     masks.from_counts(modules.rank, count_S)
   )
-  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x, kind))(
-    nll
-  )
+  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x))(nll)
   per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
   (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
@@ -219,12 +214,16 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
         dense_nll,
         low=c.lowest_ratio,
         window=c.window,
-        kind=c.reward,
       )
 
     reward, gradient = side_by_side(score_one, priority, block=block)
     batch = policy.Batch(
-      priority, noise, policy.log_prob(proposal, priority), reward, gradient
+      priority,
+      noise,
+      policy.log_prob(proposal, priority),
+      proposal.value,
+      reward,
+      gradient,
     )
     params, opt_state, terms = policy.update(
       state.params,
@@ -256,8 +255,10 @@ def start(config, sites: Sites) -> SearchState:
   return init(key, net, optim, first, remember=size)
 
 
-def run(config, sites, modules, nll, model_params, text, state, book, saved):
-  """The host loop: from a state to the end of the curriculum.
+def steps(config, sites, modules, nll, model_params, text, state):
+  """Searches from a state to the end of the curriculum.
+
+  Logging and checkpoints are the caller's loop.
 
   Args:
     config: of the run.
@@ -265,12 +266,11 @@ def run(config, sites, modules, nll, model_params, text, state, book, saved):
     nll: as `make_step` takes it.
     model_params: of the dense decoder.
     text: a `RewardText`.
-    state: from `start`, or saved after any step.
-    book: a `Book`; gets a line of metrics for every step.
-    saved: a `Checkpoints`.
+    state: from `start`, or yielded after any step of the same search.
 
-  Returns:
-    (priorities worth re-scoring [M,S], what the search took).
+  Yields:
+    (state after a step, its metrics as plain numbers); `compilations` counts
+    those of the step since this generator began.
   """
   net, optim = network(config, sites)
   plan = curriculum.plan(config)
@@ -279,44 +279,33 @@ def run(config, sites, modules, nll, model_params, text, state, book, saved):
     config,
     *(state, model_params, allocate.target(sites, plan[-1].sparsity), modules),
   )
-  total = sum(stage.steps for stage in plan)
-  # Before the first line of metrics: where these are, so is a checkpoint.
-  saved.begin(int(state.step), state)
-  book.rewind(int(state.step))
-  with book.progress(total, int(state.step)) as bar:
-    for step in range(int(state.step), total):
-      begun = time.perf_counter()
-      index, stage, starts = curriculum.stage_at(plan, step)
-      tokens, dense = (
-        curriculum.draw(x, step, stage.rows, config.seed) for x in text
-      )
-      state, metrics = step_fn(
-        forget(state) if starts else state,
-        model_params,
-        tokens,
-        np.float32(np.mean(dense)),
-        allocate.target(sites, stage.sparsity),
-        modules,
-      )
-      line = {
+  for step in range(int(state.step), curriculum.ends(plan)[-1]):
+    begun = time.perf_counter()
+    index, stage, starts = curriculum.stage_at(plan, step)
+    tokens, dense = (
+      curriculum.draw(x, step, stage.rows, config.seed) for x in text
+    )
+    state, metrics = step_fn(
+      forget(state) if starts else state,
+      model_params,
+      tokens,
+      np.float32(np.mean(dense)),
+      allocate.target(sites, stage.sparsity),
+      modules,
+    )
+    yield (
+      state,
+      {
         'step': step,
         'stage': index,
         'sparsity': stage.sparsity,
         'candidates': config.search.candidates,
         'reward_tokens': tokens.size,
         **{name: x.item() for name, x in jax.device_get(metrics).items()},
-      }
-      book.append({**line, 'seconds': round(time.perf_counter() - begun, 3)})
-      bar.set_postfix(
-        reward=f'{line["reward_mean"]:.3f}', sparsity=f'{stage.sparsity:.1%}'
-      )
-      bar.update(1)
-      saved.save(step + 1, state)
-  taken = {
-    **cost(config, plan),
-    'compilations': sum(f._cache_size() for f in made),
-  }
-  return finalists(state, net, config.budget.sparsity), taken
+        'seconds': round(time.perf_counter() - begun, 3),
+        'compilations': sum(f._cache_size() for f in made),
+      },
+    )
 
 
 def _step_that_fits(make, config, state, model_params, target, modules):
@@ -332,7 +321,7 @@ def _step_that_fits(make, config, state, model_params, target, modules):
 
 
 def cost(config, plan) -> dict:
-  """What a whole search takes.
+  """What the steps of a plan take.
 
   A backward pass counts as two forward ones.
   """
@@ -344,9 +333,11 @@ def cost(config, plan) -> dict:
   }
 
 
-def finalists(state: SearchState, net, sparsity: float) -> np.ndarray:
+def finalists(config, sites: Sites, state: SearchState) -> np.ndarray:
   """Priorities worth re-scoring: the policy's mean and the memory, [M,S]."""
-  proposal = net.apply({'params': state.params}, jnp.float32(sparsity))
+  net, _ = network(config, sites)
+  sparsity = jnp.float32(config.budget.sparsity)
+  proposal = net.apply({'params': state.params}, sparsity)
   known = np.isfinite(state.memory.reward_M)
   memory_MxS = np.asarray(state.memory.priority_MxS)[known]
   return np.concatenate([np.asarray(proposal.mean_S)[None], memory_MxS])

@@ -32,11 +32,6 @@ class Sites(NamedTuple):
     return int(self.units @ self.unit_cost) + self.fixed
 
   @property
-  def scale(self) -> int:
-    """Greatest common divisor of the unit costs: the unit of exact sums."""
-    return int(np.gcd.reduce(self.unit_cost))
-
-  @property
   def layers(self) -> int:
     return len(self.units) // 2
 

@@ -252,7 +252,7 @@ def _masks(config):
 
 
 @functools.cache
-def _calibrated(name, target):
+def _calibrated(name):
   """(config, params, masks, new params, strengths [2,L])."""
   config = _CONFIGS[name]
   params = tiny_run.params(config)
@@ -262,7 +262,6 @@ def _calibrated(name, target):
     _masks(config),
     _tokens(config, 5, seed=1),
     _tokens(config, 2, seed=2),
-    target=target,
     strengths=_STRENGTHS,
   )
   return config, params, _masks(config), new, chosen
@@ -297,7 +296,7 @@ def _projections(params):
   )
 
 
-def _modules(name, target):
+def _modules(name):
   """Yields what is known of every module of a calibrated model.
 
   Calibration leaves the layers before a module as they are, so the finished
@@ -307,46 +306,40 @@ def _modules(name, target):
     ((module, layer), fit (x, y), check (x, y), weight, mask, new weight,
     strength).
   """
-  config, params, keep, new, chosen = _calibrated(name, target)
+  config, params, keep, new, chosen = _calibrated(name)
   sets = []
   for windows, seed in ((5, 1), (2, 2)):
     tokens = _tokens(config, windows, seed)
-    pruned = _inputs(config, new, keep, tokens)
-    ones = jax.tree.map(np.ones_like, keep)
-    dense = _inputs(config, params, ones, tokens)
-    sets.append((pruned, pruned if target == 'own' else dense))
+    sets.append(_inputs(config, new, keep, tokens))
   weights, news = _projections(params), _projections(new)
   for module in range(2):
     for i in range(config.layers):
       weight = weights[module][i]
       units = keep[module][i]
       fit, check = (
-        (x[module][i], aim[module][i].astype(np.float64) @ weight)
-        for x, aim in sets
+        (x[module][i], x[module][i].astype(np.float64) @ weight) for x in sets
       )
       mask = np.repeat(units, len(weight) // len(units))
       where = (module, i)
       yield where, fit, check, weight, mask, news[module][i], chosen[where]
 
 
-_RUNS = (('llama', 'own'), ('opt_post_norm', 'dense'))
+_RUNS = ('llama', 'opt_post_norm')
 
 
 class CalibrateTest(parameterized.TestCase):
   @parameterized.parameters(*_RUNS)
-  def test_every_module_against_least_squares(self, name, target):
-    for where, fit, check, weight, mask, new, strength in _modules(
-      name, target
-    ):
+  def test_every_module_against_least_squares(self, name):
+    for where, fit, check, weight, mask, new, strength in _modules(name):
       with self.subTest(where):
         theirs, index = _pick(fit, check, weight, mask, _STRENGTHS)
         self.assertEqual(strength, (0.0, *_STRENGTHS)[index + 1])
         self.assertLess(_distance(new, theirs), 1e-3)
 
   @parameterized.parameters(*_RUNS)
-  def test_calibration_tokens_are_never_worse_off(self, name, target):
+  def test_calibration_tokens_are_never_worse_off(self, name):
     gains = []
-    for where, (x, y), _, weight, mask, new, _ in _modules(name, target):
+    for where, (x, y), _, weight, mask, new, _ in _modules(name):
       before = np.square(x @ (weight * mask[:, None]) - y).sum()
       after = np.square(x @ new - y).sum()
       with self.subTest(where):
@@ -355,8 +348,8 @@ class CalibrateTest(parameterized.TestCase):
     self.assertTrue(any(gains))
 
   @parameterized.parameters(*_RUNS)
-  def test_all_else_stays(self, name, target):
-    _, params, _, new, _ = _calibrated(name, target)
+  def test_all_else_stays(self, name):
+    _, params, _, new, _ = _calibrated(name)
     changed = [
       jax.tree_util.keystr(path)
       for (path, old), now in zip(
@@ -372,7 +365,7 @@ class CalibrateTest(parameterized.TestCase):
     )
 
   def test_first_attention_from_scratch(self):
-    config, params, keep, new, _ = _calibrated('llama', 'own')
+    config, params, keep, new, _ = _calibrated('llama')
     pairs = []
     weight = _projections(params)[0][0]
     for windows, seed in ((5, 1), (2, 2)):
@@ -393,7 +386,6 @@ class CalibrateTest(parameterized.TestCase):
       ones,
       _tokens(_LLAMA, 5, seed=1),
       _tokens(_LLAMA, 2, seed=2),
-      target='own',
       strengths=_STRENGTHS,
     )
     for ours, theirs in zip(
@@ -415,7 +407,6 @@ class CalibrateTest(parameterized.TestCase):
       keep,
       _tokens(config, 5, seed=1),
       _tokens(config, 2, seed=2),
-      target='own',
       strengths=_STRENGTHS,
     )
     self.assertEqual({x.dtype for x in jax.tree.leaves(new)}, {bfloat16})

@@ -52,12 +52,9 @@ class ValidateTest(_TestCase):
     with self.refused('budget.sparsity: '):
       config_lib.validate(_with(**{'budget.sparsity': value}))
 
-  @parameterized.parameters(
-    'dtype', 'importance', 'search.reward', 'calibration.target'
-  )
-  def test_choices(self, key):
-    with self.refused(f"{key}: 'neither' is not one of "):
-      config_lib.validate(_with(**{key: 'neither'}))
+  def test_choices(self):
+    with self.refused("dtype: 'neither' is not one of "):
+      config_lib.validate(_with(dtype='neither'))
 
   @parameterized.parameters(
     'text.context',

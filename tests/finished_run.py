@@ -14,7 +14,6 @@ def config(**changes):
     'data': 'pydoc',
     'seed': 7,
     'budget': {'sparsity': 0.2},
-    'search': {'reward': 'ratio'},
     **changes,
   }
 

@@ -94,26 +94,10 @@ class ScoresTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
       self.assertGreater(np.std(want), 0.0)
 
-  @parameterized.parameters(*_NAMES)
-  def test_magnitude(self, name):
-    c = testing.pair(name).config
-    expected = _numpy_scores(name, (np.ones((c.layers, 1)),) * 2)
-    for norms in ((), (None,), (_norms(name, 3),)):
-      ours = importance.magnitude(_out_weights(name), *norms)
-      for got, want in zip(ours, expected, strict=True):
-        self.assertEqual(got.dtype, np.float32)
-        np.testing.assert_allclose(got, want, rtol=1e-5)
-
   @parameterized.parameters('llama_grouped', 'opt_pre_norm')
   def test_batches_in_a_scan_are_one_large_batch(self, name):
     for got, want in zip(_norms(name, 3), _norms(name, 1), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-
-  def test_table_has_both(self):
-    self.assertEqual(
-      importance.SCORES,
-      {'wanda': importance.wanda, 'magnitude': importance.magnitude},
-    )
 
 
 class SquareSumTest(parameterized.TestCase):

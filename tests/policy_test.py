@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +30,15 @@ def tearDownModule():
 _normalise = jax.jit(policy.normalise)
 _log_prob = jax.jit(policy.log_prob)
 _act = jax.jit(policy.act)
-_loss = jax.jit(policy.loss)
+_loss = jax.jit(
+  policy.loss,
+  static_argnames=(
+    'score_weight',
+    'pathwise_weight',
+    'value_weight',
+    'entropy_weight',
+  ),
+)
 _sample = jax.jit(policy.sample, static_argnums=2)
 
 
@@ -61,6 +67,8 @@ def _batch(seed, candidates=16):
     priority_NxS,
     noise_NxS,
     _log_prob(old, priority_NxS),
+    # Some within the clip of the value before, some not.
+    new.value + np.float32(0.1 * (seed % 2) - 0.25),
     source.uniform(0.0, 1.0, candidates).astype(np.float32),
     source.standard_normal((candidates, _S)).astype(np.float32),
   )
@@ -178,28 +186,34 @@ def _numpy_loss(proposal, batch, *, clip):
   mean, log_std = (
     np.asarray(x, np.float64) for x in (proposal.mean_S, proposal.log_std_S)
   )
-  priority, noise, old, reward, gradient = (
+  priority, noise, old, before, reward, gradient = (
     np.asarray(x, np.float64) for x in batch
   )
-  advantage = (reward - reward.mean()) / reward.std()
-  objective, moved = [], []
+  advantage = (reward - before) - (reward - before).mean()
+  advantage /= (reward - before).std()
+  value = float(proposal.value)
+  near = before + min(max(value - before, -clip), clip)
+  objective, moved, misses, moves = [], [], [], []
   for n in range(len(reward)):
     new = scipy.stats.norm.logpdf(priority[n], mean, np.exp(log_std)).sum()
     ratio = np.exp(new - old[n])
     bounded = min(max(ratio, 1 - clip), 1 + clip)
     objective.append(min(ratio * advantage[n], bounded * advantage[n]))
     moved.append(gradient[n] @ (mean + np.exp(log_std) * noise[n]))
+    misses.append(max((value - reward[n]) ** 2, (near - reward[n]) ** 2))
+    moves.append(ratio - 1.0 - np.log(ratio))
   return {
     'loss_score': -np.mean(objective),
     'loss_pathwise': -np.mean(moved),
-    'loss_value': np.mean((np.float64(proposal.value) - reward) ** 2),
+    'loss_value': np.mean(misses),
+    'approx_kl': np.mean(moves),
     'entropy': np.sum(log_std) + _S / 2 * np.log(2 * np.pi * np.e),
   }
 
 
-@jax.jit
 def _loss_gradient(proposal, batch, weights):
-  return jax.grad(lambda p: policy.loss(p, batch, **weights)[0])(proposal)
+  gradient = jax.grad(lambda p: policy.loss(p, batch, **weights)[0])
+  return jax.jit(gradient)(proposal)
 
 
 class LossTest(parameterized.TestCase):
@@ -244,6 +258,7 @@ class LossTest(parameterized.TestCase):
       priority,
       jnp.zeros_like(priority),
       _log_prob(proposal, priority) - jnp.log(ratio_N),
+      proposal.value,
       jnp.array([sign, -sign]),
       jnp.zeros_like(priority),
     )
@@ -270,6 +285,45 @@ class LossTest(parameterized.TestCase):
       atol=1e-4,
     )
 
+  def test_a_value_that_has_moved_enough_has_no_gradient(self):
+    """The clipped value is the larger miss: the value learns no more."""
+    proposal, batch = _proposal(3), _batch(3)
+    low, high = proposal.value - 0.5, proposal.value + 0.5
+    weights = _WEIGHTS | {'value_weight': 2.0}
+    for before, reward, slope in (
+      (low, high + 9.0, 0.0),  # up by more than the clip, towards the reward
+      (high, high + 9.0, 2.0 * 2.0 * -9.5),  # down, away from it
+      (proposal.value, high, 2.0 * 2.0 * -0.5),  # not moved
+    ):
+      moved = batch._replace(
+        value=before, reward_N=np.full(16, reward, np.float32)
+      )
+      got = _loss_gradient(proposal, moved, weights)
+      self.assertAlmostEqual(float(got.value), slope, places=4)
+
+  def test_kl_is_that_of_the_policies(self):
+    old = _proposal(0)
+    new = old._replace(mean_S=old.mean_S + 0.05 * np.exp(old.log_std_S))
+    noise = np.random.default_rng(0).standard_normal((20_000, _S))
+    priority = _act(old, noise.astype(np.float32))
+    batch = policy.Batch(
+      *(priority, noise, _log_prob(old, priority), old.value),
+      *(np.zeros(20_000), 0.0 * noise),
+    )
+    got = _loss(new, batch, **_WEIGHTS)[1]['approx_kl']
+    self.assertAlmostEqual(float(got) / (_S * 0.05**2 / 2), 1.0, delta=0.1)
+
+  def test_a_signal_of_weight_0_is_not_computed(self):
+    proposal, batch = _proposal(1), _batch(1)
+    mean_only = {'score_weight': 0.0, 'pathwise_weight': 1.0}
+    total, terms = _loss(proposal, batch, **_WEIGHTS | mean_only)
+    self.assertEqual(terms.keys(), {'entropy', 'loss_pathwise'})
+    self.assertEqual(total, terms['loss_pathwise'])
+    got = _loss_gradient(proposal, batch, _WEIGHTS | mean_only)
+    self.assertEqual(got.value, 0.0)
+    _, terms = _loss(proposal, batch, **_WEIGHTS)
+    self.assertNotIn('loss_pathwise', terms)
+
   def test_pathwise_gradient_is_that_of_the_reward(self):
     # For a reward that is linear in the priorities it is exact.
     proposal = _proposal(4)
@@ -287,11 +341,12 @@ def _reward(priority):
   return 1.0 - jnp.mean(jnp.square(priority - _TARGET), -1)
 
 
-@functools.partial(
-  jax.jit, static_argnames=('updates', 'candidates', 'epochs', 'rate')
-)
-def _solve(weights, *, updates, candidates, epochs, rate):
+def _solve(weights, **kw):
   """The proposal after so many updates, and the terms of every loss."""
+  return jax.jit(lambda: _solved(weights, **kw))()
+
+
+def _solved(weights, *, updates, candidates, epochs, rate):
   _, params, apply = _initial(np.zeros(_S))
   optim = policy.optimizer(
     learning_rate=rate,
@@ -310,6 +365,7 @@ def _solve(weights, *, updates, candidates, epochs, rate):
       priority,
       noise,
       policy.log_prob(proposal, priority),
+      proposal.value,
       _reward(priority),
       jax.vmap(jax.grad(_reward))(priority),
     )
@@ -355,9 +411,12 @@ class BanditTest(parameterized.TestCase):
     self.assertLess(3 * _distance(by_path), _distance(by_score))
 
 
-@functools.partial(jax.jit, static_argnames='epochs')
 def _update(reward_N, gradient, weights, epochs):
   """Initial parameters at the target, those after one update, its terms."""
+  return jax.jit(lambda: _updated(reward_N, gradient, weights, epochs))()
+
+
+def _updated(reward_N, gradient, weights, epochs):
   _, params, apply = _initial(_TARGET)
   optim = policy.optimizer(
     learning_rate=0.1,
@@ -373,6 +432,7 @@ def _update(reward_N, gradient, weights, epochs):
     priority,
     noise,
     policy.log_prob(proposal, priority),
+    proposal.value,
     reward_N,
     jnp.full_like(priority, gradient),
   )

@@ -142,9 +142,7 @@ class FinishedTest(_TestCase):
       'reward_mean',
       'reward_max',
       'best_reward',
-      'loss_score',
       'loss_pathwise',
-      'loss_value',
       'entropy',
       'seconds',
     )

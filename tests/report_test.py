@@ -11,6 +11,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from absl import logging
 from absl.testing import absltest
 from matplotlib import image
 
@@ -137,44 +138,44 @@ class BookTest(_Folder):
 
 
 class ProgressTest(_Folder):
-  def watch(self, seconds, steps=4):
+  def watch(self, seconds, stderr, steps=4):
     """Lines logged by a search of `steps` more steps after 10."""
     with (
       mock.patch.object(book, '_LOG_SECONDS', seconds),
-      mock.patch.object(sys, 'stderr', io.StringIO()) as stderr,
+      mock.patch.object(sys, 'stderr', stderr),
+      # absl's clocks, which outlive a search.
+      mock.patch.object(logging, '_log_timer_per_token', {}),
       self.assertLogs('absl', 'INFO') as logs,
     ):
-      bar = self.book.progress(10 + steps, 10)
-      for step in range(steps):
-        bar.set_postfix(reward=np.float32(0.5 + step / 10), sparsity='20%')
-        bar.update(1)
-      bar.close()
-    self.assertEqual(stderr.getvalue(), '')
-    return [record.getMessage() for record in logs.records]
+      logging.info('begin')
+      with self.book.progress(10 + steps, 10) as show:
+        for step in range(steps):
+          line = {'reward_mean': 0.5 + step / 10, 'sparsity': 0.2}
+          show({'step': 10 + step, 'seconds': 2.5, **line})
+    return [record.getMessage() for record in logs.records][1:]
 
   def test_log_lines_are_rare(self):
-    first, last = self.watch(seconds=100)
-    self.assertStartsWith(first, 'search 10/14')
-    self.assertStartsWith(last, 'search 14/14, reward=0.8, sparsity=20%, ')
-    self.assertEndsWith(last, ' left')
+    stderr = io.StringIO()
+    (line,) = self.watch(100, stderr)
+    said = 'search 11/14, reward=0.500, sparsity=20.0%, about 8 s left'
+    self.assertEqual(line, said)
+    self.assertEqual(stderr.getvalue(), '')
 
   def test_each_step_is_logged_when_slow(self):
-    lines = self.watch(seconds=0)
+    lines = self.watch(0, io.StringIO())
     counts = [line.split(',')[0].split()[1] for line in lines]
-    self.assertEqual(counts, ['10/14', '11/14', '12/14', '13/14', '14/14'])
-    self.assertIn('reward=0.6', lines[2])
+    self.assertEqual(counts, ['11/14', '12/14', '13/14', '14/14'])
+    self.assertIn('reward=0.600', lines[1])
 
   def test_a_terminal_gets_a_bar(self):
     class Terminal(io.StringIO):
       def isatty(self):
         return True
 
-    with mock.patch.object(sys, 'stderr', Terminal()) as stderr:
-      bar = self.book.progress(3, 0)
-      bar.set_postfix(reward=0.5, sparsity='20%')
-      bar.update(3)
-      bar.close()
-    self.assertIn('search 3/3, reward=0.5, sparsity=20%', stderr.getvalue())
+    stderr = Terminal()
+    self.assertEmpty(self.watch(0, stderr))
+    said = 'search 14/14, reward=0.800, sparsity=20.0%'
+    self.assertIn(said, stderr.getvalue())
 
 
 class WriteTest(_Folder):

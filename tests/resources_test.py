@@ -215,15 +215,8 @@ class SeveralBudgetsTest(parameterized.TestCase):
     limit = least + ((cost @ units - least) * source.uniform(0.1, 0.9)).astype(
       int
     )
-    counts = np.asarray(
-      jax.jit(budget.to_counts)(
-        np.float32(ratio),
-        budget.wrap(limit),
-        units_S=np.int32(units),
-        cost_KxS=budget.wrap(cost),
-        step_S=np.int32(step),
-        floor_S=np.int32(step),
-      )
+    counts = budget.to_counts(
+      ratio, limit, units_S=units, cost_KxS=cost, step_S=step, floor_S=step
     )
     slack = limit - cost @ counts
     self.assertTrue((slack >= 0).all(), slack)
@@ -250,12 +243,40 @@ class IntegersTest(absltest.TestCase):
       real = source.uniform(1e-4, 1e6, _S)
       limit = 0.7 * units @ real
       cost, whole = budget.integers(real, limit, units)
-      self.assertLess(units @ cost, 2**31)
+      self.assertLess(units @ cost, 2**41)  # sums stay exact in 64 bits
       counts = (source.random(_S) * units).astype(int)
       if counts @ cost <= whole:
         self.assertLessEqual(counts @ real, limit)
       # And little is lost by it.
-      self.assertLess(units @ cost / whole / (1 / 0.7) - 1, 1e-3)
+      self.assertLess(units @ cost / whole / (1 / 0.7) - 1, 1e-6)
+
+  def test_large_models_with_several_budgets_are_exact(self):
+    """LLaMA-2 70B: no sum of any budget fits 32 bits, none is rounded."""
+    layers, source = 80, np.random.default_rng(0)
+    units = np.repeat([8, 28672], layers)
+    parameters = np.repeat([18874368, 24576], layers)
+    flops = 2.0 * parameters + np.repeat([4.0 * 1024 * 1024.5, 0.0], layers)
+    cache = np.repeat([256.0, 0.0], layers)
+    step = np.repeat([1, 64], layers)
+    for kept in source.uniform(0.3, 0.95, 5):
+      costs = parameters, flops, cache
+      budgets = [(c, float(np.floor(kept * (units @ c)))) for c in costs]
+      pairs = [budget.integers(c, limit, units) for c, limit in budgets]
+      for (real, limit), (cost, whole) in zip(budgets, pairs, strict=True):
+        np.testing.assert_array_equal(cost * (real[0] / cost[0]), real)
+        self.assertEqual(whole, limit * cost[0] // real[0])
+      count_S = budget.to_counts(
+        source.uniform(0.1, 1.0, 2 * layers),
+        np.array([whole for _, whole in pairs]),
+        units_S=units,
+        cost_KxS=np.array([cost for cost, _ in pairs]),
+        step_S=step,
+        floor_S=step,
+      )
+      slack = [limit - count_S @ real for real, limit in budgets]
+      self.assertGreaterEqual(min(slack), 0.0)
+      # A step of an FFN costs no cache.
+      self.assertLess(min(slack[0] / 24576, slack[1] / flops[-1]), 64)
 
 
 class RunTest(parameterized.TestCase):

@@ -318,13 +318,13 @@ class InitFromTest(_TestCase):
   def test_begins_with_the_policy_of_the_other(self):
     other, goal = _finished(), {'budget.sparsity': 0.4}
     config = {**goal, 'search.init_from': str(other), 'search.steps': (0, 1)}
-    real = search.run
+    real = search.steps
 
-    def run(*args):
+    def steps(*args):
       self.state = args[6]
       return real(*args)
 
-    with mock.patch.object(search, 'run', run):
+    with mock.patch.object(search, 'steps', steps):
       _run(self.workdir, **config)
     saved = checkpoint.newest(other / 'checkpoints')
     for name in ('mean', 'log_std'):

@@ -1,8 +1,5 @@
 import dataclasses
 import functools
-import json
-import pathlib
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,6 @@ from absl.testing import absltest, parameterized
 
 from ffp_jax import allocate, curriculum, loss, masks, search
 from ffp_jax import sites as sites_lib
-from ffp_jax.book import Book
 from ffp_jax.config import defaults
 from ffp_jax.model import Decoder, Masks, ModelConfig
 from tests import tiny_run
@@ -99,32 +95,20 @@ def _optimum(sparsity, low):
   return kept(below)
 
 
-class _NotSaved:
-  """Stands in for `Checkpoints`."""
-
-  def begin(self, step, state):
-    pass
-
-  def save(self, step, state):
-    pass
-
-
 def _run(config, cliff=2.0):
-  """(finalists [M,S], what it took, lines of metrics) of a whole search."""
-  with tempfile.TemporaryDirectory() as folder:
-    book = Book(pathlib.Path(folder))
-    rows = np.arange(96).reshape(-1, config.search.context) % 10
-    text = search.RewardText(rows, np.ones(len(rows)))
-    state = search.start(config, _SITES)
-    found, taken = search.run(
-      config, _SITES, _modules(), _nll, cliff, text, state, book, _NotSaved()
-    )
-    return found, taken, (book.workdir / 'metrics.jsonl').read_text()
+  """(finalists [M,S], metrics of every step) of a whole search."""
+  rows = np.arange(96).reshape(-1, config.search.context) % 10
+  text = search.RewardText(rows, np.ones(len(rows)))
+  first = search.start(config, _SITES)
+  states, lines = zip(
+    *search.steps(config, _SITES, _modules(), _nll, cliff, text, first),
+    strict=True,
+  )
+  return search.finalists(config, _SITES, states[-1]), lines
 
 
 def _counts(priority_S, sparsity, low):
-  goal = allocate.target(_SITES, sparsity)
-  return np.asarray(allocate.counts_of(priority_S, goal, _modules(), low=low))
+  return allocate.counts_of(priority_S, sparsity, _SITES, _modules(), low=low)
 
 
 class CountGradientTest(parameterized.TestCase):
@@ -199,12 +183,11 @@ class AllocateTest(parameterized.TestCase):
       round_ffn=rounds[1],
     )
     source = np.random.default_rng(0)
-    goal = allocate.target(table, sparsity)
     modules = allocate.modules(table, _rank())
     for _ in range(3):
       priority_S = np.float32(spread * source.standard_normal(2 * _L))
-      count_S = np.asarray(
-        _ALLOCATE(priority_S, goal, modules, low=0.05), np.int64
+      count_S = allocate.counts_of(
+        priority_S, sparsity, table, modules, low=0.05
       )
       slack = table.limit(sparsity) - table.kept_cost(count_S)
       self.assertGreaterEqual(slack, 0)
@@ -221,8 +204,7 @@ class AllocateTest(parameterized.TestCase):
         self.assertEqual(sparsity, 0.0)
 
   def test_equal_priorities_are_uniform(self):
-    goal = allocate.target(_SITES, 0.25)
-    count_S = _ALLOCATE(jnp.full(2 * _L, 3.0), goal, _modules(), low=0.1)
+    count_S = _counts(np.full(2 * _L, 3.0), 0.25, low=0.1)
     np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
 
   def test_projection_meets_the_kept_share(self):
@@ -242,14 +224,10 @@ class AllocateTest(parameterized.TestCase):
     removable = table.total - table.fixed
     self.assertGreater(table.fixed, 0)
     self.assertAlmostEqual(float(goal.keep_K[0]), limit / removable)
-    self.assertEqual(goal.limit_K[0], limit // table.scale)
 
 
-_ALLOCATE = jax.jit(allocate.counts_of, static_argnames='low')
-
-
-@functools.partial(jax.jit, static_argnames=('kind', 'steep'))
-def _score_at(priority_S, factor, target, modules, kind, steep):
+@functools.partial(jax.jit, static_argnames='steep')
+def _score_at(priority_S, factor, target, modules, steep):
   def loss_of(masks):
     value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
     # The root adds nothing, with a slope that isn't a number.
@@ -257,16 +235,14 @@ def _score_at(priority_S, factor, target, modules, kind, steep):
 
   dense = jnp.float32(1.0)
   limits = {'low': 0.1, 'window': 0.3}
-  return search.score(
-    priority_S, target, modules, loss_of, dense, **limits, kind=kind
-  )
+  return search.score(priority_S, target, modules, loss_of, dense, **limits)
 
 
-def _score(priority_S, factor=1.0, kind='ratio', steep=False):
+def _score(priority_S, factor=1.0, steep=False):
   """(reward, gradient) of `factor` times the synthetic loss."""
   goal = allocate.target(_SITES, 0.4)
   modules = allocate.modules(_SITES, _rank())
-  return _score_at(np.float32(priority_S), factor, goal, modules, kind, steep)
+  return _score_at(np.float32(priority_S), factor, goal, modules, steep)
 
 
 class ScoreTest(parameterized.TestCase):
@@ -281,8 +257,7 @@ class ScoreTest(parameterized.TestCase):
     self.assertEqual(reward, _score(np.zeros(2 * _L))[0])
     np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
 
-  @parameterized.parameters('ratio', 'log_ratio')
-  def test_reward_and_gradient_against_finite_differences(self, kind):
+  def test_reward_and_gradient_against_finite_differences(self):
     source = np.random.default_rng(0)
     priority_S = source.standard_normal(2 * _L)
     share_S = _SITES.units * _SITES.unit_cost / _SITES.total
@@ -295,8 +270,7 @@ class ScoreTest(parameterized.TestCase):
         kept = 0.1 + 0.9 / (1.0 + np.exp(-priority_S - shift))
         less = share_S @ kept < 0.6
         below, above = (shift, above) if less else (below, shift)
-      gap = _harm(kept) - 1.0
-      return np.exp(-gap) if kind == 'ratio' else 1.0 / (1.0 + gap)
+      return np.exp(1.0 - _harm(kept))
 
     theirs = np.array(
       [
@@ -304,7 +278,7 @@ class ScoreTest(parameterized.TestCase):
         for step in 1e-4 * np.eye(2 * _L)
       ]
     )
-    reward, ours = _score(priority_S, kind=kind)
+    reward, ours = _score(priority_S)
     self.assertAlmostEqual(float(reward), smooth(priority_S), delta=0.03)
     np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
     # Up for the module that hurts most, down for the one that hurts least.
@@ -425,58 +399,77 @@ class SyntheticSearchTest(absltest.TestCase):
       self.assertLess(got - best, 0.1 * (even - best))
 
   def test_comes_close_to_the_best_allocation(self):
-    found, _, _ = _searched()
+    found, _ = _searched()
     self._assert_close_to_best(found)
 
   def test_comes_close_by_the_score_function_alone(self):
     many = {'search.candidates': 64, 'search.block': 64}
     weights = {'policy.pathwise_weight': 0.0, 'policy.score_weight': 1.0}
-    found, _, _ = _run(_config(**many, **weights))
+    found, _ = _run(_config(**many, **weights))
     self._assert_close_to_best(found)
 
   def test_moves_units_to_where_they_matter(self):
-    found, _, _ = _searched()
+    found, _ = _searched()
     kept_S = _counts(found[0], 0.4, 0.1) / _SITES.units
     np.testing.assert_allclose(kept_S, _optimum(0.4, 0.1), atol=0.15)
 
   def test_repeats_bit_for_bit(self):
     first, again = _searched(), _run(_config())
     np.testing.assert_array_equal(first[0], again[0])
-    self.assertEqual(_without_seconds(first[2]), _without_seconds(again[2]))
+    self.assertEqual(_without_seconds(first[1]), _without_seconds(again[1]))
+
+  def test_goes_on_from_any_state(self):
+    """Every step is known from the state before it, whoever took that."""
+    config = _config(**{'search.steps': (2, 3)})
+    rows = np.arange(96).reshape(-1, 8) % 10
+    text = search.RewardText(rows, np.ones(len(rows)))
+
+    def steps(state):
+      return search.steps(config, _SITES, _modules(), _nll, 2.0, text, state)
+
+    whole = list(steps(search.start(config, _SITES)))
+    self.assertEqual([line['step'] for _, line in whole], list(range(5)))
+    for at in (1, 2, 4):
+      rest = list(steps(whole[at - 1][0]))
+      self.assertEqual(
+        _without_seconds([line for _, line in rest]),
+        _without_seconds([line for _, line in whole[at:]]),
+      )
+      jax.tree.map(np.testing.assert_array_equal, rest[-1][0], whole[-1][0])
+    self.assertEmpty(list(steps(whole[-1][0])))
 
   def test_counts_what_it_takes(self):
-    _, taken, lines = _searched()
-    self.assertEqual(taken['compilations'], 1)
-    self.assertLen(_read(lines), 60)
+    _, lines = _searched()
+    taken = search.cost(_config(), curriculum.plan(_config()))
+    self.assertEqual({line['compilations'] for line in lines}, {1})
+    self.assertLen(lines, 60)
     self.assertEqual(taken['candidates_evaluated'], 60 * 4)
     # Three forward passes' worth a candidate.
     self.assertEqual(taken['tokens_evaluated'], 60 * 8 * 3 * 4)
 
   def test_survives_losses_that_are_not_finite(self):
-    found, taken, lines = _run(_config(**{'search.rows': (1, 2)}), cliff=0.6)
+    found, lines = _run(_config(**{'search.rows': (1, 2)}), cliff=0.6)
     self.assertTrue(np.isfinite(found).all())
-    self.assertNotIn('null', lines)
-    self.assertIn('"reward_mean": 0.0', lines)
+    for line in lines:
+      self.assertTrue(np.isfinite(list(line.values())).all(), line)
+    self.assertIn(0.0, [line['reward_mean'] for line in lines])
     # Once for each shape of the tokens.
-    self.assertEqual(taken['compilations'], 2)
-    tokens = [line['reward_tokens'] for line in _read(lines)]
+    self.assertEqual([line['compilations'] for line in lines][9:11], [1, 2])
+    tokens = [line['reward_tokens'] for line in lines]
     self.assertEqual(tokens, [8] * 10 + [16] * 50)
 
   def test_an_easier_stage_is_forgotten(self):
     # The first stage removes nothing, at a reward of 1 that can't be met.
-    _, _, lines = _run(_config(**{'search.sparsity_shares': (0.0, 1.0)}))
-    best = [line['best_reward'] for line in _read(lines)]
+    _, lines = _run(_config(**{'search.sparsity_shares': (0.0, 1.0)}))
+    best = [line['best_reward'] for line in lines]
     self.assertEqual(set(best[:10]), {1.0})
     self.assertLess(max(best[10:]), 0.9)
     self.assertEqual(best[10:], sorted(best[10:]))
 
 
-def _read(lines):
-  return [json.loads(line) for line in lines.splitlines()]
-
-
 def _without_seconds(lines):
-  return [line | {'seconds': None} for line in _read(lines)]
+  unequal = {'seconds': None, 'compilations': None}
+  return [line | unequal for line in lines]
 
 
 _TINY = ModelConfig(
@@ -505,12 +498,15 @@ class ModelSearchTest(absltest.TestCase):
     tokens = _own_tokens(lambda t: apply(params, t, None), 4, 16)
     step = search.make_step(net, optim, nll, config, block=1)
 
-    @functools.partial(jax.jit, static_argnames='rounded')
     def reward(priority_S, rounded=True):
       ratio_S = allocate.project(priority_S, goal, modules, low=0.1)
       count_S = ratio_S * modules.units_S
       if rounded:
-        count_S = allocate.counts(ratio_S, goal, modules)
+        count_S = jnp.asarray(allocate.counts(ratio_S, 0.3, table))
+      return reward_of(count_S)
+
+    @jax.jit
+    def reward_of(count_S):
       keep = masks.from_counts(modules.rank, count_S)
       pruned = nll(params, tokens, keep).mean()
       return jnp.exp(nll(params, tokens, None).mean() - pruned)

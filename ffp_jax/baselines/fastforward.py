@@ -3,10 +3,7 @@
 Source of both: arXiv 2511.18977.
 """
 
-import dataclasses
 import math
-import pathlib
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +13,12 @@ import optax
 from ffp_jax import config as config_lib
 from ffp_jax import curriculum, policy, search
 from ffp_jax.baselines.problem import Problem
-from ffp_jax.book import Book
 
 _LOWEST = 0.1  # ratio, of the published action space
 
 
-@dataclasses.dataclass(frozen=True)
-class _States:
-  """The search's states as it goes, in the place of checkpoints."""
-
-  seen: list = dataclasses.field(default_factory=list)
-
-  def begin(self, step, state):
-    del step, state
-
-  def save(self, step, state):
-    del step
-    self.seen.append(state)
-
-
 def shipped(problem: Problem, seed: int, *, config):
-  """`search.run` with the numbers of steps that the budget pays for.
+  """`search.steps` with the numbers of steps that the budget pays for.
 
   The shares of the stages stay; the finalists are re-scored on the whole
   reward text, as in `prune.rescore`, where that leaves as many steps as are
@@ -61,24 +43,21 @@ def shipped(problem: Problem, seed: int, *, config):
   if not sum(config.search.steps):
     return
   dense = problem.losses([problem.sites.units], problem.rows_RxT)[0]
-  states, net = _States(), search.network(config, problem.sites)[0]
-  with tempfile.TemporaryDirectory() as folder:
-    found, _ = search.run(
-      config,
-      problem.sites,
-      problem.modules,
-      problem.nll,
-      problem.params,
-      search.RewardText(problem.rows_RxT, dense),
-      search.start(config, problem.sites),
-      Book(pathlib.Path(folder)),
-      states,
-    )
-  # Charged here, so that every incumbent comes at its own cost.
-  for state, tokens in zip(states.seen, _costs(config), strict=True):
+  steps = search.steps(
+    config,
+    problem.sites,
+    problem.modules,
+    problem.nll,
+    problem.params,
+    search.RewardText(problem.rows_RxT, dense),
+    search.start(config, problem.sites),
+  )
+  # Each is charged before it is taken.
+  for tokens in _costs(config):
     problem.charge(tokens)
-    mean_S = search.finalists(state, net, problem.sparsity)[0]
-    yield problem.project(mean_S)
+    state, _ = next(steps)
+    found = search.finalists(config, problem.sites, state)
+    yield problem.project(found[0])
   counts = list({tuple(c): c for c in map(problem.project, found)}.values())
   yield counts[np.argmin(problem.score(counts, problem.rows_RxT))]
 

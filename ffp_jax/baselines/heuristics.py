@@ -27,8 +27,8 @@ def ffn_only(problem: Problem, seed: int):
 def magnitude_global(problem: Problem, seed: int):
   """One threshold over standardised weight magnitudes.
 
-  The magnitude of an input is the sum of |W| over outputs, as in
-  `importance.magnitude`; standardised and compared as FLAP does.
+  The magnitude of an input is the sum of |W| over outputs; standardised and
+  compared as FLAP does.
   """
   del seed
   sums = [np.abs(_float(w)).sum(-1) for w in problem.weights]

@@ -69,10 +69,6 @@ class Problem:
   tokens: int
   spent: list[int] = dataclasses.field(default_factory=list)
 
-  @functools.cached_property
-  def target(self) -> allocate.Target:
-    return allocate.target(self.sites, self.sparsity)
-
   @property
   def limit(self) -> int:
     """What the counts may cost: parameters, without those never removed."""
@@ -144,18 +140,13 @@ class Problem:
 
   def project(self, priority_S) -> np.ndarray:
     """Counts of priorities, the budget met by `budget.project`."""
-    priority_S = jnp.asarray(priority_S, jnp.float32)
-    count_S = _project(priority_S, self.target, self.modules, low=self.low)
-    return np.asarray(count_S)
+    return allocate.counts_of(
+      priority_S, self.sparsity, self.sites, self.modules, low=self.low
+    )
 
   def fit(self, ratio_S) -> np.ndarray:
     """Counts of ratios that about meet the budget, see `budget.to_counts`."""
-    ratio_S = jnp.asarray(ratio_S, jnp.float32)
-    return np.asarray(_counts(ratio_S, self.target, self.modules))
-
-
-_project = jax.jit(allocate.counts_of, static_argnames='low')
-_counts = jax.jit(allocate.counts)
+    return allocate.counts(ratio_S, self.sparsity, self.sites)
 
 
 @functools.partial(jax.jit, static_argnames='nll')

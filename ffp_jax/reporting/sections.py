@@ -222,15 +222,11 @@ def _search(run):
   if not run.metrics:
     yield Text('No search steps were taken.')
     return
-  kinds = {
-    'ratio': 'the perplexity of the dense model divided by its own',
-    'log_ratio': "1 / (1 + the loss that it adds to the dense model's)",
-  }
   yield Text(
-    'Every step tries some candidates. The reward of a candidate is '
-    f'{kinds[run.config["search"]["reward"]]}, on tokens of the reward text: '
-    'higher is better. Rewards compare within a stage only: each has its own '
-    'sparsity and tokens.'
+    'Every step tries some candidates. The reward of a candidate is the '
+    'perplexity of the dense model divided by its own, on tokens of the reward '
+    'text: higher is better. Rewards compare within a stage only: each has its '
+    'own sparsity and tokens.'
   )
   yield _stages(run.metrics)
   rewards = wording.rewards(run.metrics)
