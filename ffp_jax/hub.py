@@ -123,11 +123,11 @@ def _fetched(name: str, revision: str | None) -> pathlib.Path:
 
 
 def _wanted(listed: list[str], at: str) -> list[str]:
-  """Config and tokenizer files, and the weights in the format we prefer."""
-  for name in stored.FORMATS:
+  """Config and tokenizer files, and the weights that will be read of them."""
+  for name in stored.formats():
     stem, suffix = name.rsplit('.', 1)
     shards = fnmatch.filter(listed, f'{stem}-*-of-*.{suffix}')
-    if weights := [name] * (name in listed) + shards:
+    if weights := [name] if name in listed else shards:
       plain = {x for pattern in _PLAIN for x in fnmatch.filter(listed, pattern)}
       return sorted(x for x in {*plain, *weights} if '/' not in x)
   raise RequestError(
