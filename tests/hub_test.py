@@ -1,5 +1,6 @@
 import fnmatch
 import pathlib
+import sys
 import tempfile
 from unittest import mock
 
@@ -78,8 +79,12 @@ class HubTest(_TestCase):
                      'model.fp16.safetensors'],
      ['model.safetensors']),
     ('shards', [*_SHARDS, 'pytorch_model.bin'], _SHARDS),
-    ('msgpack', ['flax_model.msgpack', 'pytorch_model.bin', 'tf_model.h5'],
+    ('whole_and_shards', ['model.safetensors', *_SHARDS],
+     ['model.safetensors']),
+    ('msgpack', ['flax_model.msgpack', 'tf_model.h5'],
      ['flax_model.msgpack']),
+    ('msgpack_and_bin', ['flax_model.msgpack', 'pytorch_model.bin'],
+     ['pytorch_model.bin']),
     ('bin', ['pytorch_model.bin', 'model.onnx', 'rust_model.ot'],
      ['pytorch_model.bin']),
   )  # fmt: skip
@@ -101,6 +106,12 @@ class HubTest(_TestCase):
       if fnmatch.fnmatch(name, pattern)
     }
     self.assertEqual(fetched, {*_PLAIN, *expected})
+
+  def test_without_torch_flax_before_bin(self):
+    listed = ['flax_model.msgpack', 'pytorch_model.bin']
+    with mock.patch.dict(sys.modules, torch=None):
+      _, asked = self.locate('org/name', listed)
+    self.assertEqual(asked['allow_patterns'], ['flax_model.msgpack'])
 
   def test_revision(self):
     listed = [*_PLAIN, 'model.safetensors']
