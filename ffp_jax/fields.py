@@ -48,6 +48,8 @@ class Fields:
     return float(value)
 
   def flag(self, key: str) -> bool:
+    if key in self.values and self.values[key] is None:
+      raise self.error(f'{key} is null; write true or false, or remove it')
     return self._value(key, bool, 'true or false')
 
   def choice(self, key: str, options) -> str:

@@ -12,38 +12,12 @@ import safetensors.numpy
 
 from ffp_jax import hf, sharding
 from ffp_jax.config import RequestError
-from ffp_jax.formats import (
-  flax_file,
-  gguf_model,
-  orbax_tree,
-  safetensors_file,
-  stored,
-  torch_file,
-)
+from ffp_jax.formats import directory as directories
+from ffp_jax.formats import orbax_tree, stored
 from ffp_jax.formats.stored import Stored
 from ffp_jax.model import ModelConfig
 
-_OPENERS = (
-  safetensors_file.open_tensors,
-  flax_file.open_tensors,
-  torch_file.open_tensors,
-)
 _PIECE = 1 << 20  # numbers read at once: little memory, near the cache
-
-
-def _open_all(directory: pathlib.Path) -> dict[str, Stored]:
-  """Name to tensor of the one checkpoint in a directory."""
-  for name, open_tensors in zip(stored.FORMATS, _OPENERS, strict=True):
-    if paths := stored.weight_files(directory, name):
-      return _merged([open_tensors(path) for path in paths], directory)
-  paths = list(directory.glob('*.gguf'))
-  if len(paths) == 1:
-    return gguf_model.open_tensors(paths[0])
-  best, *others = stored.FORMATS
-  raise RequestError(
-    f'{directory / best}: missing, and there is no {", ".join(others)} or '
-    'single .gguf instead; give a directory with weights'
-  )
 
 
 def _from_orbax(directory, config, family) -> dict[str, Stored]:
@@ -60,69 +34,93 @@ def _from_orbax(directory, config, family) -> dict[str, Stored]:
     ) from error
 
 
-def _merged(shards: list[dict], directory) -> dict[str, Stored]:
-  where = {}
-  for found in shards:
-    if twice := where.keys() & found.keys():
+def _checked(where, wanted, tied, directory) -> dict[str, Stored]:
+  """The tensors that are wanted, under the names they are wanted by."""
+  found = {}
+  for tensor, path, _, shape in wanted:
+    name = tensor.name
+    value = stored.lookup(where, name)
+    if value is None and tied and path == hf.EMBED:
+      value = stored.lookup(where, hf.HEAD_NAME)  # which is the same then
+    if value is None:
       raise RequestError(
-        f'{directory}: tensor {min(twice)} is in two of the files; '
-        'delete the one that does not belong'
+        f'{directory}: tensor {name} is missing{_advice(where, name)}'
       )
-    where |= found
-  return where
-
-
-def _find(where: dict, name: str) -> Stored | None:
-  """A tensor; checkpoints of the bare decoder leave out 'model.'."""
-  return where.get(name) or where.get(name.removeprefix('model.'))
-
-
-def _check(where: dict, wanted, directory: pathlib.Path):
-  for tensor, _, _, shape in wanted:
-    found = _find(where, tensor.name)
-    if found is None:
-      raise RequestError(f'{directory}: tensor {tensor.name} is missing')
     expected = hf.stored_shape(tensor, shape)
-    if found.shape != expected:
+    if value.shape != expected:
       raise RequestError(
-        f'{directory}: tensor {tensor.name} has shape {found.shape}, '
+        f'{directory}: tensor {name} has shape {value.shape}, '
         f'config.json asks for {expected}'
       )
-    if found.dtype not in stored.FLOATS:
+    if value.dtype not in stored.FLOATS:
       raise RequestError(
-        f'{directory}: tensor {tensor.name} is stored as {found.dtype}, '
-        f'which is not one of {", ".join(stored.FLOATS)}; use a checkpoint '
-        'that is not quantised'
+        f'{directory}: tensor {name} is stored as {value.dtype}, not as one '
+        f'of {", ".join(stored.FLOATS)}; use the model it was quantised from, '
+        'or save it from transformers in one of these'
       )
+    found[name] = value
+  return found
+
+
+def _advice(where, name: str) -> str:
+  """Why a tensor may be missing, and what helps, as the end of a line."""
+  if any('.lora_' in x or '.base_layer.' in x for x in where):
+    return '; merge the adapter into the model first (PEFT: merge_and_unload)'
+  stem = name.removesuffix('weight')
+  if parts := [x for x in where if x.startswith(stem) and x != f'{stem}bias']:
+    return (
+      f', but there is {stored.some(parts)}: the weights are quantised or '
+      'compressed; use the model they were made from'
+    )
+  inner = name.removeprefix('model.')
+  if other := next((x for x in where if x.endswith(f'.{inner}')), None):
+    prefix = other.removesuffix(inner).removesuffix('model.')
+    return (
+      f', but there is {other}: every name starts with {prefix!r}, as a '
+      'wrapper saves it (DataParallel, torch.compile, PEFT); save the model '
+      'inside the wrapper, or rename the tensors'
+    )
+  if name == hf.HEAD_NAME:
+    return (
+      '; use a complete checkpoint, or, if the model is one whose head is its '
+      'embedding, set tie_word_embeddings to true in config.json'
+    )
+  return '; use a checkpoint that goes with config.json'
 
 
 def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
   """Opens a model's weights and compares names and shapes, reading none.
 
   Returns:
-    (tensor name to `Stored`, what `tensors` yields).
+    (name to `Stored` of each tensor that `hf.tensors` yields, what it yields).
 
   Raises:
     RequestError: a file or tensor is missing, damaged, twice there, of a
       wrong shape or of a type that is no float; or an index leads outside.
   """
   family = hf.read_json(directory)['model_type']
-  if orbax_tree.found(directory):
+  checkpoint = directories.find(directory)
+  if checkpoint is None:
+    raise directories.missing(directory)
+  if checkpoint.kind == 'orbax':
     where = _from_orbax(directory, config, family)
   else:
-    where = _open_all(directory)
+    where = directories.open_tensors(checkpoint)
   wanted = list(hf.tensors(config, family, dtype))
-  _check(where, wanted, directory)
-  return where, wanted
+  return _checked(where, wanted, config.tied, directory), wanted
 
 
 def main_dtype(where: dict[str, Stored], wanted) -> np.dtype:
-  """The dtype of most numbers of a checkpoint; takes `check_files`' return."""
+  """The dtype of most numbers of a checkpoint; takes `check_files`' return.
+
+  Float64 counts as float32, which is the most that JAX computes in here.
+  """
   numbers = collections.Counter()
   for tensor, *_ in wanted:
-    found = _find(where, tensor.name)
+    found = where[tensor.name]
     numbers[found.dtype] += math.prod(found.shape)
-  return stored.numpy_dtype(numbers.most_common(1)[0][0])
+  name = numbers.most_common(1)[0][0]
+  return stored.numpy_dtype('float32' if name == 'float64' else name)
 
 
 def load_params(
@@ -223,7 +221,7 @@ def _fill(out, where, tensor, shape, bounds, directory):
     bounds: (start, stop) of the part, an axis of `shape`.
     directory: for messages.
   """
-  source = _find(where, tensor.name)
+  source = where[tensor.name]
   axes = _axes(tensor, len(shape), len(source.shape))
   lead = _lead(axes[source.outer], shape)
   start, stop = bounds[lead]

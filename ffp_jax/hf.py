@@ -18,6 +18,8 @@ import numpy as np
 from ffp_jax import rope
 from ffp_jax.config import RequestError
 from ffp_jax.fields import Fields
+from ffp_jax.formats import directory as directories
+from ffp_jax.formats.stored import FORMATS
 from ffp_jax.model import ACTIVATIONS, Decoder, ModelConfig
 
 
@@ -55,6 +57,10 @@ def _layer(prefix, attention_norm, ffn_norm, out, ffn):
   return table
 
 
+EMBED = ('embed', 'table')  # the path of the embedding
+HEAD_NAME = 'lm_head.weight'
+
+
 def _ends(prefix):
   """The tensors outside the layers."""
   return {
@@ -62,7 +68,7 @@ def _ends(prefix):
     'position/table': Tensor(f'{prefix}embed_positions.weight', 0),
     'embed_in/kernel': Tensor(f'{prefix}project_in.weight', 1),
     'embed_out/kernel': Tensor(f'{prefix}project_out.weight', 1),
-    'head/kernel': Tensor('lm_head.weight', 1),
+    'head/kernel': Tensor(HEAD_NAME, 1),
   }
 
 
@@ -268,8 +274,13 @@ def read_json(directory: pathlib.Path) -> dict:
   """
   path = directory / 'config.json'
   try:
-    hf = json.loads(path.read_text(encoding='utf-8'))
+    hf = json.loads(path.read_bytes())  # which sees to a byte-order mark
   except FileNotFoundError as error:
+    if (directory / 'adapter_config.json').exists():
+      raise RequestError(
+        f'{directory}: an adapter, not a model; merge it into its model first '
+        '(PEFT: merge_and_unload, then save_pretrained)'
+      ) from error
     raise RequestError(
       f'{directory}: no config.json; is this a model directory?'
     ) from error
@@ -281,24 +292,60 @@ def read_json(directory: pathlib.Path) -> dict:
     raise RequestError(
       f'{path}: model_type {family!r} is not supported; use one of {known}'
     )
-  if hf.get('quantization_config'):
+  _refuse_stored_otherwise(path, hf)
+  return {key: hf[key] for key in hf if key != 'quantization_config'}
+
+
+def _refuse_stored_otherwise(path, hf):
+  """Refuses weights that are not stored as they are, in the usual files."""
+  if hf.get('transformers_weights'):
     raise RequestError(
-      f'{path}: the weights are quantised (quantization_config); use the '
-      'model they were made from'
+      f'{path}: transformers_weights names {hf["transformers_weights"]!r}; '
+      f'give that file the name {FORMATS[0]} and remove the key'
     )
-  return hf
+  quantised = hf.get('quantization_config') or {}
+  sparse = isinstance(quantised, dict) and quantised.get('sparsity_config')
+  if not quantised or sparse and _dense(quantised) and _dense(sparse):
+    return
+  if sparse and not _dense(sparse):
+    raise RequestError(
+      f'{path}: the weights are compressed ({sparse.get("format")}); use the '
+      'model they were made from, or save it anew with save_compressed=False'
+    )
+  raise RequestError(
+    f'{path}: the weights are quantised (quantization_config); use the '
+    'model they were made from'
+  )
+
+
+def _dense(scheme) -> bool:
+  """Whether compressed-tensors stores plain weights, as of sparse models."""
+  return (
+    isinstance(scheme, dict)
+    and scheme.get('format') == 'dense'
+    and not scheme.get('config_groups')
+    and not scheme.get('kv_cache_scheme')
+  )
 
 
 def model_config(directory: pathlib.Path) -> ModelConfig:
   """The decoder's config of a dense or sliced model directory.
 
+  `tied` is what the weights say, where there are any; whatever is written
+  says it after them.
+
   Raises:
-    RequestError: config.json is missing, broken, incomplete or unsupported.
+    RequestError: config.json is missing, broken, incomplete or unsupported;
+      or says that weights are tied, and they can't be opened.
   """
   hf = read_json(directory)
   family = FAMILIES[hf['model_type']]
   fields = Fields(str(directory / 'config.json'), family.absent | hf)
   config = family.config(fields)
+  if config.tied:
+    embed = family.names[1]['/'.join(EMBED)].name
+    tied = directories.ties(directory, embed, HEAD_NAME)
+    config = dataclasses.replace(config, tied=tied)
   if 'ffp_jax' not in hf:
     return config
   kept = Fields(f'{fields.where}: ffp_jax', fields.group('ffp_jax'))

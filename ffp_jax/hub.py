@@ -1,5 +1,6 @@
 """Where a model lies: the demo, a directory, a GGUF file, the hub."""
 
+import codecs
 import fnmatch
 import hashlib
 import json
@@ -13,6 +14,7 @@ from ffp_jax import demo_model
 from ffp_jax.config import RequestError
 from ffp_jax.formats import gguf_model, gguf_tokenizer, stored
 
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
@@ -32,12 +34,12 @@ def locate(model: str) -> pathlib.Path:
   if path.is_file() and path.suffix == '.gguf':
     return gguf_directory(path)
   if path.is_dir():
-    return _directory(path)
+    return _unmarked(_directory(path))
   name, _, revision = model.partition('@')
   local = path.is_absolute() or model.startswith(('.', '~'))
   if local or '/' not in name or path.suffix == '.gguf':
     raise RequestError(f'model: no directory {model!r}; check the path')
-  return _fetched(name, revision or None)
+  return _unmarked(_fetched(name, revision or None))
 
 
 def _directory(path: pathlib.Path) -> pathlib.Path:
@@ -62,18 +64,70 @@ def gguf_directory(path: pathlib.Path) -> pathlib.Path:
     RequestError: the file is damaged, or its model or tokenizer unknown.
   """
   path = path.resolve()
-  stat = path.stat()
-  key = repr((str(path), stat.st_size, stat.st_mtime_ns)).encode()
-  cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / 'gguf'
-  out = cache / f'{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}'
+
+  def fill(stage):
+    _describe(path, stage)
+    (stage / 'model.gguf').symlink_to(path)
+
+  return _cached('gguf', path.stem, [path], fill)
+
+
+def _unmarked(directory: pathlib.Path) -> pathlib.Path:
+  """The directory itself, unless JSON in it begins with a byte-order mark.
+
+  Editors and shells of Windows write one, and no tokenizer library reads it.
+  Then it is a directory of links, but for the JSON, which is as it should be.
+
+  Raises:
+    RequestError: a file is not in the encoding that its mark says.
+  """
+  marked = {x for x in directory.glob('*.json') if _has_mark(x)}
+  if not marked:
+    return directory
+  paths = sorted(directory.absolute().iterdir())
+  names = {x.name for x in marked}
+
+  def fill(stage):
+    for path in paths:
+      if path.name in names:
+        content = path.read_bytes()
+        try:
+          text = content.decode(json.detect_encoding(content))
+        except ValueError as error:
+          raise RequestError(f'{path}: not valid JSON ({error})') from error
+        (stage / path.name).write_text(text, encoding='utf-8')
+      else:
+        (stage / path.name).symlink_to(path)
+
+  return _cached('json', directory.name, paths, fill)
+
+
+def _has_mark(path) -> bool:
+  if not path.is_file():
+    return False
+  with path.open('rb') as file:
+    return file.read(3).startswith(_MARKS)
+
+
+def _cached(kind: str, name: str, sources, fill) -> pathlib.Path:
+  """A directory in ~/.cache/ffp_jax, made once for files as they are now.
+
+  Args:
+    kind, name: begin its path.
+    sources: the files; their paths, sizes and times of change are the key.
+    fill: makes the content, given an empty directory.
+  """
+  stats = [(str(x), x.lstat().st_size, x.lstat().st_mtime_ns) for x in sources]
+  cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / kind
+  key = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+  out = cache / f'{name}-{key}'
   if out.exists():
     return out
   cache.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=cache, prefix='.new.') as tmp:
     stage = pathlib.Path(tmp) / 'model'
     stage.mkdir()
-    _describe(path, stage)
-    (stage / 'model.gguf').symlink_to(path)
+    fill(stage)
     try:
       stage.rename(out)
     except OSError:
@@ -123,11 +177,11 @@ def _fetched(name: str, revision: str | None) -> pathlib.Path:
 
 
 def _wanted(listed: list[str], at: str) -> list[str]:
-  """Config and tokenizer files, and the weights in the format we prefer."""
-  for name in stored.FORMATS:
+  """Config and tokenizer files, and the weights that will be read of them."""
+  for name in stored.formats():
     stem, suffix = name.rsplit('.', 1)
     shards = fnmatch.filter(listed, f'{stem}-*-of-*.{suffix}')
-    if weights := [name] * (name in listed) + shards:
+    if weights := [name] if name in listed else shards:
       plain = {x for pattern in _PLAIN for x in fnmatch.filter(listed, pattern)}
       return sorted(x for x in {*plain, *weights} if '/' not in x)
   raise RequestError(

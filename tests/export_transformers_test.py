@@ -1,14 +1,16 @@
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
+import gguf
 import jax
 import numpy as np
 import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf
+from ffp_jax import export, files, hf, hub
 from ffp_jax.export import formats
 from ffp_jax.model import Decoder
 from tests import testing, tiny_run
@@ -241,6 +243,91 @@ class OrbaxTest(_TestCase):
       if path.is_file():
         path.write_bytes(path.read_bytes()[:10])
     self.assert_refused(lambda: self.load(out), str(out))
+
+
+class TiedTest(_TestCase):
+  """What is written says of the embedding what was read, not config.json."""
+
+  def dense(self, name, *, other_head) -> pathlib.Path:
+    """config.json says tied; the file has two tensors, or only the head."""
+    folder = self.folder() / 'dense'
+    tiny_run.write_model(folder, **_CASES[name])
+    decoder = 'decoder.' if name.startswith('opt') else ''
+    embed = f'model.{decoder}embed_tokens.weight'
+
+    def change(tensors):
+      head = tensors[embed] if other_head else tensors.pop(embed)
+      tensors['lm_head.weight'] = head[::-1].copy() if other_head else head
+
+    self.edit(folder / 'config.json', lambda x: x.pop('tie_word_embeddings'))
+    if not name.startswith('opt'):  # whose default it is
+      self.edit(
+        folder / 'config.json', lambda x: x.update(tie_word_embeddings=True)
+      )
+    self.edit_tensors(folder, change)
+    return folder
+
+  @parameterized.product(
+    name=('llama', 'qwen2', 'opt'),
+    other_head=(True, False),
+    format=('hf', 'hf_dense', 'orbax'),
+  )
+  def test_pruned(self, name, other_head, format):
+    dense = self.dense(name, other_head=other_head)
+    config = hf.model_config(dense)
+    self.assertEqual(config.tied, not other_head)
+    params = files.load_params(dense, config, np.float32)
+    whole = (config.groups,) * 3, (config.ffn,) * 3
+    small = export.slice_params(
+      params, config, testing.masks_of(config, *whole)
+    )
+    pruned = dense.with_name('pruned')
+    export.save(*small, dense, pruned)
+    out = self.exported(pruned, format)
+    want = _theirs(_load(dense))
+    for folder in (pruned, out):
+      description = json.loads((folder / 'config.json').read_text())
+      self.assertEqual(description['tie_word_embeddings'], not other_head)
+      self.assert_close(_ours(folder), want)
+    if format != 'orbax':
+      self.assert_close(_theirs(_load(out, trust_remote_code=True)), want)
+
+  @parameterized.parameters(True, False)
+  def test_gguf(self, other_head):
+    dense = self.dense('llama', other_head=other_head)
+    out = self.exported(dense, 'gguf')
+    out = out.rename(out.with_suffix('.gguf'))
+    names = {tensor.name for tensor in gguf.GGUFReader(out).tensors}
+    self.assertEqual('output.weight' in names, other_head)
+    home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder())
+    with home:
+      again = hub.locate(str(out))
+    self.assertEqual(hf.model_config(again).tied, not other_head)
+    self.assert_close(_ours(again), _theirs(_load(dense)))
+
+  @parameterized.parameters('float64', 'sparse')
+  def test_what_the_model_no_longer_is(self, kind):
+    """Weights of 64 bits become 32, and a sparse model's are not sparse."""
+    folder = self.folder() / 'dense'
+    tiny_run.write_model(folder)
+
+    def widen(tensors):
+      for key, value in tensors.items():
+        tensors[key] = value.astype(np.float64)
+
+    if kind == 'float64':
+      self.edit_tensors(folder, widen)
+    else:
+      dense = {'format': 'dense'}
+      sparse = dense | {'quant_method': 'x', 'sparsity_config': dense}
+      self.edit(
+        folder / 'config.json', lambda x: x.update(quantization_config=sparse)
+      )
+    out = self.exported(folder, 'orbax')
+    description = json.loads((out / 'config.json').read_text())
+    self.assertEqual(description['dtype'], 'float32')
+    self.assertNotIn('quantization_config', description)
+    self.assert_close(_ours(out), _ours(folder))
 
 
 if __name__ == '__main__':

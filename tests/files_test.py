@@ -1,7 +1,10 @@
 import dataclasses
+import io
 import json
 import pathlib
+import pickle
 import sys
+import tarfile
 from unittest import mock
 
 import flax.serialization
@@ -15,6 +18,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from ffp_jax import files, hf
+from ffp_jax.formats import directory
 from tests import testing
 from tests.testing import CheckpointTestCase as _TestCase
 
@@ -65,13 +69,6 @@ class RoundTripTest(_TestCase):
     self.assertFalse((folder / _MODEL).exists())
     self.assertGreater(len(list(folder.glob('*.safetensors'))), 2)
     self.assert_trees_equal(self.load(folder), testing.pair(name).params)
-
-  def test_the_index_decides_which_files_are_read(self):
-    folder = self.saved('opt_pre_norm', max_shard_size='20KB')
-    (folder / 'other.safetensors').write_bytes(b'not safetensors')
-    (folder / _MODEL).write_bytes(b'not safetensors')
-    params = testing.pair('opt_pre_norm').params
-    self.assert_trees_equal(self.load(folder), params)
 
   @parameterized.parameters(torch.bfloat16, torch.float16)
   def test_half_precision(self, dtype):
@@ -265,6 +262,61 @@ class TorchTest(_TestCase):
         lambda: self.load(folder), 'pip install torch', 'safetensors'
       )
 
+  @parameterized.parameters('float32', 'float16', 'bfloat16', 'float64')
+  def test_the_old_format(self, dtype):
+    folder = self.written('llama_grouped', getattr(torch, dtype))
+    state = torch.load(folder / _TORCH)
+    torch.save(state, folder / _TORCH, _use_new_zipfile_serialization=False)
+    self.assert_read_as_transformers(folder)
+
+  @parameterized.parameters(0, 10, 200, 0.5, -1)
+  def test_the_old_format_truncated(self, size):
+    folder = self.written('llama_one')
+    state = torch.load(folder / _TORCH)
+    torch.save(state, folder / _TORCH, _use_new_zipfile_serialization=False)
+    content = (folder / _TORCH).read_bytes()
+    size = int(size * len(content)) if isinstance(size, float) else size
+    (folder / _TORCH).write_bytes(content[:size])
+    self.assert_refused(
+      lambda: self.load(folder), str(folder / _TORCH), 'truncated'
+    )
+
+  @parameterized.parameters(True, False)
+  def test_a_whole_model(self, zipped):
+    folder = self.written('llama_one')
+    torch.save(
+      testing.torch_model('llama_one'),
+      folder / _TORCH,
+      _use_new_zipfile_serialization=zipped,
+    )
+    self.assert_refused(
+      lambda: self.load(folder), 'whole pickled model', 'save_pretrained'
+    )
+
+  def test_the_oldest_format(self):
+    folder = self.written('llama_one')
+    with tarfile.open(folder / _TORCH, 'w') as tar:
+      for name in ('storages', 'tensors', 'pickle'):
+        content = pickle.dumps(0)
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+    self.assert_refused(lambda: self.load(folder), 'tar', 'save_pretrained')
+
+  def test_a_training_state(self):
+    folder = self.written('llama_one')
+    state = torch.load(folder / _TORCH)
+    torch.save({'epoch': 3, 'state_dict': state}, folder / _TORCH)
+    self.assert_refused(lambda: self.load(folder), "['state_dict']")
+
+  def test_not_contiguous(self):
+    folder = self.written('llama_one')
+    state = torch.load(folder / _TORCH)
+    for key, value in state.items():
+      state[key] = value.T.contiguous().T if value.ndim == 2 else value
+    torch.save(state, folder / _TORCH)
+    self.assert_read_as_transformers(folder)
+
   def test_runs_no_code(self):
     folder = self.written('llama_one')
     torch.save({'x': _Evil(folder / 'made')}, folder / _TORCH)
@@ -287,19 +339,209 @@ class TorchTest(_TestCase):
     self.assert_refused(lambda: self.load(folder), str(folder / _TORCH))
 
 
+def _whole(folder, tensors):
+  safetensors.numpy.save_file(tensors, folder / _MODEL)
+
+
+def _shards(folder, tensors):
+  where = {}
+  for i, key in enumerate(sorted(tensors)):
+    name = f'model-{i % 2}.safetensors'
+    where[key] = name
+  for name in set(where.values()):
+    part = {key: tensors[key] for key in where if where[key] == name}
+    safetensors.numpy.save_file(part, folder / name)
+  index = {'metadata': {}, 'weight_map': where}
+  (folder / _INDEX).write_text(json.dumps(index))
+
+
+def _stale_index(folder, tensors):
+  where = dict.fromkeys(tensors, 'model-9.safetensors')
+  index = {'metadata': {}, 'weight_map': where}
+  (folder / _INDEX).write_text(json.dumps(index))
+
+
+def _bin(folder, tensors, name=_TORCH):
+  state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+  torch.save(state, folder / name)
+
+
+def _bin_shards(folder, tensors):
+  _bin(folder, tensors, 'pytorch_model-1.bin')
+  where = dict.fromkeys(tensors, 'pytorch_model-1.bin')
+  index = {'metadata': {}, 'weight_map': where}
+  (folder / f'{_TORCH}.index.json').write_text(json.dumps(index))
+
+
+def _another_name(folder, tensors):
+  safetensors.numpy.save_file(tensors, folder / 'consolidated.safetensors')
+
+
+def _unread(folder, tensors):
+  del tensors
+  for name in (_FLAX, 'x.gguf'):
+    (folder / name).write_bytes(b'not read')
+  (folder / 'params').mkdir()
+
+
 class ChoiceTest(_TestCase):
-  def test_safetensors_before_the_others(self):
+  """Several saves in one directory, each of other numbers."""
+
+  def written(self, *saves) -> pathlib.Path:
     folder = self.saved('llama_one')
-    for name in (_FLAX, _TORCH, 'x.gguf'):
-      (folder / name).write_bytes(b'not read')
-    self.assert_trees_equal(self.load(folder), testing.pair('llama_one').params)
+    tensors = safetensors.numpy.load_file(folder / _MODEL)
+    (folder / _MODEL).unlink()
+    for i, save in enumerate(saves):
+      save(folder, {key: value + i for key, value in tensors.items()})
+    return folder
+
+  @parameterized.parameters(
+    ((_shards, _whole), 'model-0.safetensors'),
+    ((_whole, _stale_index), _INDEX),
+    ((_shards, _whole, _bin), _TORCH),
+    ((_bin, _shards), _TORCH),
+    ((_bin_shards, _bin), 'pytorch_model-1.bin'),
+    ((_bin_shards, _shards), 'pytorch_model-1.bin'),
+    ((_another_name, _whole), 'consolidated.safetensors'),
+    ((_another_name, _bin), 'consolidated.safetensors'),
+    ((_whole, _unread), _FLAX),
+    ((_shards, _unread), 'x.gguf'),
+    ((_bin, _unread), 'params'),
+    ((_bin_shards, _unread), _FLAX),
+  )
+  def test_what_transformers_reads(self, saves, passed_over):
+    folder = self.written(*saves)
+    with self.assertLogs('absl', 'WARNING') as logs:
+      self.assert_read_as_transformers(folder)
+    (line,) = [x.getMessage() for x in logs.records]
+    read, passed = line.split('passed over: ')
+    self.assertIn(str(folder), read)
+    self.assertIn(passed_over, passed)
+
+  @parameterized.parameters(_whole, _shards, _bin, _bin_shards)
+  def test_one_save_says_nothing(self, save):
+    folder = self.written(save)
+    with self.assertNoLogs('absl', 'WARNING'):
+      self.assert_read_as_transformers(folder)
+
+  def test_without_torch_flax_before_bin(self):
+    folder = self.written(_bin)
+    tree = flax.serialization.msgpack_serialize(_flax_tree('llama_one'))
+    (folder / _FLAX).write_bytes(tree)
+    with mock.patch.dict(sys.modules, torch=None):
+      loaded = self.load(folder)
+    self.assert_trees_equal(loaded, testing.pair('llama_one').params)
 
   def test_two_gguf_files(self):
-    folder = self.saved('llama_one')
-    (folder / _MODEL).unlink()
+    folder = self.written()
     for name in ('a.gguf', 'b.gguf'):
       (folder / name).touch()
     self.assert_refused(lambda: self.load(folder), 'single .gguf')
+
+  def test_other_names_are_named(self):
+    folder = self.written(_another_name)
+    self.assert_refused(lambda: self.load(folder), 'consolidated.safetensors')
+
+  def test_a_dead_link(self):
+    folder = self.written()
+    (folder / _MODEL).symlink_to('/no/such/file')
+    self.assert_refused(lambda: self.load(folder), '/no/such/file')
+
+  def test_a_distributed_checkpoint(self):
+    folder = self.written(_whole)
+    name = 'shard-00000-model-00001-of-00001.safetensors'
+    (folder / _MODEL).rename(folder / name)
+    self.assert_refused(lambda: self.load(folder), name, 'save_pretrained')
+
+  @parameterized.parameters(_MODEL, _TORCH)
+  def test_a_git_lfs_pointer(self, name):
+    folder = self.written()
+    (folder / name).write_text('version https://git-lfs.github.com/spec/v1\n')
+    self.assert_refused(lambda: self.load(folder), name, 'git lfs pull')
+
+
+class TiedTest(_TestCase):
+  """config.json says tied, or the family's default is it."""
+
+  _EMBED = {
+    'llama_biased': 'model.embed_tokens.weight',
+    'qwen2_tied': 'model.embed_tokens.weight',
+    'opt_pre_norm': 'model.decoder.embed_tokens.weight',
+    'opt_post_norm_projected': 'model.decoder.embed_tokens.weight',
+  }
+
+  def written(self, name, change) -> pathlib.Path:
+    """`change` takes the tensors and the embedding's name."""
+    folder = self.saved(name)
+    self.edit_tensors(folder, lambda x: change(x, self._EMBED[name]))
+    return folder
+
+  @parameterized.product(name=(*_EMBED,), row=(0, 50, 96))
+  def test_both_stored_and_different(self, name, row):
+    def change(tensors, embed):
+      head = tensors[embed].copy()
+      head[row, -1] += 1
+      tensors['lm_head.weight'] = head
+
+    folder = self.written(name, change)
+    with self.assertLogs('absl', 'WARNING') as logs:
+      self.assert_read_as_transformers(folder)
+    self.assertIn('not tied', logs.output[0])
+    self.assertFalse(hf.model_config(folder).tied)
+
+  @parameterized.parameters(*_EMBED)
+  def test_both_stored_and_equal(self, name):
+    def change(tensors, embed):
+      tensors['lm_head.weight'] = tensors[embed]
+
+    folder = self.written(name, change)
+    with self.assertNoLogs('absl', 'WARNING'):
+      self.assert_read_as_transformers(folder)
+    self.assertTrue(hf.model_config(folder).tied)
+
+  @parameterized.parameters(*_EMBED)
+  def test_only_the_head_is_stored(self, name):
+    def change(tensors, embed):
+      tensors['lm_head.weight'] = tensors.pop(embed)
+
+    folder = self.written(name, change)
+    self.assert_read_as_transformers(folder)
+    self.assert_trees_equal(self.load(folder), testing.pair(name).params)
+
+  def test_equal_in_other_precision(self):
+    def change(tensors, embed):
+      half = tensors[embed].astype(np.float16)
+      tensors[embed] = half.astype(np.float32)
+      tensors['lm_head.weight'] = half
+
+    folder = self.written('llama_biased', change)
+    self.assert_read_as_transformers(folder)
+
+  @parameterized.product(scale=(1, 2), zipped=(True, False))
+  def test_in_a_torch_file(self, scale, zipped):
+    folder = self.saved('llama_biased')
+    state = dict(testing.pair('llama_biased').torch.state_dict())
+    state['lm_head.weight'] = state['lm_head.weight'] * scale
+    (folder / _MODEL).unlink()
+    torch.save(state, folder / _TORCH, _use_new_zipfile_serialization=zipped)
+    self.assert_read_as_transformers(folder)
+    self.assertEqual(hf.model_config(folder).tied, scale == 1)
+
+  def test_neither_is_stored(self):
+    folder = self.written('llama_biased', lambda x, embed: x.pop(embed))
+    self.assert_refused(lambda: self.load(folder), 'embed_tokens', 'missing')
+
+  def test_another_shape(self):
+    def change(tensors, embed):
+      tensors['lm_head.weight'] = tensors[embed][:-1].copy()
+
+    folder = self.written('llama_biased', change)
+    self.assert_refused(lambda: self.load(folder), 'lm_head', '(96, 48)')
+
+  def test_no_weights_yet(self):
+    folder = self.saved('llama_biased')
+    (folder / _MODEL).unlink()
+    self.assertTrue(hf.model_config(folder).tied)
 
 
 class NamesTest(_TestCase):
@@ -314,12 +556,56 @@ class NamesTest(_TestCase):
     self.edit_tensors(folder, bare)
     self.assert_trees_equal(self.load(folder), testing.pair(name).params)
 
+  @parameterized.parameters(*_ONE_A_FAMILY)
+  def test_one_model_too_many(self, name):
+    folder = self.saved(name)
+
+    def more(tensors):
+      for key in list(tensors):
+        tensors[f'model.{key}'] = tensors.pop(key)
+
+    self.edit_tensors(folder, more)
+    self.assert_read_as_transformers(folder)
+
+  @parameterized.parameters(
+    ('module.', 'DataParallel'),
+    ('_orig_mod.', 'torch.compile'),
+    ('base_model.model.', 'PEFT'),
+  )
+  def test_the_prefix_of_a_wrapper(self, prefix, word):
+    """transformers would draw all of the model at random."""
+    folder = self.saved('llama_one')
+
+    def wrap(tensors):
+      for key in list(tensors):
+        tensors[prefix + key] = tensors.pop(key)
+
+    self.edit_tensors(folder, wrap)
+    self.assert_refused(lambda: self.load(folder), repr(prefix), word)
+
+  @parameterized.parameters(
+    ('qweight', 'quantised'), ('bitmask', 'compressed'),
+    ('base_layer.weight', 'merge_and_unload'),
+  )  # fmt: skip
+  def test_a_weight_stored_in_parts(self, part, word):
+    folder = self.saved('llama_one')
+    stem = 'model.layers.0.mlp.up_proj.'
+
+    def rename(tensors):
+      tensors[stem + part] = tensors.pop(f'{stem}weight')
+
+    self.edit_tensors(folder, rename)
+    self.assert_refused(lambda: self.load(folder), f'{stem}weight', word)
+
+  def test_fewer_layers_than_stored(self):
+    folder = self.saved('llama_grouped')
+    self.edit(folder / 'config.json', lambda x: x.update(num_hidden_layers=1))
+    self.assert_read_as_transformers(folder)
+
   def test_what_nothing_asks_for(self):
     folder = self.saved('llama_biased')
 
     def more(tensors):
-      self.assertNotIn('lm_head.weight', tensors)  # tied
-      tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'] * 2
       key = 'model.layers.0.self_attn.rotary_emb.inv_freq'
       tensors[key] = np.full(4, np.nan)
 
@@ -360,16 +646,34 @@ class NumbersTest(_TestCase):
 
   @parameterized.parameters(
     (np.int8, 'I8'),
-    (np.float64, 'F64'),
+    (np.int64, 'I64'),
     (np.uint8, 'U8'),
     (ml_dtypes.float8_e4m3fn, 'F8_E4M3'),
+    (ml_dtypes.float8_e5m2, 'F8_E5M2'),
   )
   def test_no_float(self, dtype, name):
     def change(tensors):
       tensors[self._KEY] = tensors[self._KEY].astype(dtype)
 
     with mock.patch.object(np, 'memmap', side_effect=AssertionError):
-      self.refused(np.float32, change, name)
+      self.refused(np.float32, change, name, 'float64')
+
+  @parameterized.parameters('', 'norm', 'down_proj')
+  def test_double_precision(self, word):
+    folder = self.saved('llama_one')
+    source = np.random.default_rng(0)
+
+    def change(tensors):
+      for key, value in tensors.items():
+        if word in key:
+          noise = source.standard_normal(value.shape) * 1e-9
+          tensors[key] = value.astype(np.float64) + noise
+
+    self.edit_tensors(folder, change)
+    self.assert_read_as_transformers(folder)
+    config = hf.model_config(folder)
+    found = files.check_files(folder, config, np.float32)
+    self.assertEqual(files.main_dtype(*found), np.float32)
 
 
 class DuplicateTest(_TestCase):
@@ -430,12 +734,38 @@ class OutsideTest(_TestCase):
     name = pattern.format(shard.name, outer=outer)
     self.refused_as(name, outer / 'model', shard)
 
-  def test_a_link_that_leads_outside(self):
+  @parameterized.parameters('{other}/{name}', '{name}')
+  def test_links_lead_where_they_will(self, target):
     folder, other = self.folder(), self.folder()
+    first, *shards = sorted(self.sharded(folder).parent.glob('*.safetensors'))
+    for shard in (first, *shards):
+      target_name = target.format(other=other, name=f'far_{shard.name}')
+      shard.rename(folder / target_name)
+      shard.symlink_to(target_name)
+    self.assert_read_as_transformers(folder)
+
+  def test_a_dead_link(self):
+    folder = self.folder()
     shard = self.sharded(folder)
-    shard.rename(other / shard.name)
-    shard.symlink_to(other / shard.name)
-    self.refused_as(shard.name, folder, shard)
+    shard.unlink()
+    shard.symlink_to('/no/such/file')
+    self.assert_refused(
+      lambda: self.load(folder), str(shard), 'missing', '/no/such/file'
+    )
+
+  def test_a_folder_within(self):
+    folder = self.folder()
+    shard = self.sharded(folder)
+    (folder / 'sub').mkdir()
+    shard.rename(folder / 'sub' / 'x.safetensors')
+
+    def rename(index):
+      for key, value in index['weight_map'].items():
+        if value == shard.name:
+          index['weight_map'][key] = 'sub/x.safetensors'
+
+    self.edit(folder / _INDEX, rename)
+    self.assert_read_as_transformers(folder)
 
   @parameterized.parameters(3, None, [['x']])
   def test_no_name(self, name):
@@ -523,10 +853,10 @@ class ShardingTest(_TestCase):
 
       return {name: wrap(name, tensor) for name, tensor in where.items()}
 
-    open_all = files._open_all
+    open_all = directory.open_tensors
     folder = self.saved('llama_grouped')
     with mock.patch.object(
-      files, '_open_all', lambda *x: counting(open_all(*x))
+      directory, 'open_tensors', lambda *x: counting(open_all(*x))
     ):
       params = self.placed(
         folder, lambda path, _: spec if leaf in path else P()

@@ -235,6 +235,42 @@ class ConfigTest(_TestCase):
       self.assertEqual(spec.dtype, jnp.bfloat16)
 
 
+# What llm-compressor writes of a sparse model that it stores as it is.
+_SPARSE = {
+  'quant_method': 'compressed-tensors',
+  'format': 'dense',
+  'config_groups': {},
+  'kv_cache_scheme': None,
+  'quantization_status': 'frozen',
+  'sparsity_config': {
+    'format': 'dense',
+    'global_sparsity': 0.5,
+    'sparsity_structure': '2:4',
+  },
+}
+
+
+class OtherToolsTest(_TestCase):
+  def test_sparse_but_stored_dense(self):
+    folder = self.saved('llama_grouped')
+    self.edit(
+      folder / 'config.json', lambda x: x.update(quantization_config=_SPARSE)
+    )
+    pair = testing.pair('llama_grouped')
+    self.assert_trees_equal(self.load(folder), pair.params)
+    # The zeros do not survive calibration, so nothing may claim them.
+    self.assertNotIn('quantization_config', hf.read_json(folder))
+
+  @parameterized.parameters('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32')
+  def test_json_of_any_encoding(self, encoding):
+    folder = self.saved('llama_grouped', max_shard_size='20KB')
+    for path in folder.glob('*.json'):
+      path.write_bytes(path.read_text().encode(encoding))
+    pair = testing.pair('llama_grouped')
+    self.assertEqual(hf.model_config(folder), pair.config)
+    self.assert_trees_equal(self.load(folder), pair.params)
+
+
 class ConfigErrorTest(_TestCase):
   def refused(self, change, *words, name='llama_grouped'):
     folder = self.saved(name)
@@ -294,6 +330,36 @@ class ConfigErrorTest(_TestCase):
       x[key] = {kind_key: 'longrope', 'factor': 2.0}
 
     self.refused(change, key, "'longrope'", 'llama3', 'yarn')
+
+  @parameterized.parameters('attention_bias', 'mlp_bias', 'tie_word_embeddings')
+  def test_a_flag_that_is_null(self, key):
+    """transformers 5 refuses it too."""
+    self.refused(lambda x: x.update({key: None}), key, 'null', 'remove')
+
+  def test_an_adapter(self):
+    folder = self.folder()
+    (folder / 'adapter_config.json').write_text('{}')
+    self.assert_refused(lambda: hf.model_config(folder), 'merge_and_unload')
+
+  def test_weights_under_another_name(self):
+    self.refused(
+      lambda x: x.update(transformers_weights='x.safetensors'),
+      "'x.safetensors'",
+      'model.safetensors',
+    )
+
+  @parameterized.named_parameters(
+    ('bitmask', {'sparsity_config': {'format': 'sparse-24-bitmask'}},
+     'compressed (sparse-24-bitmask)'),
+    ('groups', {'config_groups': {'group_0': {'targets': ['Linear']}}},
+     'quantised'),
+    ('cache', {'kv_cache_scheme': {'num_bits': 8}}, 'quantised'),
+    ('packed', {'format': 'pack-quantized'}, 'quantised'),
+    ('no_sparsity', {'sparsity_config': None}, 'quantised'),
+  )  # fmt: skip
+  def test_compressed(self, changes, word):
+    quantised = _SPARSE | changes
+    self.refused(lambda x: x.update(quantization_config=quantised), word)
 
   def test_quantised(self):
     quantised = {'quant_method': 'gptq', 'bits': 4}

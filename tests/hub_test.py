@@ -1,14 +1,18 @@
 import fnmatch
+import json
 import pathlib
+import sys
 import tempfile
 from unittest import mock
 
 import huggingface_hub
+import transformers
 from absl.testing import absltest, parameterized
 from huggingface_hub import constants, errors
 
 from ffp_jax import hub
 from ffp_jax.config import RequestError
+from tests import tiny_run
 
 _PLAIN = ['config.json', 'merges.txt', 'tokenizer.json', 'tokenizer.model']
 _SHARDS = [f'model-0000{i}-of-00002.safetensors' for i in (1, 2)]
@@ -32,6 +36,40 @@ class LocateTest(_TestCase):
   def test_directory(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.assertEqual(hub.locate(str(folder)), folder)
+
+  @parameterized.parameters('utf-8-sig', 'utf-16')
+  def test_byte_order_marks(self, encoding):
+    """What transformers can't read it can in the directory that is found."""
+    folder, home = (
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+      for _ in range(2)
+    )
+    tiny_run.write_model(folder / 'model')
+    plain = transformers.AutoTokenizer.from_pretrained(folder / 'model')
+    texts = {}
+    for path in (folder / 'model').glob('*.json'):
+      texts[path.name] = json.loads(path.read_text())
+      path.write_bytes(path.read_text().encode(encoding))
+    self.assertLen(texts, 3)
+    with mock.patch.object(pathlib.Path, 'home', return_value=home):
+      found = hub.locate(str(folder / 'model'))
+      self.assertEqual(hub.locate(str(folder / 'model')), found)
+      (folder / 'model' / 'config.json').write_text('{}')
+      self.assertNotEqual(hub.locate(str(folder / 'model')), found)
+    for name, content in texts.items():
+      self.assertEqual(json.loads((found / name).read_text()), content)
+    weights = 'model.safetensors'
+    self.assertTrue((found / weights).samefile(folder / 'model' / weights))
+    again = transformers.AutoTokenizer.from_pretrained(found)
+    self.assertEqual(again('a text').input_ids, plain('a text').input_ids)
+
+  def test_a_byte_order_mark_that_lies(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    (folder / 'config.json').write_bytes(b'\xff\xfe\x00\xd8')
+    with mock.patch.object(pathlib.Path, 'home', return_value=folder / 'home'):
+      self.assert_refused(
+        lambda: hub.locate(str(folder)), str(folder / 'config.json')
+      )
 
   @parameterized.parameters(
     '/no/such/directory', './no_such', '~/no_such_model', 'no_such_model',
@@ -78,8 +116,12 @@ class HubTest(_TestCase):
                      'model.fp16.safetensors'],
      ['model.safetensors']),
     ('shards', [*_SHARDS, 'pytorch_model.bin'], _SHARDS),
-    ('msgpack', ['flax_model.msgpack', 'pytorch_model.bin', 'tf_model.h5'],
+    ('whole_and_shards', ['model.safetensors', *_SHARDS],
+     ['model.safetensors']),
+    ('msgpack', ['flax_model.msgpack', 'tf_model.h5'],
      ['flax_model.msgpack']),
+    ('msgpack_and_bin', ['flax_model.msgpack', 'pytorch_model.bin'],
+     ['pytorch_model.bin']),
     ('bin', ['pytorch_model.bin', 'model.onnx', 'rust_model.ot'],
      ['pytorch_model.bin']),
   )  # fmt: skip
@@ -101,6 +143,12 @@ class HubTest(_TestCase):
       if fnmatch.fnmatch(name, pattern)
     }
     self.assertEqual(fetched, {*_PLAIN, *expected})
+
+  def test_without_torch_flax_before_bin(self):
+    listed = ['flax_model.msgpack', 'pytorch_model.bin']
+    with mock.patch.dict(sys.modules, torch=None):
+      _, asked = self.locate('org/name', listed)
+    self.assertEqual(asked['allow_patterns'], ['flax_model.msgpack'])
 
   def test_revision(self):
     listed = [*_PLAIN, 'model.safetensors']

@@ -324,6 +324,19 @@ class CheckpointTestCase(parameterized.TestCase):
     config = hf.model_config(folder)
     return files.load_params(folder, config, dtype)
 
+  def assert_read_as_transformers(self, folder):
+    """Every number and the tie are what transformers loads in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32
+    )
+    config, theirs = hf.model_config(folder), model.state_dict()
+    embedding = model.get_input_embeddings().weight
+    self.assertEqual(config.tied, model.lm_head.weight is embedding)
+    family = model.config.model_type
+    params = files.load_params(folder, config, np.float32)
+    for name, value in files.named_tensors(params, config, family):
+      np.testing.assert_array_equal(value, theirs[name].numpy(), name)
+
   def assert_trees_equal(self, a, b):
     """Same keys, dtypes and bits."""
     self.assertEqual(jax.tree.structure(a), jax.tree.structure(b))

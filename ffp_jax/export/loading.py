@@ -1,6 +1,5 @@
 """A model directory, dense or pruned, as what every format is made from."""
 
-import math
 import pathlib
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ class Model(NamedTuple):
 
 
 def find(name: str) -> tuple[pathlib.Path, dict, ModelConfig]:
-  """A model's directory and what config.json says, no weight read.
+  """A model's directory and what config.json has to say, no weight read.
 
   Args:
     name: as `hub.locate` takes it.
@@ -40,7 +39,9 @@ def find(name: str) -> tuple[pathlib.Path, dict, ModelConfig]:
     RequestError: there is no such model, or it is broken.
   """
   directory = hub.locate(name)
-  return directory, hf.read_json(directory), hf.model_config(directory)
+  config = hf.model_config(directory)
+  description = hf.read_json(directory) | {'tie_word_embeddings': config.tied}
+  return directory, description, config
 
 
 def load(directory, description, config, dtype: str | None) -> Model:
@@ -54,8 +55,8 @@ def load(directory, description, config, dtype: str | None) -> Model:
     RequestError: see `files.load_params`.
   """
   if dtype is None:
-    where, _ = files.check_files(directory, config, jnp.float32)
-    dtype = max(where.values(), key=lambda x: math.prod(x.shape)).dtype
+    found = files.check_files(directory, config, jnp.float32)
+    dtype = files.main_dtype(*found)
   params = files.load_params(directory, config, jnp.dtype(dtype))
   return Model(directory, description, config, jax.tree.map(np.asarray, params))
 

@@ -106,6 +106,7 @@ def save(
   """
   description = hf.read_json(source)
   family = description['model_type']
+  description['tie_word_embeddings'] = config.tied
   description['ffp_jax'] = {
     'kept_groups': list(config.kept_groups),
     'kept_ffn': list(config.kept_ffn),

@@ -8,11 +8,11 @@ import orbax.checkpoint as ocp
 
 from ffp_jax.formats.stored import fresh
 
-_FOLDER = 'params'
+FOLDER = 'params'
 
 
 def found(directory: pathlib.Path) -> bool:
-  return (directory / _FOLDER).is_dir()
+  return (directory / FOLDER).is_dir()
 
 
 def read(directory: pathlib.Path) -> dict:
@@ -21,7 +21,7 @@ def read(directory: pathlib.Path) -> dict:
   Raises:
     RequestError: damaged.
   """
-  path = (directory / _FOLDER).resolve()
+  path = (directory / FOLDER).resolve()
   try:
     with ocp.StandardCheckpointer() as reader:
       return jax.tree.map(np.asarray, reader.restore(path))
@@ -33,5 +33,5 @@ def write(params, directory: pathlib.Path):
   """Saves a nested dict of arrays; for `StandardCheckpointer.restore`."""
   with ocp.StandardCheckpointer() as writer:
     writer.save(
-      (directory / _FOLDER).resolve(), jax.tree.map(np.asarray, params)
+      (directory / FOLDER).resolve(), jax.tree.map(np.asarray, params)
     )

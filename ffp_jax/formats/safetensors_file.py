@@ -8,7 +8,12 @@ import safetensors
 
 from ffp_jax.formats.stored import Stored, fresh, numpy_dtype, region, unique
 
-_DTYPES = {'F16': 'float16', 'BF16': 'bfloat16', 'F32': 'float32'}
+_DTYPES = {
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+  'F32': 'float32',
+  'F64': 'float64',
+}
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
