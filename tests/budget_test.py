@@ -268,7 +268,7 @@ def _numpy_cut(action, keep, share, floor):
 
 
 class CutTest(parameterized.TestCase):
-  @parameterized.product(seed=range(10), kept=(0.3, 0.55, 0.9))
+  @parameterized.product(seed=tuple(range(10)), kept=(0.3, 0.55, 0.9))
   def test_against_a_loop(self, seed, kept):
     source = np.random.default_rng(seed)
     action = source.normal(0.0, 0.7, _S)

@@ -57,10 +57,10 @@ class ValidateTest(_TestCase):
       config_lib.validate(
         _with(**{'search.repair': 'cut', 'budget.flops': 0.1})
       )
-    with self.refused('policy.score_weight: .* raise search.candidates'):
+    with self.refused('policy.score_weight: learns from differences'):
       config_lib.validate(_with(**{'policy.score_weight': 1.0}))
     for windows in (-1, 17):
-      with self.refused('calibration.windows: must be from 1 to .* 16'):
+      with self.refused('calibration.windows: must be from 1 to '):
         config_lib.validate(_with(**{'calibration.windows': windows}))
 
   def test_choices(self):
