@@ -63,9 +63,19 @@ def _budgets(sites: Sites, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
   return np.array(costs), np.array(limits)
 
 
-def project(priority_S, target: Target, modules: Modules, *, low):
-  """`budget.project` on these modules."""
-  return budget.project(
+def project(
+  priority_S, target: Target, modules: Modules, *, low, repair='project'
+):
+  """Priorities to ratios [S] that meet the budget of these modules.
+
+  Args:
+    priority_S: any finite numbers.
+    target: the budget.
+    modules: what may be removed.
+    low: smallest ratio that a priority can ask for.
+    repair: 'project' for `budget.project`, 'cut' for `budget.cut`.
+  """
+  return {'project': budget.project, 'cut': budget.cut}[repair](
     priority_S,
     target.keep_K,
     share_KxS=modules.share_KxS,
@@ -74,13 +84,18 @@ def project(priority_S, target: Target, modules: Modules, *, low):
   )
 
 
-_project = jax.jit(project, static_argnames='low')
+_project = jax.jit(project, static_argnames=('low', 'repair'))
 
 
-def counts_of(priority_S, sparsity, sites: Sites, modules: Modules, *, low):
+def counts_of(
+  priority_S, sparsity, sites: Sites, modules: Modules, *, low, repair='project'
+):
   """Priorities to counts, int64 [S], every budget met; on the host."""
-  priority_S = jnp.asarray(priority_S, jnp.float32)
-  ratio_S = _project(priority_S, target(sites, sparsity), modules, low=low)
+  priority_S, goal = (
+    jnp.asarray(priority_S, jnp.float32),
+    target(sites, sparsity),
+  )
+  ratio_S = _project(priority_S, goal, modules, low=low, repair=repair)
   return counts(ratio_S, sparsity, sites)
 
 

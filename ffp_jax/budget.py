@@ -70,6 +70,40 @@ def project(priority_S, keep_K, *, share_KxS, floor_S, low):
   return ratios(shift_K - jnp.linalg.solve(slope_KxK, off_K))
 
 
+def cut(action_S, keep_K, *, share_KxS, floor_S, low):
+  """Ratios that meet one budget as the published code does it.
+
+  A ratio is the absolute value of an action, at least `low` and at most 1.
+  What the budget leaves over is spread over the modules in proportion to what
+  they lack; what is too much is cut from the first layer on, each module down
+  to the least, until the budget is met.
+
+  Args:
+    action_S: any finite numbers, attention and then FFN of every layer, [S].
+    keep_K: share of the removable cost to keep, of a single budget [1].
+    share_KxS: each module's share of it, [1,S].
+    floor_S: smallest ratio of each module, [S].
+    low: smallest ratio that an action can ask for.
+
+  Returns:
+    Ratios [S] in (0, 1].
+  """
+  (keep,), (share_S,) = keep_K, share_KxS
+  least_S = jnp.maximum(floor_S, low)
+  ratio_S = jnp.clip(jnp.abs(action_S), least_S, 1.0)
+  over = ratio_S @ share_S - keep
+  lack_S = 1.0 - ratio_S
+  rise = jnp.maximum(-over, 0.0) / jnp.maximum(lack_S @ share_S, 1e-30)
+
+  def front_to_back(x_S):
+    return jnp.stack(jnp.split(x_S, 2), axis=-1).reshape(-1)
+
+  room_S = front_to_back((ratio_S - least_S) * share_S)
+  taken_S = jnp.clip(over - (jnp.cumsum(room_S) - room_S), 0.0, room_S)
+  taken_S = taken_S.reshape(-1, 2).T.reshape(-1)
+  return jnp.clip(ratio_S + rise * lack_S - taken_S / share_S, least_S, 1.0)
+
+
 def to_counts(ratio_S, limit_K, *, units_S, cost_KxS, step_S, floor_S):
   """Rounds ratios to integer counts: floor to the step, largest remainder.
 

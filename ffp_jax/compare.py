@@ -227,9 +227,9 @@ def problem_of(config, job, model, modules, refit) -> Problem:
 def allocator(name: str, config) -> Callable:
   """(problem, seed) -> incumbents, with the settings of the configuration."""
   base = baselines.base(name)
-  if base == 'fastforward':
-    return functools.partial(baselines.METHODS[base], config=config)
-  settings = config.compare.settings.get(base, {})
+  settings = dict(config.compare.settings.get(base, {}))
+  if base.startswith('fastforward'):
+    settings['config'] = config
   allocate = functools.partial(baselines.METHODS[base], **settings)
   refits = name in baselines.REFIT
   return functools.partial(on_refit, allocate) if refits else allocate

@@ -63,12 +63,15 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.steps = (4, 20)
   config.search.rows = (2, 2)  # of search.context tokens, a candidate
   config.search.context = 256  # short: attention is cheaper
-  config.search.candidates = 1  # antithetic pairs; if odd, and the mean
+  config.search.candidates = 1  # proposals a step
+  config.search.antithetic = True  # in pairs, and the mean if they are odd
   config.search.block = 0  # candidates scored at once; 0: as many as fit
   config.search.window = 0.2  # removed units next to a cut, a share of all
   # Ridge strength with which candidates are calibrated; 0: as they are cut.
   config.search.refit = 0.1
   config.search.lowest_ratio = 0.1
+  # How proposals meet the budget: 'project', or 'cut' from the first layer on.
+  config.search.repair = 'project'
   config.search.attention_prior = 2.0  # first priority; FFN's is 0
   config.search.remember = 1  # best candidates that are re-scored
   config.search.remat = False  # recompute activations: less memory
@@ -85,11 +88,12 @@ def defaults() -> ml_collections.ConfigDict:
   config.policy.clip = 0.2
   config.policy.score_weight = 0.0
   config.policy.pathwise_weight = 1.0
-  config.policy.value_weight = 0.5
+  config.policy.value_weight = 0.0  # of use to the score function alone
   config.policy.entropy_weight = 0.0
 
   config.calibration = ml_collections.ConfigDict()
   config.calibration.enabled = True
+  config.calibration.windows = 0  # of text.calibration_windows; 0: all
   config.calibration.strengths = (0.01, 0.1, 1.0)
 
   config.mesh = ml_collections.ConfigDict()  # sizes; -1: what is left
@@ -101,6 +105,28 @@ def defaults() -> ml_collections.ConfigDict:
   config.checkpoint.every = 5
   config.checkpoint.keep = 2
   return config
+
+
+# What FastForward Pruning published (arXiv 2511.18977), where it differs; the
+# curriculum is `curriculum.staircase`, for an experiment's number of episodes.
+PUBLISHED = {
+  'search.candidates': 15,
+  'search.antithetic': False,
+  'search.refit': 0.0,
+  'search.attention_prior': 0.0,
+  'policy.hidden': (256, 256, 128),
+  'policy.std': 1.0,
+  'policy.learning_rate': 5e-4,
+  'policy.network_learning_rate': 5e-4,
+  'policy.adam_decay': 0.999,
+  'policy.epochs': 10,
+  'policy.clip': 0.2,
+  'policy.score_weight': 1.0,
+  'policy.pathwise_weight': 0.0,
+  'policy.value_weight': 0.5,
+  'policy.entropy_weight': 0.01,
+  'calibration.strengths': (0.9,),
+}
 
 
 def comparison() -> ml_collections.ConfigDict:
@@ -153,23 +179,13 @@ def comparison() -> ml_collections.ConfigDict:
     memory=100,  # episodes
     rows=4,
   )
-  s.fastforward_published = dict(
-    candidates=15,
-    std=1.0,
-    learning_rate=1e-4,
-    hidden=(256, 256, 128),
-    epochs=10,
-    clip=0.2,
-    entropy=0.01,
-    stages=4,
-    first_share=0.05,
-    exact=False,
-  )
+  s.fastforward_published = dict(stairs=4, first_share=0.05, repair='cut')
   return config
 
 
 _CHOICES = {
   'dtype': ('auto', 'float32', 'bfloat16'),
+  'search.repair': ('project', 'cut'),
 }
 _POSITIVE = (
   'text.calibration_windows',
@@ -224,6 +240,11 @@ def validate(config):
       f"text.other: {config.data!r} is the run's own text; name one of another "
       "kind, or '' for a built-in one"
     )
+  if not 0 <= config.calibration.windows <= config.text.calibration_windows:
+    raise RequestError(
+      'calibration.windows: must be from 1 to text.calibration_windows '
+      f'{config.text.calibration_windows}, or 0 for all'
+    )
   strengths = config.calibration.strengths
   if not strengths or not all(s > 0 for s in strengths):
     raise RequestError('calibration.strengths: each must be positive')
@@ -238,6 +259,17 @@ def _validate_search(config):
     raise RequestError('search.rows: each must be an integer')
   if not all(0.0 <= share <= 1.0 for share in search.sparsity_shares):
     raise RequestError('search.sparsity_shares: each must be from 0 to 1')
+  others = [k for k in ('flops', 'kv_cache', 'latency') if config.budget[k]]
+  if search.repair == 'cut' and others:
+    raise RequestError(
+      f"search.repair: 'cut' meets one budget; leave budget.{others[0]} at 0, "
+      "or use 'project'"
+    )
+  if config.policy.score_weight and search.candidates < 2:
+    raise RequestError(
+      'policy.score_weight: learns from differences between proposals; raise '
+      'search.candidates to 2 or more'
+    )
   if not 0.0 <= search.lowest_ratio < 1.0:
     raise RequestError(
       f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'

@@ -1,5 +1,7 @@
 """The curriculum: which sparsity and which reward text at which step."""
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,46 @@ def plan(config) -> list[Stage]:
   c = config.search
   zipped = zip(c.sparsity_shares, c.steps, c.rows, strict=True)
   return [Stage(config.budget.sparsity * s, n, r) for s, n, r in zipped]
+
+
+def staircase(steps: Iterable[tuple[float, int]]) -> dict:
+  """Groups steps into stages, as `config.search` names them.
+
+  Args:
+    steps: of each, (share of the target sparsity, rows of reward text).
+  """
+  groups = [(*key, len([*same])) for key, same in itertools.groupby(steps)]
+  shares, rows, counts = zip(*groups, strict=True)
+  return {'sparsity_shares': shares, 'rows': rows, 'steps': counts}
+
+
+def published(
+  steps: int, episodes: int, *, stairs: int, first: float, full: int, rows: int
+) -> dict:
+  """Returns the published curriculum, as `config.search` names it.
+
+  The sparsity climbs to the target in equal stairs. The share of the reward
+  text grows from `first` to all along a cube; rows are rounded down to a
+  power of two, as every number of them is compiled.
+
+  Args:
+    steps: of the search.
+    episodes: proposals a step.
+    stairs: of the sparsity.
+    first: share of the reward text at first.
+    full: episodes after which all of it is used.
+    rows: of all of it.
+  """
+
+  def rows_at(step):
+    share = first + (1.0 - first) * min(1.0, step * episodes / full) ** 3
+    some = 2 ** int(np.log2(max(1.0, share * rows)))
+    return rows if share == 1.0 else some
+
+  return staircase(
+    ((1 + step * stairs // steps) / stairs, rows_at(step))
+    for step in range(steps)
+  )
 
 
 def ends(plan: list[Stage]) -> list[int]:

@@ -109,8 +109,9 @@ def calibration_memory(config, model, params) -> memory.Memory:
 def flops(config, model) -> float:
   """Of one search step, by the products with the weights and of attention.
 
-  A candidate takes a forward and a backward pass, the latter to activations
-  and masks alone, so as dear as one forward; with `remat` one more.
+  A candidate takes a forward pass and, if its gradient is wanted, a backward
+  pass to activations and masks alone, as dear as one forward; with `remat`
+  one more.
   """
   c = config.search
   rows = max(c.rows)
@@ -121,7 +122,8 @@ def flops(config, model) -> float:
   heads = model.groups * model.heads_per_group * model.head_size
   attention = 4 * model.layers * heads * c.context
   forward = rows * c.context * (2 * products + attention)
-  return forward * c.candidates * (3 if c.remat else 2)
+  backward = (2 if c.remat else 1) if config.policy.pathwise_weight else 0
+  return forward * c.candidates * (1 + backward)
 
 
 def plan(config, model, dtype, mesh) -> dict:

@@ -51,13 +51,23 @@ def init(policy: Policy, key, prior_S) -> dict:
   return {**params, 'mean': jnp.asarray(prior_S, jnp.float32)}
 
 
-def sample(key, proposal: Proposal, candidates: int):
-  """Priorities in antithetic pairs, and the mean if their number is odd.
+def sample(key, proposal: Proposal, candidates: int, *, antithetic: bool):
+  """Draws priorities from a proposal.
+
+  Args:
+    key: PRNG key, typed.
+    proposal: of the policy.
+    candidates: N.
+    antithetic: in pairs of opposite noise, and the mean if N is odd; else
+      each for itself, as published.
 
   Returns:
     (priorities [N,S], the standard noise behind them [N,S]).
   """
   size = len(proposal.mean_S)
+  if not antithetic:
+    noise_NxS = jax.random.normal(key, (candidates, size))
+    return act(proposal, noise_NxS), noise_NxS
   half = jax.random.normal(key, (candidates // 2, size))
   mean = jnp.zeros((candidates % 2, size))
   noise_NxS = jnp.concatenate([half, -half, mean])
@@ -111,8 +121,16 @@ def loss(
 ):
   """Returns what one epoch minimises.
 
-  A signal of weight 0 is not computed. The value term belongs to the score
-  function, whose baseline the value is, and has `value_weight` beside it.
+  A term of weight 0 is not computed. With the ratio r = p / p_old and the
+  advantage A = reward - value of the policy that proposed, normalised over the
+  batch, the terms are
+
+    loss_score = -mean(min(r A, clip(r, 1 - clip, 1 + clip) A))
+    loss_value = mean(max((v - reward)^2, (v_clipped - reward)^2))
+    loss_pathwise = -mean(gradient . (mean + std * noise)),
+
+  v_clipped no further than `clip` from the value before the update, less the
+  entropy.
 
   Args:
     proposal: of the policy being trained.
@@ -122,52 +140,34 @@ def loss(
       Python numbers.
 
   Returns:
-    (scalar loss, dict of its terms).
+    (scalar loss, dict of its terms), with the score function also of
+    approx_kl = mean(r - 1 - log r), how far the policy has moved (Schulman,
+    http://joschu.net/blog/kl-approx.html).
   """
   total, spread = 0.0, entropy(proposal)
   terms = {'entropy': spread}
+  if score_weight:
+    log_ratio_N = log_prob(proposal, batch.priority_NxS) - batch.log_prob_N
+    ratio_N = jnp.exp(log_ratio_N)
+    advantage_N = normalise(batch.reward_N - batch.value)
+    bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
+    score_N = jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
+    terms['loss_score'] = -jnp.mean(score_N)
+    terms['approx_kl'] = jnp.mean(ratio_N - 1.0 - log_ratio_N)
+    total += score_weight * terms['loss_score']
   if pathwise_weight:
     moved_NxS = act(proposal, batch.noise_NxS)
-    pathwise = -jnp.mean(jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1))
-    total += pathwise_weight * pathwise
-    terms['loss_pathwise'] = pathwise
-  if score_weight:
-    found = ppo(proposal, batch, clip=clip)
-    total += score_weight * found['loss_score']
-    total += value_weight * found['loss_value']
-    terms |= found
+    each_N = jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1)
+    terms['loss_pathwise'] = -jnp.mean(each_N)
+    total += pathwise_weight * terms['loss_pathwise']
+  if value_weight:
+    near = batch.value + jnp.clip(proposal.value - batch.value, -clip, clip)
+    misses = (jnp.square(v - batch.reward_N) for v in (proposal.value, near))
+    terms['loss_value'] = jnp.mean(jnp.maximum(*misses))
+    total += value_weight * terms['loss_value']
   if entropy_weight:
     total -= entropy_weight * spread
   return total, terms
-
-
-def ppo(proposal: Proposal, batch: Batch, *, clip) -> dict:
-  """Returns the terms of proximal policy optimisation.
-
-  With the ratio r = p / p_old and the advantage A = reward - value of the
-  policy that proposed, normalised over the batch:
-
-    loss_score = -mean(min(r A, clip(r, 1 - clip, 1 + clip) A))
-    loss_value = mean(max((v - reward)^2, (v_clipped - reward)^2)),
-
-  v_clipped no further than `clip` from the value before the update; and as a
-  measure of how far the policy has moved, approx_kl = mean(r - 1 - log r)
-  (Schulman, http://joschu.net/blog/kl-approx.html).
-  """
-  log_ratio_N = log_prob(proposal, batch.priority_NxS) - batch.log_prob_N
-  ratio_N = jnp.exp(log_ratio_N)
-  advantage_N = normalise(batch.reward_N - batch.value)
-  bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
-  score_N = jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
-  near = batch.value + jnp.clip(proposal.value - batch.value, -clip, clip)
-  miss_N, near_miss_N = (
-    jnp.square(value - batch.reward_N) for value in (proposal.value, near)
-  )
-  return {
-    'loss_score': -jnp.mean(score_N),
-    'loss_value': jnp.mean(jnp.maximum(miss_N, near_miss_N)),
-    'approx_kl': jnp.mean(ratio_N - 1.0 - log_ratio_N),
-  }
 
 
 def optimizer(*, learning_rate, network_learning_rate, decay, steps, max_norm):

@@ -300,8 +300,14 @@ def rescore(config, job, scored, modules, text, finalists) -> list:
 
 def counts_of(config, job, modules, priority_S) -> np.ndarray:
   """Priorities to counts at the run's budget."""
-  sparsity, low = config.budget.sparsity, config.search.lowest_ratio
-  return allocate.counts_of(priority_S, sparsity, job.sites, modules, low=low)
+  return allocate.counts_of(
+    priority_S,
+    config.budget.sparsity,
+    job.sites,
+    modules,
+    low=config.search.lowest_ratio,
+    repair=config.search.repair,
+  )
 
 
 def uniform(config, job, modules):
@@ -315,13 +321,14 @@ def calibrate(config, job, params, keep) -> dict:
   """Parameters with recovered output projections, for each of `keep`."""
   if not config.calibration.enabled:
     return dict.fromkeys(keep, params)
-  repaired = {}
+  repaired, windows = {}, config.calibration.windows
+  fit_on = job.text.calibration[: windows or None]
   for name, masks in keep.items():
     repaired[name], strengths = ridge.calibrate(
       params,
       job.model,
       masks,
-      job.text.calibration[:, None],
+      fit_on[:, None],
       job.text.validation[:, None],
       strengths=config.calibration.strengths,
       dtype=job.dtype,

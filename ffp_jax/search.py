@@ -87,7 +87,9 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
   return jnp.concatenate([mean(*half) for half in halves])
 
 
-def score(priority_S, target, modules, loss_of, dense_nll, *, low, window):
+def score(
+  priority_S, target, modules, loss_of, dense_nll, *, low, window, repair
+):
   """Reward of one candidate and its gradient.
 
   Candidates are scored before their counts are rounded, which keeps the
@@ -101,14 +103,22 @@ def score(priority_S, target, modules, loss_of, dense_nll, *, low, window):
     loss_of: Masks -> mean loss on this step's tokens.
     dense_nll: the dense model's mean loss on the same tokens.
     low: smallest ratio a priority can ask for.
-    window: of `count_gradient`.
+    window: of `count_gradient`; None to leave the gradient out.
+    repair: see `allocate.project`.
 
   Returns:
-    (reward, d reward / d priority [S]); zeros where the loss isn't finite.
+    (reward, d reward / d priority [S]); zeros where the loss isn't finite, or
+    the gradient is left out.
   """
-  ratio_S, pull_back = jax.vjp(
-    lambda p: allocate.project(p, target, modules, low=low), priority_S
-  )
+
+  def project(priority_S):
+    return allocate.project(priority_S, target, modules, low=low, repair=repair)
+
+  if window is None:
+    count_S = project(priority_S) * modules.units_S
+    nll = loss_of(masks.from_counts(modules.rank, count_S))
+    return reward_of(dense_nll, nll), jnp.zeros_like(priority_S)
+  ratio_S, pull_back = jax.vjp(project, priority_S)
   count_S = ratio_S * modules.units_S
   nll, gradient = jax.value_and_grad(loss_of)(
     masks.from_counts(modules.rank, count_S)
@@ -203,7 +213,9 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
   def step(state, model_params, tokens_BxT, dense_nll, target, modules):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     proposal = propose(state.params, target.sparsity)
-    priority, noise = policy.sample(key, proposal, c.candidates)
+    priority, noise = policy.sample(
+      key, proposal, c.candidates, antithetic=c.antithetic
+    )
 
     def score_one(priority_S):
       return score(
@@ -213,7 +225,8 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
         lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
         dense_nll,
         low=c.lowest_ratio,
-        window=c.window,
+        window=c.window if config.policy.pathwise_weight else None,
+        repair=c.repair,
       )
 
     reward, gradient = side_by_side(score_one, priority, block=block)
@@ -323,13 +336,15 @@ def _step_that_fits(make, config, state, model_params, target, modules):
 def cost(config, plan) -> dict:
   """What the steps of a plan take.
 
-  A backward pass counts as two forward ones.
+  A backward pass, which the score function does without, counts as two
+  forward ones.
   """
   c = config.search
+  passes = 3 if config.policy.pathwise_weight else 1
   tokens = sum(stage.steps * stage.rows for stage in plan) * c.context
   return {
     'candidates_evaluated': c.candidates * sum(stage.steps for stage in plan),
-    'tokens_evaluated': tokens * 3 * c.candidates,
+    'tokens_evaluated': tokens * passes * c.candidates,
   }
 
 

@@ -243,6 +243,50 @@ def _numpy_project(priority, keep, share, floor, low):
     return ratios(0.5 * (below + above))
 
 
+_cut = jax.jit(
+  lambda action, keep, share, floor: budget.cut(
+    action, keep[None], share_KxS=share[None], floor_S=floor, low=0.1
+  )
+)
+
+
+def _numpy_cut(action, keep, share, floor):
+  """The published repair, one module after the other."""
+  least = np.maximum(floor, 0.1)
+  ratio = np.minimum(np.maximum(np.abs(action), least), 1.0)
+  over = ratio @ share - keep
+  if over < 0:
+    lack = 1.0 - ratio
+    return ratio - over * lack / (lack @ share)
+  layers = len(ratio) // 2
+  for layer in range(layers):
+    for s in (layer, layers + layer):
+      taken = min(over, (ratio[s] - least[s]) * share[s])
+      ratio[s] -= taken / share[s]
+      over -= taken
+  return ratio
+
+
+class CutTest(parameterized.TestCase):
+  @parameterized.product(seed=tuple(range(10)), kept=(0.3, 0.55, 0.9))
+  def test_against_a_loop(self, seed, kept):
+    source = np.random.default_rng(seed)
+    action = source.normal(0.0, 0.7, _S)
+    share = source.dirichlet(np.full(_S, 2.0))
+    floor = source.uniform(0.0, 0.2, _S)
+    got = np.asarray(_cut(*map(np.float32, (action, kept, share, floor))))
+    expected = _numpy_cut(action, kept, share, floor)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    self.assertAlmostEqual(float(got @ share), kept, places=5)
+    self.assertTrue((got >= np.maximum(floor, 0.1) - 1e-6).all())
+
+  def test_surplus_is_cut_from_the_front(self):
+    share = np.full(6, 1 / 6, np.float32)
+    got = _cut(np.ones(6, np.float32), np.float32(0.6), share, 0 * share)
+    # Of 2.4 to cut: attention and FFN of layer 0, then layer 1's attention.
+    np.testing.assert_allclose(got, [0.1, 0.4, 1.0, 0.1, 1.0, 1.0], atol=1e-5)
+
+
 class Roundings(NamedTuple):
   """Arguments of `to_counts`, one random problem a row; int64 integers."""
 

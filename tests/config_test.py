@@ -52,6 +52,17 @@ class ValidateTest(_TestCase):
     with self.refused('budget.sparsity: '):
       config_lib.validate(_with(**{'budget.sparsity': value}))
 
+  def test_what_the_published_search_needs(self):
+    with self.refused("search.repair: 'cut' meets one budget; leave budget.fl"):
+      config_lib.validate(
+        _with(**{'search.repair': 'cut', 'budget.flops': 0.1})
+      )
+    with self.refused('policy.score_weight: learns from differences'):
+      config_lib.validate(_with(**{'policy.score_weight': 1.0}))
+    for windows in (-1, 17):
+      with self.refused('calibration.windows: must be from 1 to '):
+        config_lib.validate(_with(**{'calibration.windows': windows}))
+
   def test_choices(self):
     with self.refused("dtype: 'neither' is not one of "):
       config_lib.validate(_with(dtype='neither'))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,9 @@ _loss = jax.jit(
     'entropy_weight',
   ),
 )
-_sample = jax.jit(policy.sample, static_argnums=2)
+_sample = jax.jit(
+  functools.partial(policy.sample, antithetic=True), static_argnums=2
+)
 
 
 def _proposal(seed=0, size=_S):
@@ -112,6 +116,15 @@ class SampleTest(parameterized.TestCase):
     np.testing.assert_array_equal(noise[2 * pairs :], 0.0)
     # So the sample mean is the mean, however few there are.
     np.testing.assert_allclose(priority.mean(0), proposal.mean_S, atol=1e-5)
+
+  def test_or_each_for_itself(self):
+    sample = jax.jit(
+      lambda key: policy.sample(key, _proposal(), 15, antithetic=False)
+    )
+    priority, noise = sample(jax.random.key(0))
+    np.testing.assert_allclose(priority, _act(_proposal(), noise), rtol=1e-5)
+    # No two are opposite, none is the mean.
+    self.assertGreater(np.abs(noise[:, None] + noise).max(-1).min(), 0.1)
 
   def test_is_mean_and_std_times_noise(self):
     proposal = _proposal(1)
@@ -315,7 +328,11 @@ class LossTest(parameterized.TestCase):
 
   def test_a_signal_of_weight_0_is_not_computed(self):
     proposal, batch = _proposal(1), _batch(1)
-    mean_only = {'score_weight': 0.0, 'pathwise_weight': 1.0}
+    mean_only = {
+      'score_weight': 0.0,
+      'pathwise_weight': 1.0,
+      'value_weight': 0.0,
+    }
     total, terms = _loss(proposal, batch, **_WEIGHTS | mean_only)
     self.assertEqual(terms.keys(), {'entropy', 'loss_pathwise'})
     self.assertEqual(total, terms['loss_pathwise'])
@@ -360,7 +377,7 @@ def _solved(weights, *, updates, candidates, epochs, rate):
   def step(carry, key):
     params, opt_state = carry
     proposal = apply(params, sparsity)
-    priority, noise = policy.sample(key, proposal, candidates)
+    priority, noise = policy.sample(key, proposal, candidates, antithetic=True)
     batch = policy.Batch(
       priority,
       noise,
@@ -427,7 +444,9 @@ def _updated(reward_N, gradient, weights, epochs):
   )
   sparsity = jnp.float32(0.2)
   proposal = apply(params, sparsity)
-  priority, noise = policy.sample(jax.random.key(0), proposal, len(reward_N))
+  priority, noise = policy.sample(
+    jax.random.key(0), proposal, len(reward_N), antithetic=True
+  )
   batch = policy.Batch(
     priority,
     noise,

@@ -7,6 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import allocate, curriculum, loss, masks, search
+from ffp_jax import config as config_lib
 from ffp_jax import sites as sites_lib
 from ffp_jax.config import defaults
 from ffp_jax.model import Decoder, Masks, ModelConfig
@@ -234,7 +235,7 @@ def _score_at(priority_S, factor, target, modules, steep):
     return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
 
   dense = jnp.float32(1.0)
-  limits = {'low': 0.1, 'window': 0.3}
+  limits = {'low': 0.1, 'window': 0.3, 'repair': 'project'}
   return search.score(priority_S, target, modules, loss_of, dense, **limits)
 
 
@@ -333,6 +334,39 @@ class CurriculumTest(parameterized.TestCase):
     )
     self.assertEqual(plan[-1].sparsity, 0.3)
 
+  def test_staircase(self):
+    steps = [(0.5, 1), (0.5, 1), (0.5, 2), (1.0, 2), (1.0, 2), (0.5, 1)]
+    self.assertEqual(
+      curriculum.staircase(steps),
+      {
+        'sparsity_shares': (0.5, 0.5, 1.0, 0.5),
+        'rows': (1, 2, 2, 1),
+        'steps': (2, 1, 2, 1),
+      },
+    )
+
+  def test_published(self):
+    """The cubic schedule of reward text, and equal stairs of sparsity."""
+    for steps, rows, full in ((266, 64, 1000), (16, 8, 120), (50, 48, 600)):
+      found = curriculum.published(
+        steps, 15, stairs=4, first=0.05, full=full, rows=rows
+      )
+      count = np.array(found['steps'])
+      shares = np.repeat(found['sparsity_shares'], count)
+      many = np.repeat(found['rows'], count)
+      self.assertLen(shares, steps)
+      for i in range(steps):
+        share = min(1.0, 0.05 + 0.95 * (15 * i / full) ** 3)
+        self.assertBetween(many[i], min(1, share * rows), max(1, share * rows))
+        self.assertGreater(2 * many[i], share * rows)
+        self.assertEqual(many[i] == rows, 15 * i >= full)
+        self.assertEqual(shares[i], (1 + 4 * i // steps) / 4)
+      # Every number of rows is compiled.
+      self.assertLessEqual(len(set(many)), 7)
+      config = _config(**{'text.reward_windows': rows})
+      config.search.update(found)
+      config_lib.validate(config)
+
   def test_stage_at(self):
     plan = [curriculum.Stage(0.1, 2, 1), curriculum.Stage(0.2, 3, 4)]
     got = [curriculum.stage_at(plan, step) for step in range(5)]
@@ -404,7 +438,11 @@ class SyntheticSearchTest(absltest.TestCase):
 
   def test_comes_close_by_the_score_function_alone(self):
     many = {'search.candidates': 64, 'search.block': 64}
-    weights = {'policy.pathwise_weight': 0.0, 'policy.score_weight': 1.0}
+    weights = {
+      'policy.pathwise_weight': 0.0,
+      'policy.score_weight': 1.0,
+      'policy.value_weight': 0.5,
+    }
     found, _ = _run(_config(**many, **weights))
     self._assert_close_to_best(found)
 

@@ -52,6 +52,7 @@ ABLATIONS = {
     'search.candidates': 8,
     'policy.pathwise_weight': 0.0,
     'policy.score_weight': 1.0,
+    'policy.value_weight': 0.5,
   },
   # No sparsity curriculum; a rising number of reward rows.
   'fastforward_steep': {'search.sparsity_shares': (1.0, 1.0)},
@@ -66,7 +67,7 @@ ABLATIONS = {
   'fastforward_cut': {'search.refit': 0.0},
   # As published, but with the exact projection.
   'fastforward_published_exact': {
-    'compare.settings.fastforward_published.exact': True
+    'compare.settings.fastforward_published.repair': 'project'
   },
 }
 

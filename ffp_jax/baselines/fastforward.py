@@ -5,16 +5,11 @@ Source of both: arXiv 2511.18977.
 
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ffp_jax import config as config_lib
-from ffp_jax import curriculum, policy, search
+from ffp_jax import curriculum, search
 from ffp_jax.baselines.problem import Problem
-
-_LOWEST = 0.1  # ratio, of the published action space
 
 
 def shipped(problem: Problem, seed: int, *, config):
@@ -42,6 +37,15 @@ def shipped(problem: Problem, seed: int, *, config):
   config.search.steps = _affordable(config, spare if spare >= enough else room)
   if not sum(config.search.steps):
     return
+  for state in _searched(problem, config):
+    found = search.finalists(config, problem.sites, state)
+    yield problem.project(found[0])
+  counts = list({tuple(c): c for c in map(problem.project, found)}.values())
+  yield counts[np.argmin(problem.score(counts, problem.rows_RxT))]
+
+
+def _searched(problem: Problem, config):
+  """Yields the state after each step, which is charged before it is taken."""
   dense = problem.losses([problem.sites.units], problem.rows_RxT)[0]
   steps = search.steps(
     config,
@@ -52,14 +56,9 @@ def shipped(problem: Problem, seed: int, *, config):
     search.RewardText(problem.rows_RxT, dense),
     search.start(config, problem.sites),
   )
-  # Each is charged before it is taken.
   for tokens in _costs(config):
     problem.charge(tokens)
-    state, _ = next(steps)
-    found = search.finalists(config, problem.sites, state)
-    yield problem.project(found[0])
-  counts = list({tuple(c): c for c in map(problem.project, found)}.values())
-  yield counts[np.argmin(problem.score(counts, problem.rows_RxT))]
+    yield next(steps)[0]
 
 
 def _affordable(config, tokens: int) -> tuple[int, ...]:
@@ -92,116 +91,58 @@ def published(
   problem: Problem,
   seed: int,
   *,
-  candidates: int,
-  std: float,
-  learning_rate: float,
-  hidden: tuple[int, ...],
-  epochs: int,
-  clip: float,
-  entropy: float,
-  stages: int,
+  config,
+  stairs: int,
   first_share: float,
-  exact: bool,
+  repair: str,
 ):
-  """The search as published: plain PPO on actions cut to [0.1, 1].
+  """The search as published, `config.PUBLISHED`, at what the budget pays for.
 
-  A ratio is the absolute value of an action, clipped; `meet` brings the
-  ratios to the budget. The sparsity climbs to the target in equal stairs,
-  the share of the reward text from `first_share` to all along a cube. The
-  answer is the proposal of the last stair with the largest reward, before
-  that the mean. Departs in that both schedules run over the budget of
-  tokens instead of episodes, that no step takes more than half a stair's
-  tokens, so that a small budget gets to the last stair too, and that the
-  network is `policy.Policy`. With `exact`, actions are the priorities of
-  `Problem.project` in the place of `meet`.
-  """
-  cut = Problem.project if exact else meet
-  source = np.random.default_rng(seed)
-  zeros_S = jnp.zeros(len(problem.start_S))
-  net = policy.Policy(len(zeros_S), tuple(hidden), std)
-  optim = optax.adam(learning_rate)
-  params = policy.init(net, jax.random.key(seed), zeros_S)
-  opt_state = optim.init(params)
-  sample, update = _ppo(
-    lambda params, sparsity: net.apply({'params': params}, sparsity),
-    optim=optim,
-    epochs=epochs,
-    clip=clip,
-    entropy_weight=entropy,
-  )
-
-  row_tokens = candidates * problem.rows_RxT.shape[1]
-  most = max(1, problem.tokens // (2 * stages * row_tokens))
-  best = math.inf
-  yield cut(problem, zeros_S)
-  while True:
-    progress = problem.used / problem.tokens
-    stair = min(stages, 1 + int(progress * stages))
-    easier = problem.at(problem.sparsity * stair / stages)
-    share = first_share + (1.0 - first_share) * progress**3
-    count = min(most, math.ceil(share * len(problem.rows_RxT)))
-    rows = problem.draw(source, count)
-    noise = source.standard_normal((candidates, len(zeros_S)), np.float32)
-    sparsity = jnp.float32(easier.sparsity)
-    proposal, action, log_prob = sample(params, sparsity, noise)
-    counts = [cut(easier, row) for row in action]
-    losses = problem.score(counts, rows)
-    reward = jnp.asarray(10.0 * np.exp(-losses), jnp.float32)
-    batch = policy.Batch(action, noise, log_prob, reward, 0.0 * action)
-    params, opt_state = update(params, opt_state, batch, sparsity)
-    if stair < stages:
-      yield cut(problem, proposal.mean_S)
-    elif losses.min() < best:
-      best = losses.min()
-      yield counts[int(losses.argmin())]
-
-
-def _ppo(propose, **settings):
-  """Plain PPO, jitted: what samples a batch of actions and what learns.
+  The sparsity climbs to the target in equal stairs, the share of the reward
+  text from `first_share` to all along a cube, both over the budget of tokens
+  instead of episodes. The answer is the best proposal of the last stage,
+  before the last stair the policy's mean.
 
   Args:
-    propose: (params, sparsity) -> `policy.Proposal`.
-    **settings: of `policy.update`, but for the weights of the other terms.
+    problem: what scores.
+    seed: of the search.
+    config: of a run of `prune.py`, for what isn't published.
+    stairs: of the sparsity.
+    first_share: of the reward text at first.
+    repair: how proposals meet the budget, see `allocate.project`.
   """
-
-  @jax.jit
-  def sample(params, sparsity, noise_NxS):
-    proposal = propose(params, sparsity)
-    action_NxS = policy.act(proposal, noise_NxS)
-    return proposal, action_NxS, policy.log_prob(proposal, action_NxS)
-
-  @jax.jit
-  def update(params, opt_state, batch, sparsity):
-    return policy.update(
-      params,
-      opt_state,
-      batch,
-      sparsity,
-      apply=propose,
-      score_weight=1.0,
-      pathwise_weight=0.0,
-      value_weight=0.5,
-      **settings,
-    )[:2]
-
-  return sample, update
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(config_lib.PUBLISHED)
+  config.seed, config.budget.sparsity = seed, problem.sparsity
+  config.search.repair = repair
+  yield problem.project(search.prior(problem.sites, 0.0), repair)
+  plan = _stairs(problem, config.search.candidates, stairs, first_share)
+  if not plan:
+    return
+  config.search.update(curriculum.staircase(plan))
+  states = _searched(problem, config)
+  for (share, _), state in zip(plan, states, strict=True):
+    mean_S, *best = search.finalists(config, problem.sites, state)
+    best_S = best[0] if best and share == 1.0 else mean_S
+    yield problem.project(best_S, repair)
 
 
-def meet(problem: Problem, action_S) -> np.ndarray:
-  """Actions to counts, as published.
+def _stairs(problem, candidates, stairs, first_share) -> list:
+  """(share of the sparsity, rows) of the steps that the budget pays for.
 
-  What the budget leaves over is spread over the modules in proportion to
-  what they lack; what is too much is cut from the first layer on, each
-  module down to the lowest ratio, until the budget is met.
+  No step takes more than half a stair's tokens, so that a small budget gets
+  to the last stair too.
   """
-  ratio_S = np.clip(np.abs(np.asarray(action_S, np.float64)), _LOWEST, 1.0)
-  cost_S = problem.sites.units * problem.sites.unit_cost
-  over = ratio_S @ cost_S - problem.limit
-  if over < 0:
-    lack_S = 1.0 - ratio_S
-    return problem.fit(ratio_S - over * lack_S / (lack_S @ cost_S))
-  for s in np.arange(len(ratio_S)).reshape(2, -1).T.reshape(-1):
-    cut = min(over, (ratio_S[s] - _LOWEST) * cost_S[s])
-    ratio_S[s] -= cut / cost_S[s]
-    over -= cut
-  return problem.fit(ratio_S)
+  rows, context = problem.rows_RxT.shape
+  each = candidates * context
+  room = problem.left - problem.rows_RxT.size  # the dense model's loss
+  most = max(1, room // (2 * stairs * each))
+  used, plan = 0, []
+  while True:
+    progress = used / max(1, room)
+    share = first_share + (1.0 - first_share) * progress**3
+    count = min(most, math.ceil(share * rows))
+    used += count * each
+    if used > room:
+      return plan
+    plan.append((min(stairs, 1 + int(progress * stairs)) / stairs, count))

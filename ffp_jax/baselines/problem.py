@@ -138,10 +138,15 @@ class Problem:
     ]
     return np.array(jax.device_get(losses), np.float64)
 
-  def project(self, priority_S) -> np.ndarray:
-    """Counts of priorities, the budget met by `budget.project`."""
+  def project(self, priority_S, repair='project') -> np.ndarray:
+    """Counts of priorities, the budget met as `allocate.project` says."""
     return allocate.counts_of(
-      priority_S, self.sparsity, self.sites, self.modules, low=self.low
+      priority_S,
+      self.sparsity,
+      self.sites,
+      self.modules,
+      low=self.low,
+      repair=repair,
     )
 
   def fit(self, ratio_S) -> np.ndarray:
