@@ -13,6 +13,7 @@ from ffp_jax import demo_model
 from ffp_jax.config import RequestError
 from ffp_jax.formats import gguf_model, gguf_tokenizer, stored
 
+_DESCRIBED = 2  # counts what `_describe` has written: old ones are not read
 _PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
@@ -63,7 +64,7 @@ def gguf_directory(path: pathlib.Path) -> pathlib.Path:
   """
   path = path.resolve()
   stat = path.stat()
-  key = repr((str(path), stat.st_size, stat.st_mtime_ns)).encode()
+  key = repr((str(path), stat.st_size, stat.st_mtime_ns, _DESCRIBED)).encode()
   cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / 'gguf'
   out = cache / f'{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}'
   if out.exists():
@@ -89,8 +90,10 @@ def _describe(path: pathlib.Path, out: pathlib.Path):
   for name, content in (
     ('config.json', gguf_model.hf_config(reader)),
     ('tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)),
+    (gguf_tokenizer.SCORES, gguf_tokenizer.scores(reader)),
   ):
-    (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
+    if content is not None:
+      (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
 
 
 def _fetched(name: str, revision: str | None) -> pathlib.Path:

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from ffp_jax import export, files, hf, hub, tokenization
 from ffp_jax.export import formats, gguf_file
-from ffp_jax.formats import gguf_model, gguf_tokenizer
+from ffp_jax.formats import gguf_cuts, gguf_model
 from ffp_jax.model import Decoder, ModelConfig
 from tests import testing, tiny_run
 
@@ -272,7 +272,9 @@ class TokenizerTest(_TestCase):
   )
   def test_byte_level(self, pre, whole):
     model = self.pruned()
-    section = json.loads(gguf_tokenizer._cut(pre).__getstate__())
+    section = json.loads(
+      gguf_cuts.sequence(gguf_cuts.NAMES[pre]).__getstate__()
+    )
 
     def change(content):
       content['pre_tokenizer'] = section
