@@ -36,18 +36,20 @@ def _alike(config: ModelConfig) -> bool:
   return len({config.widths(i) for i in range(config.layers)}) == 1
 
 
-def check(config: ModelConfig, where, alike: bool):
+def check(config: ModelConfig, where, alike: bool | None = None):
   """Refuses what llama.cpp's graph can't express.
 
   Args:
     config: of the model.
     where: for messages.
-    alike: whether all layers are, or will be, of the same widths.
+    alike: whether all layers will be of the same widths; None if they stay
+      as they are.
 
   Raises:
     RequestError: naming what, and for an allocation the layer.
   """
   instead = 'use --format=hf or hf_dense'
+  alike = _alike(config) if alike is None else alike
   if config.positions != 'rope':
     raise RequestError(
       f'{where}: llama.cpp has no architecture for OPT; {instead}'
@@ -92,7 +94,7 @@ def prepare(
   Raises:
     RequestError: see `check` and `gguf_vocabulary.read`.
   """
-  check(config, directory, _alike(config))
+  check(config, directory)
   return gguf_vocabulary.read(directory, config.vocab, pre)
 
 

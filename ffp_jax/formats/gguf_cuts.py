@@ -64,14 +64,23 @@ _CASED = (
   '\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df'
   '\U0001e900-\U0001e943'
 )
-_DEEPSEEK_WORDS = (
-  _NEWLINE,
-  _split(rf'\s?[{_CASED}]+'),
-  _split('\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+'),
-  _split(r'\s+$'),
-  _CJK,
-)
-_DEEPSEEK_LLM = (*_DEEPSEEK_WORDS, _split(r'\p{N}+'), _BYTES)
+
+
+def _deepseek_llm(punctuation: str, numbers):
+  return (
+    _NEWLINE,
+    _split(rf'\s?[{_CASED}]+'),
+    _split(rf'\s?[{punctuation}]+'),
+    _split(r'\s+$'),
+    _CJK,
+    numbers,
+    _BYTES,
+  )
+
+
+_MARKS = '!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f'
+# To llama.cpp U+3000, the wide space, is a space and so no punctuation.
+_DEEPSEEK_LLM = _deepseek_llm(f'{_MARKS}\u3001-\u3002', _split(r'\p{N}+'))
 _DEEPSEEK_CODER = (
   _NEWLINE,
   _split(r'\s?\p{L}+'),
@@ -108,9 +117,9 @@ NAMES = {
 # Of these a word that is itself a token is never built by merges, and text
 # starts with BOS unless the file says otherwise.
 WHOLE = ('llama3', 'llama-v3', 'llama-bpe', 'falcon3', 'pixtral', 'tekken')
-# DeepSeek LLM's own tokenizer.json cuts numbers into digits, llama.cpp leaves
-# them whole. No merge of its vocabulary joins digits: the ids are the same.
-_ALSO = {'deepseek-llm': (*_DEEPSEEK_WORDS, _DIGIT, _BYTES)}
+# DeepSeek LLM's own tokenizer.json: of numbers the ids are the same, as no
+# merge of its vocabulary joins digits.
+_ALSO = {'deepseek-llm': _deepseek_llm(f'{_MARKS}\u3000-\u3002', _DIGIT)}
 
 
 def sequence(parts):
