@@ -35,6 +35,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.seed = 0
 
   config.text = ml_collections.ConfigDict()
+  config.text.field = ''  # that holds a document; '': records.FIELDS
   config.text.context = 512
   config.text.calibration_windows = 16  # importance and ridge
   config.text.validation_windows = 8  # choose the ridge strength

@@ -85,13 +85,16 @@ def _pydoc():
 _BUILTIN = {'pydoc': _pydoc}
 
 
-def read(source: str, *, report=False, limit: int = TEXT_BYTES) -> Text:
+def read(
+  source: str, *, field='', report=False, limit: int = TEXT_BYTES
+) -> Text:
   """The text that `config.data` or --data names.
 
   Args:
     source: 'pydoc'; one of CORPORA, with a split as in 'wikitext2:test'; or
       a path, see `documents.files` and `documents.read`. Files and their
       documents are joined by blank lines.
+    field: what holds a document, see `documents.read`; no matter for a corpus.
     report: a corpus without a split means the one that papers report, test
       (validation for C4), instead of train.
     limit: bytes; what follows is not read.
@@ -113,7 +116,8 @@ def read(source: str, *, report=False, limit: int = TEXT_BYTES) -> Text:
       f'data: {source!r} is neither {", ".join([*_BUILTIN, *CORPORA])} nor a '
       f'directory or file of {documents.FORMATS}'
     )
-  found = itertools.chain(*(documents.read(file, limit) for file in files))
+  found = (documents.read(file, limit, field) for file in files)
+  found = itertools.chain.from_iterable(found)
   return _text(found, source, limit=limit)
 
 
@@ -150,10 +154,16 @@ def _fetch(name, corpus, file) -> pathlib.Path:
     ) from error
 
 
-def _text(found: Iterable[str], name, *, limit, join='\n\n') -> Text:
-  """Joins documents until there are `limit` bytes, and cuts there."""
-  parts, size, cut = [], -len(join), False
+def _text(found: Iterable[str | None], name, *, limit, join='\n\n') -> Text:
+  """Joins documents until there are `limit` bytes, and cuts there.
+
+  Those that are None are left out, which is logged.
+  """
+  parts, size, cut, null = [], -len(join), False, 0
   for document in found:
+    if document is None:
+      null += 1
+      continue
     parts.append(document)
     size += len(join) + len(document.encode())
     if cut := size > limit:
@@ -162,7 +172,10 @@ def _text(found: Iterable[str], name, *, limit, join='\n\n') -> Text:
   if cut:
     content = content.encode()[:limit].decode(errors='ignore')
     logging.warning('%s: only the first %s bytes are used', name, f'{limit:,}')
+  said = f'documents that are null: {null:,}'
   if not content.strip():
-    raise RequestError(f'data: {name!r} is empty')
+    raise RequestError(f'data: {name!r} is empty{null and f" ({said})" or ""}')
+  if null:
+    logging.warning('%s: %s, left out', name, said)
   extent = f'the first {limit / 1e6:g} MB' if cut else 'the text'
   return Text(content, name, extent)

@@ -1,173 +1,143 @@
 """Text files to documents, one at a time; no file is ever read whole."""
 
-import codecs
-import gzip
-import itertools
-import json
+import lzma
 import pathlib
 import zlib
 from collections.abc import Iterator
 
+from ffp_jax import records
 from ffp_jax.config import RequestError
 
-_FIELDS = ('text', 'sentence')  # the first that is there
-_ROWS = 64  # of a columnar file, in memory at once
+_SAID = ('content', 'value', 'text')  # in a message of a chat
+
+# Of a data set of the hub, or of what `datasets` saves: about it, not of it.
+_ABOUT = (
+  *('readme.md', 'readme.txt', 'license.md', 'license.txt', 'state.json'),
+  *('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json'),
+)
+# With ValueError and RuntimeError, what unpackers, pyarrow and codecs raise.
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_POINTER = b'version https://git-lfs'
+_PLAIN = ('.txt', '.md')
+FORMATS = (
+  f'{", ".join([*_PLAIN, *records.READERS])} (or packed: '
+  f'{", ".join(records.PACKED)}), {", ".join(records.COLUMNAR)}'
+)
 
 
-def _field(names, where) -> str:
-  for field in _FIELDS:
-    if field in names:
-      return field
-  raise RequestError(
-    f'data: {where} has no field {" or ".join(map(repr, _FIELDS))}; '
-    f'it has {", ".join(map(repr, names)) or "none"}'
-  )
-
-
-def _decoded(path, raw: bytes, *, start=0, final=True) -> str:
-  """Text of bytes that begin at byte `start` of a file."""
-  nul = raw.find(b'\0')
-  if nul >= 0:
-    raise RequestError(
-      f'data: {path} is binary, not UTF-8 text (a NUL at byte {start + nul:,})'
-    )
-  try:
-    return codecs.getincrementaldecoder('utf-8')().decode(raw, final)
-  except UnicodeDecodeError as error:
-    raise RequestError(
-      f'data: {path} is not UTF-8 text (byte {start + error.start:,}); '
-      'convert it to UTF-8'
-    ) from error
-
-
-def _plain(path, limit):
-  with path.open('rb') as file:
-    # Twice, as a line end may shrink from two bytes to one; four more, as the
-    # last character may be torn.
-    raw = file.read(2 * limit + 4)
-    text = _decoded(path, raw, final=not file.read(1))
-  text = text.removeprefix('\ufeff')  # byte order mark
-  yield text.replace('\r\n', '\n').replace('\r', '\n')
-
-
-def _json_lines(path, limit):
-  unpack = gzip.open if path.suffix == '.gz' else open
-  with unpack(path, 'rb') as file:
-    for number in itertools.count(1):
-      start = file.tell()
-      line = file.readline(limit + 1)
-      if not line:
-        return
-      where = f'{path}, line {number:,}'
-      text = _decoded(path, line, start=start, final=len(line) <= limit)
-      if len(line) > limit:
-        raise RequestError(
-          f'data: {where} is longer than {limit:,} bytes; give one document '
-          'a line'
-        )
-      if not text.strip():
-        continue
-      try:
-        record = json.loads(text)
-      except (ValueError, RecursionError) as error:
-        raise RequestError(f'data: {where} is not JSON ({error})') from error
-      if not isinstance(record, dict):
-        raise RequestError(f'data: {where} is not a JSON object')
-      yield record[_field(record, where)]
-
-
-def _parquet(path, limit):
-  import pyarrow.parquet  # heavy, and only here
-
-  with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-    field = _field(file.schema_arrow.names, path)
-    for batch in file.iter_batches(_ROWS, columns=[field]):
-      yield from (value.as_py() for value in batch.column(0))
-
-
-def _arrow(path, limit):
-  import pyarrow.ipc
-
-  with pyarrow.memory_map(str(path)) as source:
-    if source.read(6) == b'ARROW1':  # the file format, with random access
-      reader = pyarrow.ipc.open_file(source)
-      batches = map(reader.get_batch, range(reader.num_record_batches))
-    else:
-      source.seek(0)
-      batches = reader = pyarrow.ipc.open_stream(source)
-    field = _field(reader.schema.names, path)
-    for batch in batches:
-      yield from (value.as_py() for value in batch[field])
-
-
-_READERS = {
-  '.txt': _plain,
-  '.jsonl': _json_lines,
-  '.jsonl.gz': _json_lines,
-  '.json.gz': _json_lines,
-  '.parquet': _parquet,
-  '.arrow': _arrow,
-}
-FORMATS = ', '.join(_READERS)
-
-
-def _suffix(path: pathlib.Path) -> str | None:
-  """Which of FORMATS a file's name says, None for none of them."""
-  found = (s for s in _READERS if path.name[1:].endswith(s))
-  return next(found, None)
+def _kind(path: pathlib.Path) -> tuple[str, str] | None:
+  """Returns a file's format and packing by its name, None for no text."""
+  *_, inner, last = '', '', *(suffix.lower() for suffix in path.suffixes)
+  if last in records.PACKED:
+    return (inner, last) if inner in (*_PLAIN, *records.READERS) else None
+  known = (*_PLAIN, *records.READERS, *records.COLUMNAR)
+  return (last, '') if last in known else None
 
 
 def files(path: pathlib.Path) -> list[pathlib.Path]:
-  """The text files that a path stands for, by name.
+  """Returns the text files that a path stands for, by name.
 
   Args:
     path: a file of one of FORMATS, or a directory, of which files of other
-      formats, hidden ones and subdirectories are left out.
+      formats, hidden ones, those about a data set and subdirectories are
+      left out.
 
   Raises:
     RequestError: there is no such file.
   """
   try:
     if path.is_dir():
-      found = sorted(x for x in path.iterdir() if _suffix(x) and x.is_file())
-      found = [x for x in found if not x.name.startswith('.')]
+      found = sorted(x for x in path.iterdir() if _kind(x) and x.is_file())
+      found = [
+        x
+        for x in found
+        if not x.name.startswith('.') and x.name.lower() not in _ABOUT
+      ]
       if not found:
-        raise RequestError(f'data: {path} is a directory without {FORMATS}')
+        raise RequestError(
+          f'data: {path} is a directory without {FORMATS}; its '
+          'subdirectories are not searched'
+        )
       return found
-    if _suffix(path) and not path.is_file():
+    if _kind(path) and not path.is_file():
       raise RequestError(f'data: no file {str(path)!r}; check the path')
   except OSError as error:
     raise RequestError(f'data: {path}: {error.strerror}') from error
-  return [path] if _suffix(path) else []
+  return [path] if _kind(path) else []
 
 
-def read(path: pathlib.Path, limit: int) -> Iterator[str]:
-  """The documents of a file, lazily.
+def _plain(path, limit) -> str:
+  with records.open_packed(path) as file:
+    # Twice, as a line end may shrink from two bytes to one; four more, as the
+    # last character may be torn.
+    raw = file.read(2 * limit + 4)
+    text = records.decoded(path, raw, final=not file.read(1))
+  return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def _document(value, where) -> str | None:
+  """Returns a field's text; of a chat, its messages with blank lines between.
 
   Args:
-    path: one of `files`. JSON is one object a line; it and the columnar
-      formats have the document in the field 'text', or else 'sentence'.
+    value: text, UTF-8 bytes, a chat (a list of objects), or None.
+    where: file, place and field.
+  """
+  if isinstance(value, bytes):
+    value = records.decoded(where, value)
+  if isinstance(value, list) and all(isinstance(x, dict) for x in value):
+    said = [[x[key] for key in _SAID if key in x] for x in value]
+    if any(said) or not value:
+      parts = (_document(x[0], where) for x in said if x)
+      return '\n\n'.join(filter(None, parts)) or None
+  if value is not None and not isinstance(value, str):
+    raise RequestError(f'data: {where} is {type(value).__name__}, not text')
+  try:
+    (value or '').encode()
+  except UnicodeEncodeError as error:
+    half = value[error.start].encode('unicode_escape').decode()
+    raise RequestError(
+      f'data: {where} has {half}, half of a surrogate pair; remove it'
+    ) from error
+  return value
+
+
+def read(
+  path: pathlib.Path, limit: int, field: str = ''
+) -> Iterator[str | None]:
+  """Yields the documents of a file, lazily; None for those that are null.
+
+  Args:
+    path: one of `files`. JSON is an array of objects, or objects that follow
+      one another; the first line of CSV names the fields.
     limit: bytes beyond which a document is of no use; a plain text is one
       document, of which little more is read.
+    field: of JSON, CSV and the columnar formats, what holds the document;
+      'a.b' is b in the object a. '' for the first of records.FIELDS.
 
   Raises:
     RequestError: binary, not UTF-8, not of the format its name says, or a
-      document is missing or not a text.
+      document is not a text.
   """
-  suffix = _suffix(path)
+  kind, packing = _kind(path)
   try:
-    if not path.stat().st_size:
+    with path.open('rb') as file:
+      head = file.read(len(_POINTER))
+    if head == _POINTER:
+      raise RequestError(
+        f'data: {path} is a Git LFS pointer; fetch it with git lfs pull'
+      )
+    if not head:
       return
-    for number, text in enumerate(_READERS[suffix](path, limit), 1):
-      if not isinstance(text, str):
-        kind = 'missing' if text is None else f'{type(text).__name__}, not text'
-        raise RequestError(f'data: {path}: document {number:,} is {kind}')
-      text.encode()  # JSON may hold half of a surrogate pair
-      yield text
+    if kind in _PLAIN:
+      yield _plain(path, limit)
+      return
+    reader = (records.READERS | records.COLUMNAR)[kind]
+    for where, record in reader(path, limit, field):
+      name, value = records.pick(record, field, where)
+      yield _document(value, f'{where}: {name!r}')
   except RequestError:
     raise
-  # What gzip, zlib, pyarrow and codecs raise about a broken file.
-  except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+  except (*_BROKEN, ValueError, RuntimeError) as error:
     raise RequestError(
-      f'data: {path} is not readable {suffix} text ({error})'
+      f'data: {path} is not readable {kind}{packing} text ({error})'
     ) from error

@@ -32,6 +32,7 @@ def evaluate(
   source,
   *,
   context,
+  field='',
   protocol='gptq',
   stride=None,
   max_windows=None,
@@ -41,7 +42,7 @@ def evaluate(
 
   Args:
     model: directory or hub id, dense or pruned.
-    source: text, as `corpora.read` takes it.
+    source, field: text, as `corpora.read` takes it.
     context: tokens a window.
     protocol: see `protocols.arrange`.
     stride: tokens, None for the protocol's own.
@@ -55,7 +56,7 @@ def evaluate(
   stride = protocols.stride(protocol, context, stride)
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  text = corpora.read(source, report=True)
+  text = corpora.read(source, field=field, report=True)
   tokens = tokenization.encode(directory, text.content)
   tokenization.check(config, tokens.ids, context)
   limits = [n * context for n in (max_windows, text.windows) if n]
@@ -116,6 +117,7 @@ def evaluate_tasks(
   directory = hub.locate(model)
   config = hf.model_config(directory)
   tokenizer = tokenization.load(directory)
+  ends = tokenization.ends(directory, tokenizer)
   context = context or config.max_positions
   tokenization.check(config, (), context)
   loaded = tasks.load(names, tokenizer, fewshot)
@@ -124,7 +126,12 @@ def evaluate_tasks(
     params = files.load_params(directory, config, dtype)
     start = time.perf_counter()
     asked = tasks.JaxLM(
-      params, config, tokenizer, max_length=context, batch_tokens=batch_tokens
+      params,
+      config,
+      tokenizer,
+      max_length=context,
+      batch_tokens=batch_tokens,
+      ends=ends,
     )
     figures = tasks.score(asked, loaded, limit)
     seconds = time.perf_counter() - start
@@ -178,6 +185,7 @@ def _perplexity(args):
     args.model,
     args.data,
     context=args.context or 512,
+    field=args.field,
     protocol=args.protocol,
     stride=args.stride,
     max_windows=args.max_windows,
@@ -208,6 +216,9 @@ if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
   flags.DEFINE_string(
     'data', 'pydoc', 'pydoc, wikitext2, ptb or c4 (:SPLIT), file or directory.'
+  )
+  flags.DEFINE_string(
+    'field', '', "Of --data, what holds a document; '' for the known names."
   )
   flags.DEFINE_integer(
     'context',

@@ -26,7 +26,7 @@ def prepare(model: str, prompt: str, new: int):
   """Whether a model can go on with a prompt, before its weights are read.
 
   Returns:
-    (directory, `ModelConfig`, tokenizer, token ids).
+    (directory, `ModelConfig`, tokenizer, token ids, ids that end a text).
 
   Raises:
     RequestError: it can't.
@@ -34,15 +34,16 @@ def prepare(model: str, prompt: str, new: int):
   directory = hub.locate(model)
   config = hf.model_config(directory)
   tokenizer = tokenization.load(directory)
-  ids = np.array(tokenizer(prompt)['input_ids'], np.int32)
+  ids = tokenization.ids_of(tokenizer, prompt)
+  ends = tokenization.ends(directory, tokenizer)
   if not ids.size:
     raise RequestError('--prompt: gives no token; say something')
   tokenization.check(config, ids, 0)
   decode.check_slots(config, len(ids) + new)
-  return directory, config, tokenizer, ids
+  return directory, config, tokenizer, ids, ends
 
 
-def pieces(params, config, tokenizer, ids, *, new, temperature, seed):
+def pieces(params, config, tokenizer, ids, *, ends, new, temperature, seed):
   """What a model goes on with, as it comes.
 
   Args:
@@ -50,7 +51,8 @@ def pieces(params, config, tokenizer, ids, *, new, temperature, seed):
     config: its `ModelConfig`.
     tokenizer: of transformers.
     ids: of the prompt, one or more.
-    new: most tokens; EOS ends it before.
+    ends: token ids; any of them ends it.
+    new: most tokens.
     temperature, seed: see `decode.continuations`.
 
   Yields:
@@ -68,7 +70,7 @@ def pieces(params, config, tokenizer, ids, *, new, temperature, seed):
   made, said = list(ids), tokenizer.decode(ids)
   for chosen in itertools.islice(steps, new):
     made.append(chosen.item())
-    if made[-1] == tokenizer.eos_token_id:
+    if made[-1] in ends:
       return
     text = tokenizer.decode(made)
     if not text.endswith('\N{REPLACEMENT CHARACTER}'):  # half a character
@@ -91,7 +93,7 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
   """
   ready = [prepare(model, prompt, new) for model in models]
   dtype = scoring.dtype_of(dtype)
-  for model, (directory, config, tokenizer, ids) in zip(
+  for model, (directory, config, tokenizer, ids, ends) in zip(
     models, ready, strict=True
   ):
     config = decode.unrolled(config)
@@ -103,6 +105,7 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
         config,
         tokenizer,
         ids,
+        ends=ends,
         new=new,
         temperature=temperature,
         seed=seed,

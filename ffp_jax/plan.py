@@ -28,6 +28,7 @@ from ffp_jax import (
   scoring,
   search,
   sharding,
+  tokenization,
 )
 from ffp_jax import config as config_lib
 from ffp_jax import sites as sites_lib
@@ -194,6 +195,7 @@ def main(argv):
   try:
     config_lib.validate(config)
     model = hf.model_config(hub.locate(config.model))
+    tokenization.check(model, (), config.text.context)
     mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype('bfloat16' if config.dtype == 'auto' else config.dtype)
     found = plan(config, model, dtype, mesh)

@@ -160,7 +160,7 @@ def prepare(config) -> Job:
   sites = sites._replace(resources=resources.of(config, model, sites))
   config_lib.check_reachable(sites, config)
   found = files.check_files(directory, model, scoring.dtype_of(config.dtype))
-  text = corpora.read(config.data)
+  text = corpora.read(config.data, field=config.text.field)
   tokens = tokenization.encode(directory, text.content)
   context = config.text.context
   tokenization.check(model, tokens.ids, context)

@@ -19,7 +19,6 @@ from ffp_jax.reporting import (
   blocks,
   comparison,
   page,
-  plots,
   wording,
 )
 from ffp_jax.reporting.sections import Run, report
@@ -103,14 +102,8 @@ def write(workdir: pathlib.Path):
     RequestError: see `read`.
   """
   run = read(workdir)
-  pictures = {'kept': plots.kept(run.allocation)}
-  pictures['perplexity'] = plots.perplexity(run.results)
-  if run.metrics:
-    pictures['search'] = plots.search(run.metrics)
-  for name, picture in pictures.items():
-    (workdir / f'plot_{name}.png').write_bytes(plots.png(picture))
   found = list(report(run))
-  replace(workdir / 'report.md', blocks.markdown(found))
+  blocks.write_markdown(workdir / 'report.md', found)
   title = f'Pruning {run.config["model"]}'
   replace(workdir / 'report.html', page.page(title, found))
   if is_local(workdir) and importlib.util.find_spec('tensorboardX'):

@@ -32,6 +32,20 @@ class Scaling:
   whole: bool = True  # yarn: blend between whole dimensions
   amplitude: float = 1.0  # of sine and cosine
 
+  def reach(self, positions: int) -> int:
+    """Returns how many positions these frequencies are meant for.
+
+    Args:
+      positions: `max_position_embeddings` of config.json. Those of 'llama3'
+        count the stretched ones; others mostly the trained ones.
+    """
+    match self.kind:
+      case 'linear' | 'dynamic':
+        return int(positions * self.factor)
+      case 'yarn':
+        return max(positions, int(self.trained * self.factor))
+    return positions
+
 
 def frequencies(
   scaling: Scaling, theta: float, head_size: int, time

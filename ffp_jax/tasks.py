@@ -174,7 +174,14 @@ class JaxLM(TemplateLM):
   """What lm_eval asks of a model, dense or sliced."""
 
   def __init__(
-    self, params, config: ModelConfig, tokenizer, *, max_length, batch_tokens
+    self,
+    params,
+    config: ModelConfig,
+    tokenizer,
+    *,
+    max_length,
+    batch_tokens,
+    ends=(),
   ):
     """Takes a loaded model.
 
@@ -184,10 +191,12 @@ class JaxLM(TemplateLM):
       tokenizer: of transformers, with an EOS.
       max_length: tokens of its context; longer requests lose their start.
       batch_tokens: about so many are computed together.
+      ends: ids that end an answer, besides the tokenizer's EOS.
     """
     super().__init__()
     self._params, self._config, self.tokenizer = params, config, tokenizer
     self.max_length, self._batch_tokens = max_length, batch_tokens
+    self._ends = {tokenizer.eos_token_id, *ends}
 
   @property
   def eot_token_id(self):
@@ -276,19 +285,19 @@ class JaxLM(TemplateLM):
       for row in tuple(open_rows):
         made[row].append(chosen[row])
         text = self.tokenizer.decode(made[row])
-        if any(stop and stop in text for stop in settings.until):
+        if chosen[row] in self._ends or any(
+          stop and stop in text for stop in settings.until
+        ):
           open_rows.remove(row)
       if not open_rows:
         break
-    eos = self.eot_token_id
-    kept = [itertools.takewhile(lambda x: x != eos, row) for row in made]
     return [
       harness.postprocess_generated_text(
-        self.tokenizer.decode(list(row), skip_special_tokens=True),
+        self.tokenizer.decode(row, skip_special_tokens=True),
         settings.until,
         None,
       )
-      for row in kept
+      for row in made
     ]
 
 

@@ -80,10 +80,40 @@ class FilesTest(_TestCase):
     self.file('c.txt', 'c1\nc2')
     self.file('a.jsonl', '{"text": "a"}\n{"text": "b"}')
     self.file('empty.txt', '')
-    self.file('notes.md', 'no')
+    self.file('b.CSV', 'text\nb1\n')
+    self.file('b.json', '[{"content": "b2"}]')
+    self.file('d.MD', 'd')
+    for about in ('README.md', 'state.json', 'dataset_info.json', 'x.html'):
+      self.file(about, 'no')
     text = corpora.read(str(self.folder))
-    self.assertEqual(text.content, 'a\n\nb\n\nc1\nc2')
+    self.assertEqual(text.content, 'a\n\nb\n\nb1\n\nb2\n\nc1\nc2\n\nd')
     self.assertEqual(text.name, str(self.folder))
+
+  def test_field(self):
+    path = self.file('a.jsonl', '{"text": "a", "data": {"body": "b"}}')
+    self.assertEqual(corpora.read(path, field='data.body').content, 'b')
+    self.assertEqual(corpora.read(path).content, 'a')
+
+  def test_null_is_left_out_and_counted_in_one_line(self):
+    path = self.file('a.jsonl', '{"text": "a"}\n{"text": null}\n' * 2)
+    self.file('b.csv', 'id,text\n1\n2,b\n')
+    for source, content, count in (
+      (path, 'a\n\na', 2), (str(self.folder), 'a\n\na\n\nb', 3),
+    ):  # fmt: skip
+      with self.assertLogs('absl', 'WARNING') as logs:
+        self.assertEqual(corpora.read(source).content, content)
+      self.assertLen(logs.output, 1)
+      self.assertIn(
+        f'{source}: documents that are null: {count}', logs.output[0]
+      )
+
+  def test_nothing_but_null(self):
+    path = self.file('a.jsonl', '{"text": null}\n' * 3)
+    self.assert_refused(path, 'is empty (documents that are null: 3)')
+
+  def test_words_without_end(self):
+    path = self.file('a.md', 'x' * 2_000_000)
+    self.assertLen(corpora.read(path).content, 2_000_000)
 
   def test_home(self):
     self.file('a.txt', 'a')
@@ -112,7 +142,7 @@ class FilesTest(_TestCase):
     self.assert_refused(path, path, 'is empty')
 
   @parameterized.parameters(
-    'a.csv', 'a', 'a.txt.gz', 'wikitext', 'Wikitext2', '', '.txt', 'pydoc:x'
+    'a.docx', 'a', 'a.zip', 'wikitext', 'Wikitext2', '', '.txt', 'pydoc:x'
   )
   def test_neither_name_nor_format(self, name):
     self.assert_refused(name, repr(name), 'pydoc, wikitext2, ptb, c4', '.arrow')

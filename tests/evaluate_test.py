@@ -207,6 +207,16 @@ class ProtocolTest(parameterized.TestCase):
     ):
       _evaluate(_model(), protocol=protocol)
 
+  def test_field(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / 'a.jsonl'
+      record = {'text': 'another', 'data': {'body': _text().read_text()}}
+      path.write_text(json.dumps(record))
+      got = evaluate.evaluate(
+        str(_model()), str(path), field='data.body', context=32, max_windows=2
+      )
+    self.assertEqual(got['ppl'], _evaluate(_model(), max_windows=2)['ppl'])
+
   @parameterized.parameters('gptq', 'sliding')
   def test_windows_that_a_corpus_is_cut_to(self, protocol):
     text = corpora.Text(_text().read_text(), 'c4:validation', 'the text', 4)
@@ -257,6 +267,7 @@ class CommandTest(parameterized.TestCase):
     settings = {
       'model': str(_model()),
       'data': str(_text()),
+      'field': '',
       'context': 32,
       'protocol': 'gptq',
       'stride': None,
@@ -291,12 +302,20 @@ class CommandTest(parameterized.TestCase):
     ('a.txt', b'PNG\0', 'binary'), ('a.jsonl', b'{"a": 1}', "it has 'a'"),
     ('a.jsonl', b'{', 'not JSON'), ('a.jsonl.gz', b'{}', 'not readable'),
     ('a.json.gz', b'\x1f\x8b', 'not readable'), ('a.arrow', b'ARROW1', 'not '),
-    ('a.parquet', b'PAR1', 'not readable'), ('a.csv', b'a,b', 'neither'),
+    ('a.parquet', b'PAR1', 'not readable'),
+    ('a.csv', b'a,b', "it has 'a', 'b'"),
+    ('a.docx', b'a', 'neither'), ('a.json', b'[{}]', 'it has none'),
   )  # fmt: skip
   def test_text(self, name, content, word):
     path = self.folder / name
     path.write_bytes(content)
     self.refused('data: ', str(path), word, data=str(path))
+
+  def test_field(self):
+    path = self.folder / 'a.json'
+    path.write_text('[{"text": "a", "body": "b"}]')
+    self.refused('too few', data=str(path), field='body')
+    self.refused("no field 'no'", '--field', data=str(path), field='no')
 
   def test_short_text(self):
     path = self.folder / 'a.txt'

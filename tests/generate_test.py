@@ -1,12 +1,15 @@
 import contextlib
 import functools
 import io
+import json
 import pathlib
+import shutil
 import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
+import transformers
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export, files, generate, hf, scoring, tokenization
@@ -90,15 +93,41 @@ class GenerateTest(parameterized.TestCase):
     tokenizer = tokenization.load(pathlib.Path(_models()[0]))
     ids = np.array(tokenizer('the way')['input_ids'])
     spoken = tokenizer('ab!cd')['input_ids']
-    tokenizer.eos_token_id = spoken[2]
-    steps = iter([np.array([[token]]) for token in spoken])
-    with mock.patch.object(
-      generate.decode, 'continuations', return_value=steps
-    ):
-      said = generate.pieces(
-        None, None, tokenizer, ids, new=9, temperature=0.0, seed=0
-      )
-      self.assertEqual(list(said), ['a', 'b'])
+    for ends in {spoken[2]}, {spoken[2], spoken[4]}, {spoken[4], spoken[2], 0}:
+      steps = iter([np.array([[token]]) for token in spoken])
+      with mock.patch.object(
+        generate.decode, 'continuations', return_value=steps
+      ):
+        said = generate.pieces(
+          None, None, tokenizer, ids, ends=ends, new=9, temperature=0.0, seed=0
+        )
+        self.assertEqual(list(said), ['a', 'b'])
+
+  @parameterized.parameters('generation_config.json', 'config.json')
+  def test_stops_where_transformers_does(self, name):
+    folder = tempfile.TemporaryDirectory()
+    path = pathlib.Path(self.enterContext(folder)) / 'model'
+    shutil.copytree(_models()[0], path)
+    tokenizer = tokenization.load(path)
+    prompt = tokenizer('the way of', return_tensors='pt')
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    free = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    said = free[0, prompt['input_ids'].shape[1] :].tolist()
+    # The second of them is never said.
+    other = next(i for i in range(tiny_run.VOCAB) if i not in said)
+    file = path / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    ends = {'eos_token_id': [said[6], other]}
+    file.write_text(json.dumps(content | ends))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    theirs = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    self.assertLess(len(theirs), free.shape[1])
+    self.assertIn(theirs[-1], [said[6], other])
+    expected = tokenizer.decode(theirs[:-1])
+    got = _generated([str(path)]).partition('\n')[2].removesuffix('\n\n')
+    # Half a character at the end may stay unsaid.
+    self.assertStartsWith(expected, got)
+    self.assertGreater(len(got), len(expected) - 3)
 
   def test_characters_of_several_tokens(self):
     tokenizer = tokenization.load(pathlib.Path(_models()[0]))
@@ -110,7 +139,7 @@ class GenerateTest(parameterized.TestCase):
       generate.decode, 'continuations', return_value=steps
     ):
       said = generate.pieces(
-        None, None, tokenizer, ids, new=9, temperature=0.0, seed=0
+        None, None, tokenizer, ids, ends=(), new=9, temperature=0.0, seed=0
       )
       self.assertEqual(list(said), ['a', '\N{SNOWMAN}', 'b'])
 

@@ -202,8 +202,13 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('tensor 16', done.stdout)
     self.assertIn('fits in 80 GiB a device', done.stdout)
-    done = self._call(*common, '--device_memory_gib=0.000001')
+    self.assertNotIn('text.context', done.stderr)
+    done = self._call(
+      *common, '--device_memory_gib=0.000001', '--config.text.context=96'
+    )
     self.assertIn('DOES NOT FIT', done.stdout)
+    (line,) = [x for x in done.stderr.splitlines() if 'text.context' in x]
+    self.assertIn('96 is more than the 64 positions', line)
     done = self._call(*common, '--config.mesh.fsdp=5')
     self.assertEqual(done.returncode, 2)
     self.assertLen(done.stderr.splitlines(), 1)

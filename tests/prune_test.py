@@ -442,6 +442,17 @@ class RefusedTest(_TestCase):
     path.write_text('{"body": "no text"}\n')
     self._refused_early('data: .*x.jsonl', data=str(path))
 
+  def test_field(self):
+    path = self.folder / 'x.jsonl'
+    record = {'text': 'short', 'data': {'body': _text().read_text()}}
+    path.write_text(json.dumps(record))
+    data = {'data': str(path)}
+    self._refused_early('data: .*x.jsonl.*no', **{'text.field': 'no'}, **data)
+    got = prune.prepare(_config(**{'text.field': 'data.body'}, **data)).text
+    want = prune.prepare(_config()).text
+    for one, other in zip(got, want, strict=True):
+      np.testing.assert_array_equal(one, other)
+
   @parameterized.parameters('/nowhere/model', './model', 'model')
   def test_model_missing(self, model):
     self._refused_early(f'model: .*{model}', model=model)

@@ -225,6 +225,8 @@ class WriteTest(_Folder):
       '| 3 | 67% (2 / 3) | 65% (1,003 / 1,536) |',
       'the perplexity of the dense model divided by its own',
       '| 1 | 10.0% | 255 | 6 | 0.620 |\n| 2 | 20.0% | 255 | 6 | 0.650 |',
+      '<details>\n<summary>Reward of every step</summary>\n\n'
+      '| step | stage | mean of the step | best of the step |\n',
       *(f']({name})' for name in _PLOTS),
     ):
       self.assertIn(part, text)

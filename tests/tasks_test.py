@@ -2,6 +2,7 @@ import functools
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import lm_eval
 import numpy as np
@@ -224,6 +225,27 @@ class AgainstTorchTest(parameterized.TestCase):
     self.assertEqual(ours, theirs)
     self.assertGreater(len(set(ours)), 4)
 
+  def test_several_end_tokens(self):
+    source = np.random.default_rng(3)
+    prompts = [_words(source, count) for count in (1, 30, 4, 60, 9, 2, 15, 7)]
+    settings = {'until': [], 'max_gen_toks': 12}
+    requests = _instances('generate_until', [(p, settings) for p in prompts])
+    free = _ours().generate_until(requests, disable_tqdm=True)
+    model = _theirs()._model
+    ends = set()
+    for at in (0, 2):  # the fifth token of what follows
+      ids = torch.tensor([_ours().tok_encode(prompts[at])])
+      said = model.generate(ids, max_new_tokens=5, do_sample=False)
+      ends.add(int(said[0, -1]))
+    self.assertLen(ends, 2)
+    changed = transformers.GenerationConfig(eos_token_id=[*ends])
+    with mock.patch.object(model, 'generation_config', changed):
+      theirs = _theirs().generate_until(requests, disable_tqdm=True)
+    with mock.patch.object(_ours(), '_ends', _ours()._ends | ends):
+      ours = _ours().generate_until(requests, disable_tqdm=True)
+    self.assertEqual(ours, theirs)
+    self.assertGreater(sum(a != b for a, b in zip(ours, free, strict=True)), 1)
+
 
 class JaxLMTest(parameterized.TestCase):
   def test_batches_do_not_matter(self):
@@ -301,6 +323,15 @@ class EvaluateTest(absltest.TestCase):
     self.assertIn('acc_stderr', found['tasks']['choice'])
     self.assertFalse(found['pruned'])
     json.dumps(found)
+
+  def test_end_tokens_of_the_model(self):
+    path = _folder() / 'model' / 'generation_config.json'
+    path.write_text(json.dumps({'eos_token_id': [5, 7]}))
+    self.addCleanup(path.unlink)
+    eos = _tokenizer().eos_token_id
+    with mock.patch.object(tasks, 'JaxLM', wraps=tasks.JaxLM) as made:
+      self.evaluated(limit=1)
+    self.assertEqual(made.call_args.kwargs['ends'], {5, 7, eos})
 
   def test_limit_and_the_models_own_context(self):
     found = self.evaluated(limit=2, context=None)

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from ffp_jax.book import plain, replace
+from ffp_jax.book import plain
 from ffp_jax.reporting import blocks, plots, wording
 from ffp_jax.reporting.blocks import Heading, Picture, Table, Text
 
@@ -30,9 +30,7 @@ def line(run: dict) -> str:
 
 def write(results: dict, workdir: pathlib.Path):
   """Makes compare.md and its plots from what compare.json holds."""
-  for name, _, picture in _pictures(results):
-    (workdir / f'plot_{name}.png').write_bytes(plots.png(picture(results)))
-  replace(workdir / 'compare.md', blocks.markdown(page(results)))
+  blocks.write_markdown(workdir / 'compare.md', page(results))
 
 
 def summary(results: dict) -> str:
@@ -81,8 +79,8 @@ def page(results: dict):
       ),
       [_row(method, runs) for method, runs in groups],
     )
-  for name, caption, _ in _pictures(results):
-    yield Picture(caption, png=f'plot_{name}.png')
+  for name, caption, draw in _pictures(results):
+    yield Picture(caption, name, draw(results))
 
 
 def _overview(runs) -> Table:
@@ -191,24 +189,20 @@ def _spread(runs, name, form=wording.ppl) -> str:
 
 def curves(results: dict):
   """Calibrated held-out perplexity of the incumbents, a panel a sparsity."""
-  from matplotlib import ticker  # slow to import
-
   panels = list(_grouped(results['runs']))
-  figure, axes = _figure(len(panels), 1, 3.6)
+  title = 'Calibrated perplexity of the incumbents, lower is better'
+  picture, axes = plots.figure(1 + 3.6 * len(panels), title, len(panels))
   for ax, (sparsity, groups) in zip(axes[:, 0], panels, strict=True):
     for i, (method, runs) in enumerate(groups):
       looks = zip(*(run['checkpoints'] for run in runs), strict=True)
       x, y = zip(*map(_mean_look, looks), strict=True)
       ax.plot(x, y, label=method, marker='o', markersize=3, **_look(i))
-    ax.set(title=f'{sparsity:.0%} removed', yscale='log')
-    ax.set(ylabel='perplexity, calibrated')
-    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    plots.log_scale(ax)
+    ax.set(title=f'{sparsity:.0%} removed', ylabel='perplexity, calibrated')
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
   axes[-1, 0].set(xlabel='evaluated tokens')
   axes[-1, 0].xaxis.set_major_formatter('{x:,.0f}')
-  return figure
+  return picture
 
 
 def _mean_look(looks):
@@ -220,8 +214,8 @@ def _mean_look(looks):
 def kept(results: dict):
   """Share kept in every layer at the largest sparsity, means over seeds."""
   *_, (sparsity, groups) = _grouped(results['runs'])
-  figure, axes = _figure(len(groups), 2, 1.3)
-  figure.suptitle(f'Share kept, {sparsity:.0%} removed')
+  title = f'Share kept in every layer, {sparsity:.0%} removed'
+  picture, axes = plots.figure(1 + 1.3 * len(groups), title, len(groups), 2)
   units = np.array(results['units'])
   for row, (method, runs) in zip(axes, groups, strict=True):
     share = np.mean([run['counts'] for run in runs], axis=0) / units
@@ -233,20 +227,12 @@ def kept(results: dict):
   axes[0, 1].set(title='FFN channels')
   for ax in axes[-1]:
     ax.set(xlabel='layer')
-  return figure
-
-
-def _figure(rows, columns, height):
-  from matplotlib.figure import Figure  # slow to import
-
-  size = (9, 1 + height * rows)
-  figure = Figure(figsize=size, dpi=120, layout='constrained')
-  axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-  for ax in axes.flat:
-    ax.spines[['top', 'right']].set_visible(False)
-  return figure, axes
+  return picture
 
 
 def _look(i):
-  """Colours of a palette of ten, then the same dashed."""
-  return {'color': f'C{i % 10}', 'linestyle': '-' if i < 10 else '--'}
+  """Colours of a palette of ten, safe for the colour-blind; then dashed."""
+  import matplotlib  # slow to import
+
+  colors = matplotlib.color_sequences['petroff10']
+  return {'color': colors[i % 10], 'linestyle': '-' if i < 10 else '--'}

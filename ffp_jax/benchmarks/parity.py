@@ -12,7 +12,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import data, files, hf, hub, scoring, tokenization
+from ffp_jax import corpora, data, files, hf, hub, scoring, tokenization
 from ffp_jax.config import RequestError, refuse
 
 
@@ -41,11 +41,12 @@ def torch_perplexity(directory, windows_WxT) -> float:
   return float(np.exp(np.mean(losses)))
 
 
-def compare(model, source, *, context, windows) -> dict:
+def compare(model, source, *, field='', context, windows) -> dict:
   """Both perplexities on the first windows of a text, and the protocol."""
   directory = hub.locate(model)
   config = hf.model_config(directory)
-  tokens = tokenization.encode(directory, data.read_text(source))
+  content = corpora.read(source, field=field).content
+  tokens = tokenization.encode(directory, content).ids
   tokenization.check(config, tokens, context)
   text = data.windows(tokens, context)[:windows]
   theirs = torch_perplexity(directory, text)
@@ -68,7 +69,11 @@ def main(argv):
   args = flags.FLAGS
   try:
     result = compare(
-      args.model, args.data, context=args.context, windows=args.windows
+      args.model,
+      args.data,
+      field=args.field,
+      context=args.context,
+      windows=args.windows,
     )
   except RequestError as error:
     refuse(error)
@@ -78,6 +83,7 @@ def main(argv):
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
   flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
+  flags.DEFINE_string('field', '', 'Of --data, what holds a document.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
   flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
   app.run(main)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import gguf
 
+from ffp_jax import tokenization
 from ffp_jax.config import RequestError
 from ffp_jax.export import gguf_scores
 from ffp_jax.formats import gguf_cuts
@@ -45,15 +46,13 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
   # Not gguf.SpecialVocab: it takes ids that config.json names and the
   # tokenizer does not have, and knows BOS and EOS by tokenizer_config.json
   # where they depend on the class. What the loaded tokenizer does is exact.
-  import transformers  # slow to import
-
-  transformers.logging.set_verbosity_error()
-  try:
-    loaded = transformers.AutoTokenizer.from_pretrained(directory)
-    content = json.loads(loaded.backend_tokenizer.to_str())
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    line = (str(error).strip().splitlines() or ['?'])[0]
-    raise RequestError(f'{directory}: no usable tokenizer ({line})') from error
+  loaded = tokenization.load(directory)
+  if not loaded.is_fast:
+    raise RequestError(
+      f'{directory}: its tokenizer, a {type(loaded).__name__}, is Python code; '
+      'GGUF takes one with a tokenizer.json, use --format=hf or hf_dense'
+    )
+  content = json.loads(loaded.backend_tokenizer.to_str())
   bpe = content['model']
   if bpe['type'] != 'BPE':
     raise RequestError(

@@ -81,6 +81,7 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
     return None if place is None else tokens[place]
 
   config = {
+    'ffp_jax': 'gguf',  # see tokenization.load
     # The class that takes tokenizer.json as it is, in transformers 4 and 5.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'bos_token': named('bos'),

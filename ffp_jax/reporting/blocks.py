@@ -3,9 +3,16 @@
 Text is plain here: every renderer escapes what it writes.
 """
 
+import pathlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from ffp_jax.book import replace
+from ffp_jax.reporting import plots
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure  # slow to import
 
 
 class Heading(NamedTuple):
@@ -33,45 +40,45 @@ class Items(NamedTuple):
   rows: list[tuple[str, str]]
 
 
-class Bar(NamedTuple):
-  """A cell whose share, of 0 to 1, is drawn as a length as well."""
-
-  text: str
-  share: float
-
-
-class Heat(NamedTuple):
-  """A cell whose share, of 0 to 1, is drawn as a colour as well."""
-
-  text: str
-  share: float
-
-
 class Table(NamedTuple):
   """Rows of cells; the first cell of a row names it."""
 
   caption: str
   header: tuple[str, ...]
-  rows: list[tuple[str | Bar | Heat, ...]]
+  rows: list[tuple[str, ...]]
 
 
 class Picture(NamedTuple):
   """A picture.
 
   Attributes:
-    text: what it shows, for those who don't see it.
-    png: file beside report.md.
-    svg: the same for a page; empty where a table of the page shows it.
-    data: what is drawn, which a page folds away.
+    text: what it shows, under it and for those who don't see it.
+    name: tells it from the others of its page.
+    figure: what a function of `plots` has drawn.
+    data: what is drawn, folded away.
   """
 
   text: str
-  png: str
-  svg: str = ''
+  name: str
+  figure: 'Figure'
   data: Table | None = None
+
+  @property
+  def file(self) -> str:
+    """The picture beside a Markdown page."""
+    return f'plot_{self.name}.png'
 
 
 Block = Heading | Text | Code | Items | Table | Picture
+
+
+def write_markdown(path: pathlib.Path, blocks: Iterable[Block]):
+  """Writes the blocks as a Markdown page, and its pictures beside it."""
+  blocks = list(blocks)
+  for block in blocks:
+    if isinstance(block, Picture):
+      path.with_name(block.file).write_bytes(plots.png(block.figure))
+  replace(path, markdown(blocks))
 
 
 def markdown(blocks: Iterable[Block]) -> str:
@@ -90,19 +97,29 @@ def _markdown(block):
     case Items():
       return '\n'.join(f'- {name}: {_escape(x)}' for name, x in block.rows)
     case Picture():
-      return f'![{_escape(block.text)}]({block.png})'
+      return _picture(block)
     case Table():
-      # The first column holds names, the others numbers.
-      rules = [':--'] + ['--:'] * (len(block.header) - 1)
-      rows = [[_escape(text_of(cell)) for cell in row] for row in block.rows]
-      return '\n'.join(
-        f'| {" | ".join(row)} |' for row in [block.header, rules, *rows]
-      )
+      return _table(block)
 
 
-def text_of(cell: str | Bar | Heat) -> str:
-  """The words of a table's cell."""
-  return cell if isinstance(cell, str) else cell.text
+def _picture(picture):
+  image = f'![{_escape(picture.text)}]({picture.file})'
+  if not picture.data:
+    return image
+  # The blank lines make what is between them Markdown again.
+  return (
+    f'{image}\n\n<details>\n<summary>{_escape(picture.data.caption)}</summary>\n\n'
+    f'{_table(picture.data)}\n\n</details>'
+  )
+
+
+def _table(table):
+  # The first column holds names, the others numbers.
+  rules = [':--'] + ['--:'] * (len(table.header) - 1)
+  rows = [[_escape(cell) for cell in row] for row in table.rows]
+  return '\n'.join(
+    f'| {" | ".join(row)} |' for row in [table.header, rules, *rows]
+  )
 
 
 def _escape(text: str) -> str:

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from ffp_jax.reporting import charts, wording
+from ffp_jax.reporting import plots, wording
 from ffp_jax.reporting.blocks import Block, Heading, Items, Picture, Table, Text
 from ffp_jax.reporting.sections import Run
 
@@ -50,15 +50,15 @@ def _section(same):
   for number, run in same:
     ppl = run.results[wording.final(run.results)]['ppl']
     points.append((str(number), run.results['params_pruned'], ppl))
-  points = [charts.Point(*p, best=_leads(p, points)) for p in points]
+  points = [plots.Point(*p, best=_leads(p, points)) for p in points]
   drawn = [point for point in points if point.ppl is not None]
   if drawn:
     yield Picture(
       'Filled points, joined by the line, are the frontier: no other model '
       'here is at least as small and at least as good. The numbers are those '
       'of the runs.',
-      png='',
-      svg=charts.frontier(drawn),
+      f'frontier_{numbers[0]}',
+      plots.frontier(drawn),
     )
   dense, *others = points
   yield Table(

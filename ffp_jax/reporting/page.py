@@ -4,12 +4,11 @@ import html
 import importlib.resources
 from collections.abc import Iterable
 
+from ffp_jax.reporting import plots
 from ffp_jax.reporting.blocks import (
-  Bar,
   Block,
   Code,
   Heading,
-  Heat,
   Items,
   Picture,
   Table,
@@ -47,7 +46,7 @@ def page(title: str, blocks: Iterable[Block]) -> str:
     .joinpath('page.css')
     .read_text()
   )
-  body = '\n'.join(filter(None, map(_html, blocks)))
+  body = '\n'.join(map(_html, blocks))
   return _PAGE.format(title=html.escape(title), style=style, body=body)
 
 
@@ -72,10 +71,8 @@ def _html(block):
 
 
 def _picture(picture):
-  if not picture.svg:
-    return ''
   parts = [
-    f'<figure>\n{picture.svg}',
+    f'<figure>\n{plots.svg(picture.figure, picture.name)}',
     f'<figcaption>{html.escape(picture.text)}</figcaption>\n</figure>',
   ]
   if picture.data:
@@ -88,10 +85,10 @@ def _picture(picture):
 
 
 def _table(table):
-  head = ''.join(map(_head, table.header, table.rows[0]))
+  head = ''.join(map(_head, table.header))
   rows = '\n'.join(
     f'<tr><th scope="row">{html.escape(first)}</th>'
-    f'{"".join(map(_cell, cells))}</tr>'
+    f'{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
     for first, *cells in table.rows
   )
   return (
@@ -100,16 +97,7 @@ def _table(table):
   )
 
 
-def _head(name, below):
+def _head(name):
   if not name:  # an empty header would be announced as one
     return '<td></td>'
-  look = ' class="bar"' if isinstance(below, Bar) else ''
-  return f'<th scope="col"{look}>{html.escape(name)}</th>'
-
-
-def _cell(cell):
-  if isinstance(cell, str):
-    return f'<td>{html.escape(cell)}</td>'
-  look = {Bar: 'bar', Heat: 'heat'}[type(cell)]
-  style = f'--share:{min(cell.share, 1.0):.3f}'
-  return f'<td class="{look}" style="{style}">{html.escape(cell.text)}</td>'
+  return f'<th scope="col">{html.escape(name)}</th>'

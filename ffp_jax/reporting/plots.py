@@ -1,44 +1,141 @@
-"""The three pictures of a run."""
+"""Pictures of runs: SVG for a page, which sets their colours, or PNG."""
 
 import io
 import itertools
 import math
+import re
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 from ffp_jax.reporting import wording
 from ffp_jax.reporting.wording import MODELS
 
-_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '#5f5f5f'
-_LABEL_WIDTH = 0.16  # of a stage's label, as a share of the axes
+BLUE, ORANGE, GREY, RULE = '#0072b2', '#d55e00', '#595959', '#d0d0d0'
+# What page.css calls the colours that change on a dark screen.
+THEME = {
+  '#000000': 'ink',
+  '#ffffff': 'paper',
+  GREY: 'pale',
+  RULE: 'rule',
+  BLUE: 'blue',
+  ORANGE: 'orange',
+  MODELS['searched'][1]: 'sky',
+  MODELS['uniform'][1]: 'sand',
+}
+_LABEL_WIDTH = 0.18  # of a stage's label, as a share of the axes
 _MANY_TIMES = 10  # perplexities this far apart need a log scale
+_MANY_STEPS = 100  # markers would hide one another
 
 
-def _figure(height, title, rows=1):
+class Point(NamedTuple):
+  """A model in the plane of size and perplexity."""
+
+  label: str
+  params: int
+  ppl: float | None
+  best: bool  # none is both smaller and better
+
+
+def figure(height, title, rows=1, columns=1):
+  """An empty picture and its axes of shape [rows, columns]."""
   from matplotlib.figure import Figure  # slow to import
 
-  figure = Figure(figsize=(8, height), dpi=150, layout='constrained')
-  figure.suptitle(title, x=0.01, ha='left', fontsize=12, fontweight='bold')
-  axes = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
-  for ax in axes:
+  picture = Figure(figsize=(8, height), dpi=150, layout='constrained')
+  picture.suptitle(title, x=0.01, ha='left', fontsize=12, fontweight='bold')
+  axes = picture.subplots(rows, columns, sharex=True, squeeze=False)
+  for ax in axes.flat:
     ax.spines[['top', 'right']].set_visible(False)
     ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9)
-  return figure, axes
+  return picture, axes
 
 
-def png(figure) -> bytes:
+def png(picture) -> bytes:
   """A picture as the bytes of its file."""
-  figure.savefig(file := io.BytesIO(), format='png')
+  picture.savefig(file := io.BytesIO(), format='png')
   return file.getvalue()
+
+
+def svg(picture, name: str) -> str:
+  """A picture as an element of a page, the same whenever it is drawn.
+
+  Args:
+    picture: from one of the functions below.
+    name: tells it from the others of its page, since ids there are unique.
+  """
+  import matplotlib  # slow to import
+
+  settings = {
+    'font.sans-serif': ['DejaVu Sans', 'Verdana'],  # of the same width
+    'svg.fonttype': 'none',
+    'svg.hashsalt': name,
+  }
+  with matplotlib.rc_context(settings):
+    picture.savefig(file := io.StringIO(), format='svg', transparent=True)
+  text = file.getvalue()
+  root = ElementTree.fromstring(text)
+  for part in ('metadata', 'defs'):  # the first defs holds a style sheet
+    root.remove(root.find('{*}' + part))
+  linked = set(re.findall(r'["(]#(\w+)', text))
+  for element in root.iter():
+    _simplify(element, linked)
+  # Black is drawn as no colour at all, which is then the root's.
+  root.attrib = {
+    'role': 'img',
+    'aria-label': f'{picture.get_suptitle()}; all of it is in the table that '
+    'follows.',
+    'viewBox': root.attrib['viewBox'],
+    'style': 'fill: var(--ink); stroke-linejoin: round',
+  }
+  return ElementTree.tostring(root, encoding='unicode')
+
+
+def _simplify(element, linked):
+  """Takes off what a page has no use for; names the colours."""
+  attributes = {
+    name.rpartition('}')[2]: ' '.join(value.split())
+    for name, value in element.items()
+  }
+  if attributes.get('id') not in linked:
+    attributes.pop('id', None)
+  if 'style' in attributes:
+    attributes['style'] = re.sub('#[0-9a-f]{6}', _named, attributes['style'])
+  element.attrib = attributes
+  element.tag = element.tag.rpartition('}')[2]
+  if not (element.text or '').strip():
+    element.text = None
+  element.tail = None
+
+
+def _named(match):
+  colour = match[0]
+  return f'var(--{THEME[colour]})' if colour in THEME else colour
+
+
+def log_scale(ax):
+  """A vertical log scale whose ticks are plain numbers."""
+  from matplotlib import ticker  # slow to import
+
+  ax.set_yscale('log')
+  ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  ax.yaxis.set_major_formatter('{x:,g}')
+  ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _far_apart(values) -> bool:
+  """Whether values that are known need a log scale."""
+  known = [value for value in values if value is not None]
+  return bool(known) and 0 < _MANY_TIMES * min(known) < max(known)
 
 
 def kept(allocation):
   """Share kept in every layer, attention above FFN."""
-  figure, axes = _figure(4.6, 'Share kept in every layer', rows=2)
+  picture, axes = figure(4.6, 'Share kept in every layer', rows=2)
+  axes = axes[:, 0]
   layers = allocation['layers']
   mean = 1 - allocation['sparsity_target']
   kinds = ('attention', 'ffn')
   names = ('attention groups', 'FFN channels')
-  looks = zip(axes, kinds, names, (_ORANGE, _BLUE), strict=True)
+  looks = zip(axes, kinds, names, (ORANGE, BLUE), strict=True)
   for ax, kind, name, color in looks:
     share = [layer[f'{kind}_kept'] / layer[f'{kind}_total'] for layer in layers]
     ax.bar([layer['layer'] for layer in layers], share, color=color, width=0.75)
@@ -54,44 +151,43 @@ def kept(allocation):
     )
     ax.set(ylim=(0, 1), ylabel=f'{name} kept')
     ax.yaxis.set_major_formatter('{x:.0%}')
-    ax.grid(axis='y', color='0.9')
+    ax.grid(axis='y', color=RULE, linewidth=0.5)
     ax.tick_params(axis='x', length=0)
   axes[-1].xaxis.get_major_locator().set_params(integer=True)
   axes[-1].set(xlabel='layer', xlim=(-0.7, len(layers) - 0.3))
-  return figure
+  return picture
 
 
 def perplexity(results):
   """Held-out perplexity of every model, as bars."""
   rows = [(*MODELS[k], results[k]['ppl']) for k in MODELS if k in results]
   title = 'Held-out perplexity, lower is better'
-  figure, (ax,) = _figure(1.3 + 0.4 * len(rows), title)
+  picture, [[ax]] = figure(1.3 + 0.4 * len(rows), title)
   labels, colors, values = zip(*rows, strict=True)
-  known = [value for value in values if value is not None]
-  log = bool(known) and max(known) > _MANY_TIMES * min(known)
+  log = _far_apart(values)
   # On a log scale bars start at 1, where perplexity does: length is loss.
   base = 1.0 if log else 0.0
   ax.set_xscale('log' if log else 'linear')
   widths = [(base if v is None else v) - base for v in values]
   bars = ax.barh(labels, widths, left=base, color=colors, height=0.66)
-  ax.bar_label(bars, [wording.ppl(v) for v in values], padding=4, fontsize=10)
+  ax.bar_label(bars, [wording.ppl(v) for v in values], padding=4)
   if values[0] is not None:
-    ax.axvline(values[0], color=_GREY, linewidth=1, linestyle=(0, (1, 2)))
+    ax.axvline(values[0], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
   ax.invert_yaxis()
   ax.set_xlim(left=base)
   ax.margins(x=0.14)
   ax.spines['left'].set_visible(False)
-  ax.tick_params(axis='y', length=0, labelsize=10)
+  ax.tick_params(axis='y', length=0)
   ax.set_xlabel('perplexity (log scale)' if log else 'perplexity')
   protocol = '\n'.join(wording.protocol(results['protocol'], shorten=True))
-  note = figure.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=_GREY)
+  note = picture.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
   note.set_parse_math(False)  # a path may hold dollar signs
-  return figure
+  return picture
 
 
 def search(metrics):
   """Reward over candidates, the curriculum's stages marked."""
-  figure, (ax,) = _figure(4.2, 'Reward of the candidates, higher is better')
+  picture, [[ax]] = figure(4.2, 'Reward of the candidates, higher is better')
   ends = list(itertools.accumulate(line['candidates'] for line in metrics))
   stages = [
     list(group)
@@ -100,35 +196,41 @@ def search(metrics):
     )
   ]
   looks = {
-    'reward_max': (_ORANGE, '-', _ORANGE),
-    'reward_mean': (_BLUE, '--', 'white'),
+    'reward_max': (ORANGE, '-', ORANGE),
+    'reward_mean': (BLUE, '--', 'white'),
   }
+  marker = 'o' if len(metrics) <= _MANY_STEPS else 'None'
+  names = wording.rewards(metrics)
   for stage in stages:  # apart, since rewards compare within a stage only
     x = [end - line['candidates'] / 2 for end, line in stage]
-    for key, label in wording.rewards(metrics).items():
+    for key, label in names.items():
       color, dash, fill = looks[key]
       y = [math.nan if line[key] is None else line[key] for _, line in stage]
       label = label if stage is stages[0] else None
-      look = {'linestyle': dash, 'marker': 'o', 'markerfacecolor': fill}
+      look = {'linestyle': dash, 'marker': marker, 'markerfacecolor': fill}
       ax.plot(x, y, color=color, label=label, markersize=4, **look)
   _mark_stages(ax, [stage[0] for stage in stages], ends[-1])
   ax.set(xlabel='candidates evaluated', ylabel='reward', xlim=(0, ends[-1]))
   ax.xaxis.get_major_locator().set_params(integer=True)
-  ax.grid(axis='y', color='0.9')
-  figure.legend(loc='outside lower right', ncols=2, frameon=False, fontsize=9)
-  return figure
+  ax.xaxis.set_major_formatter('{x:,.0f}')
+  ax.grid(axis='y', color=RULE, linewidth=0.5)
+  if _far_apart(line[key] for line in metrics for key in names):
+    log_scale(ax)
+  if len(names) > 1:
+    picture.legend(loc='outside lower right', ncols=2, frameon=False)
+  return picture
 
 
 def _mark_stages(ax, firsts, total):
   """Flags above the axes, each on a pole where its stage starts."""
   starts = [(end - line['candidates']) / total for end, line in firsts]
-  pole = dict(arrowstyle='-', color='0.7', relpos=(0, 0), shrinkA=0, shrinkB=0)
+  pole = dict(arrowstyle='-', color=RULE, relpos=(0, 0), shrinkA=0, shrinkB=0)
   rows = {}
   # From the last one, so that a flag is above all that it would cover.
   for start, (_, line) in reversed(list(zip(starts, firsts, strict=True))):
     under = [row for at, row in rows.items() if at < start + _LABEL_WIDTH]
     rows[start] = 1 + max(under, default=-1)
-    ax.axvline(start * total, color='0.7', linewidth=1)
+    ax.axvline(start * total, color=RULE, linewidth=1)
     ax.annotate(
       f'{line["sparsity"]:.1%} sparsity\n{line["reward_tokens"]:,} tokens',
       (start, 1),
@@ -136,7 +238,41 @@ def _mark_stages(ax, firsts, total):
       xytext=(0, 4 + 28 * rows[start]),
       textcoords='offset points',
       fontsize=9,
-      color=_GREY,
+      color=GREY,
       arrowprops=pole,
     )
   ax.figure.set_figheight(ax.figure.get_figheight() + 0.4 * max(rows.values()))
+
+
+def frontier(points: list[Point]):
+  """Perplexity over parameters, the frontier as a line."""
+  picture, [[ax]] = figure(4.2, 'Perplexity against parameters')
+  spots = [(point.params / 1e6, point.ppl) for point in points]
+  looks = {False: (BLUE, 'none', 'white'), True: (ORANGE, '-', ORANGE)}
+  for best, (color, line, fill) in looks.items():  # the best over the others
+    chosen = sorted(
+      spot for spot, x in zip(spots, points, strict=True) if x.best == best
+    )
+    look = {'linestyle': line, 'marker': 'o', 'markerfacecolor': fill}
+    ax.plot(*zip(*chosen, strict=True), color=color, **look)
+  ax.set(xlabel='parameters, millions', ylabel='perplexity')
+  ax.margins(0.08)
+  if _far_apart(point.ppl for point in points):
+    log_scale(ax)
+  ax.grid(axis='y', color=RULE, linewidth=0.5)
+  _label(ax, [point.label for point in points], spots)
+  return picture
+
+
+def _label(ax, labels, spots):
+  """Names points, higher up where a name would cover something else."""
+  from matplotlib.transforms import Bbox  # slow to import
+
+  ax.figure.draw_without_rendering()  # settles where the points are
+  at = ax.transData.transform(spots)
+  taken = [Bbox([center - 6, center + 6]) for center in at]
+  for spot, label in sorted(zip(spots, labels, strict=True)):
+    name = ax.annotate(label, spot, xytext=(4, 4), textcoords='offset points')
+    while any(name.get_window_extent().overlaps(box) for box in taken):
+      name.xyann = (4, name.xyann[1] + 1)
+    taken.append(name.get_window_extent())

@@ -4,13 +4,11 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ffp_jax.reporting import charts, wording
+from ffp_jax.reporting import plots, wording
 from ffp_jax.reporting.blocks import (
-  Bar,
   Block,
   Code,
   Heading,
-  Heat,
   Items,
   Picture,
   Table,
@@ -84,16 +82,17 @@ def _perplexities(run):
     'from each layer what the search found. Calibration then adjusts the '
     'weights that remain.'
   )
-  finite = [results[k]['ppl'] or 0.0 for k in wording.MODELS if k in results]
-  rows = []
-  for name, ppl, times in wording.compare(results):
-    share = finite[len(rows)] / max(*finite, 1.0)
-    rows.append((name, Bar(ppl, share), times))
+  yield Picture(
+    'A bar for each model; the dotted line is at the dense one.',
+    'perplexity',
+    plots.perplexity(results),
+  )
   yield Table(
-    'Perplexity on held-out text', ('model', 'perplexity', 'x dense'), rows
+    'Perplexity on held-out text',
+    ('model', 'perplexity', 'x dense'),
+    wording.compare(results),
   )
   yield Text(' '.join(wording.protocol(results['protocol'])))
-  yield Picture('Held-out perplexity of each model', 'plot_perplexity.png')
   yield from _overfit(results)
 
 
@@ -192,21 +191,30 @@ def _allocation(allocation):
     f'is next to the input. A uniform allocation would keep about {even:.1%} '
     'everywhere.'
   )
-  yield Picture('Share kept in every layer', 'plot_kept.png')
-  rows = []
-  for layer in allocation['layers']:
-    row = [str(layer['layer'])]
-    for kind in ('attention', 'ffn'):
-      kept, total = layer[f'{kind}_kept'], layer[f'{kind}_total']
-      row.append(
-        Heat(f'{kept / total:.0%} ({kept:,} / {total:,})', kept / total)
-      )
-    rows.append(tuple(row))
-  yield Table(
-    'Share kept in every layer; the stronger the colour, the less',
-    ('layer', 'attention groups', 'FFN channels'),
-    rows,
+  yield Picture(
+    'A bar for each layer, attention above, FFN below; the dashed lines are at '
+    'what a uniform allocation would keep.',
+    'kept',
+    plots.kept(allocation),
+    Table(
+      'Share kept in every layer',
+      ('layer', 'attention groups', 'FFN channels'),
+      [
+        (
+          str(layer['layer']),
+          *(
+            _share(layer[f'{kind}_kept'], layer[f'{kind}_total'])
+            for kind in ('attention', 'ffn')
+          ),
+        )
+        for layer in allocation['layers']
+      ],
+    ),
   )
+
+
+def _share(kept, total):
+  return f'{kept / total:.0%} ({kept:,} / {total:,})'
 
 
 def _search(run):
@@ -227,9 +235,9 @@ def _search(run):
   yield _stages(run.metrics)
   rewards = wording.rewards(run.metrics)
   yield Picture(
-    'Reward of the candidates over the search',
-    'plot_search.png',
-    charts.reward(run.metrics),
+    'Steps from left to right; an upright line marks where a stage begins.',
+    'search',
+    plots.search(run.metrics),
     Table(
       'Reward of every step',
       ('step', 'stage', *rewards.values()),
@@ -268,7 +276,6 @@ def _stages(metrics):
 
 def _cost(results):
   seconds = results['seconds']
-  total = sum(seconds.values())
   yield Heading(2, 'Cost')
   yield Items(
     [
@@ -286,8 +293,8 @@ def _cost(results):
     'Time by stage of the run',
     ('stage', 'seconds'),
     [
-      *((k, Bar(f'{s:,.1f}', s / (total or 1.0))) for k, s in seconds.items()),
-      ('all', Bar(f'{total:,.1f}', 1.0)),
+      (stage, f'{number:,.1f}')
+      for stage, number in [*seconds.items(), ('all', sum(seconds.values()))]
     ],
   )
 
