@@ -26,13 +26,18 @@ _LLAMA3 = _by(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-_TEKKEN = _by(
-  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
-  r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
-  r'|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+'
-  r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
-  r'|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
+
+
+def _tekken(upper: str, lower: str):
+  start, rest = r'[^\r\n\p{L}\p{N}]?', r'| ?[^\s\p{L}\p{N}]+[\r\n/]*'
+  return _by(
+    f'{start}{upper}*{lower}+|{start}{upper}+{lower}*'
+    rf'|\p{{N}}{rest}|\s*[\r\n]+|\s+(?!\S)|\s+'
+  )
+
+
+# To llama.cpp only a-z and A-Z have a case, and marks are no letters.
+_TEKKEN = _tekken(r'((?=[\p{L}])([^a-z]))', r'((?=[\p{L}])([^A-Z]))')
 _QWEN2 = _by(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -117,9 +122,15 @@ NAMES = {
 # Of these a word that is itself a token is never built by merges, and text
 # starts with BOS unless the file says otherwise.
 WHOLE = ('llama3', 'llama-v3', 'llama-bpe', 'falcon3', 'pixtral', 'tekken')
-# DeepSeek LLM's own tokenizer.json: of numbers the ids are the same, as no
-# merge of its vocabulary joins digits.
-_ALSO = {'deepseek-llm': _deepseek_llm(f'{_MARKS}\u3000-\u3002', _DIGIT)}
+# The tokenizer.json that a name stands for, where llama.cpp departs from it:
+# in rare text only. (Of DeepSeek LLM's numbers the ids are the same, as no
+# merge of its vocabulary joins digits.)
+_ALSO = {
+  'tekken': _tekken(
+    r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+  ),
+  'deepseek-llm': _deepseek_llm(f'{_MARKS}\u3000-\u3002', _DIGIT),
+}
 
 
 def sequence(parts):
