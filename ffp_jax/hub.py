@@ -86,10 +86,12 @@ def gguf_directory(path: pathlib.Path) -> pathlib.Path:
 def _describe(path: pathlib.Path, out: pathlib.Path):
   """Writes what every command needs beside the weights."""
   reader = gguf_model.open_file(path)
+  settings = gguf_tokenizer.tokenizer_config(reader)
   gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
   for name, content in (
     ('config.json', gguf_model.hf_config(reader)),
-    ('tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)),
+    # The mark is for tokenization.load.
+    ('tokenizer_config.json', settings | {'ffp_jax': 'gguf'}),
     (gguf_tokenizer.SCORES, gguf_tokenizer.scores(reader)),
   ):
     if content is not None:

@@ -14,7 +14,7 @@ import xllamacpp
 from absl import logging
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, hub, tokenization
+from ffp_jax import export, files, hf, hub, prune, tokenization
 from ffp_jax.export import (
   formats,
   gguf_file,
@@ -600,6 +600,20 @@ class RefusedTest(_TestCase):
     if word:
       self.assertIn(word, logs.output[1])
       self.assertNotIn('\n', logs.output[1])
+
+  def test_main_says_so_before_it_loads(self):
+    config = tiny_run.config(
+      **tiny_run.inputs(self.folder(), model_type='qwen3')
+    )
+    stop = InterruptedError()
+    with (
+      absltest.mock.patch.object(files, 'load_params', side_effect=stop),
+      self.assertRaises(InterruptedError),
+      self.assertLogs(level='WARNING') as logs,
+    ):
+      prune.run(config, self.folder() / 'run', command='')
+    (line,) = [x for x in logs.output if 'gguf' in x]
+    self.assertIn('Qwen3', line)
 
   @parameterized.parameters({'truncate': False}, {'beta_fast': 16.0})
   def test_yarn_of_another_blend(self, **numbers):

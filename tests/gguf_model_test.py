@@ -456,6 +456,20 @@ class TokenizerTest(_TestCase):
     ours = transformers.AutoTokenizer.from_pretrained(hub.locate(str(path)))
     self.assertEqual(ours('abc')['input_ids'], [69] * expected + [68])
 
+  def test_qwen2_with_another_cut(self):
+    def vocabulary(writer):
+      tokens, _ = _tokens()
+      writer.add_tokenizer_model('gpt2')
+      writer.add_tokenizer_pre('gpt-2')
+      writer.add_token_list([*tokens[:-3], '11', 'x1', '<s>'])
+      writer.add_token_merges(['1 1'])
+
+    model = _model(transformers.Qwen2Config)
+    path = self.written(model, arch='qwen2', vocabulary=vocabulary)
+    ours = tokenization.load(hub.locate(str(path)))
+    self.assertEqual(ours('11')['input_ids'], [67])  # Qwen2's cuts digits
+    self.assertEqual(len(ours), 70)  # and adds a token of its own
+
   def test_eos(self):
     def vocabulary(writer):
       self.byte_level(writer)

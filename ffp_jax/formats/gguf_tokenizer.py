@@ -81,7 +81,6 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
     return None if place is None else tokens[place]
 
   config = {
-    'ffp_jax': 'gguf',  # see tokenization.load
     # The class that takes tokenizer.json as it is, in transformers 4 and 5.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'bos_token': named('bos'),
@@ -89,7 +88,7 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
     'unk_token': named('unknown'),
     'pad_token': named('padding'),
     'add_bos_token': _adds(reader, 'bos'),
-    'add_eos_token': _adds(reader, 'eos'),
+    'add_eos_token': _adds(reader, 'eos') or None,
     'clean_up_tokenization_spaces': False,
     'model_max_length': field(reader, '{arch}.context_length'),
     'chat_template': _template(reader),
