@@ -15,6 +15,7 @@ from ffp_jax.config import RequestError
 from ffp_jax.formats import gguf_model, gguf_tokenizer, stored
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_DESCRIBED = 2  # counts what `_describe` has written: old ones are not read
 _PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
@@ -119,7 +120,7 @@ def _cached(kind: str, name: str, sources, fill) -> pathlib.Path:
   """
   stats = [(str(x), x.lstat().st_size, x.lstat().st_mtime_ns) for x in sources]
   cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / kind
-  key = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+  key = hashlib.sha256(repr((stats, _DESCRIBED)).encode()).hexdigest()[:12]
   out = cache / f'{name}-{key}'
   if out.exists():
     return out
@@ -139,12 +140,16 @@ def _cached(kind: str, name: str, sources, fill) -> pathlib.Path:
 def _describe(path: pathlib.Path, out: pathlib.Path):
   """Writes what every command needs beside the weights."""
   reader = gguf_model.open_file(path)
+  settings = gguf_tokenizer.tokenizer_config(reader)
   gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
   for name, content in (
     ('config.json', gguf_model.hf_config(reader)),
-    ('tokenizer_config.json', gguf_tokenizer.tokenizer_config(reader)),
+    # The mark is for tokenization.load.
+    ('tokenizer_config.json', settings | {'ffp_jax': 'gguf'}),
+    (gguf_tokenizer.SCORES, gguf_tokenizer.scores(reader)),
   ):
-    (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
+    if content is not None:
+      (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
 
 
 def _fetched(name: str, revision: str | None) -> pathlib.Path:

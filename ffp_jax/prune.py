@@ -35,6 +35,7 @@ from ffp_jax import masks as masks_lib
 from ffp_jax import results as results_lib
 from ffp_jax import sites as sites_lib
 from ffp_jax.book import Book
+from ffp_jax.export import gguf_file
 from ffp_jax.loss import nll
 
 
@@ -69,6 +70,8 @@ def go(config, job, first, book, command) -> dict:
       report.write(book.workdir)  # a crash may have come before it
     return finished
 
+  if book.writes:
+    gguf_file.warn(job.directory, job.model)
   state = resume(first, book)
   with book.timed('load'):
     dtype = scoring.dtype_of(config.dtype)

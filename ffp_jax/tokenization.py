@@ -51,7 +51,7 @@ def load(directory: pathlib.Path):
   transformers.logging.set_verbosity_error()
   try:
     # Left open, it would ask on the terminal.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
+    tokenizer = _class_of(directory, transformers).from_pretrained(
       directory, trust_remote_code=False
     )
   except Exception as error:  # what tokenizers raises has no narrower class
@@ -62,6 +62,19 @@ def load(directory: pathlib.Path):
     reason = 'it knows special tokens only'
     raise RequestError(f'{directory}: {_fault(directory, reason)}')
   return tokenizer
+
+
+def _class_of(directory: pathlib.Path, transformers):
+  """Returns the class of transformers that loads a tokenizer.
+
+  AutoTokenizer cuts the text of every Qwen2 in that family's own way, whatever
+  tokenizer.json says; one that was made from a GGUF file is exact as it is.
+  """
+  path = directory / 'tokenizer_config.json'
+  settings = {} if _json_fault(path) else json.loads(path.read_text('utf-8'))
+  if settings.get('ffp_jax') == 'gguf':
+    return transformers.PreTrainedTokenizerFast
+  return transformers.AutoTokenizer
 
 
 def encode(directory: pathlib.Path, text: str) -> Tokens:

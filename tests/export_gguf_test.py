@@ -1,17 +1,28 @@
+import itertools
 import json
 import pathlib
+import random
+import shutil
 import urllib.request
 
 import gguf
 import jax
 import numpy as np
+import sentencepiece
 import tokenizers
 import xllamacpp
+from absl import logging
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, hub, tokenization
-from ffp_jax.export import formats, gguf_file
-from ffp_jax.formats import gguf_model, gguf_tokenizer
+from ffp_jax import export, files, hf, hub, prune, tokenization
+from ffp_jax.export import (
+  formats,
+  gguf_file,
+  gguf_vocabulary,
+  loading,
+  slicing,
+)
+from ffp_jax.formats import gguf_cuts, gguf_model, gguf_tokenizer
 from ffp_jax.model import Decoder, ModelConfig
 from tests import testing, tiny_run
 
@@ -187,13 +198,14 @@ class RuntimeTest(_TestCase):
       _log_probs(hub.locate(str(path))), ours, atol=5e-5
     )
 
-  @parameterized.parameters(True, False)
-  def test_layers_that_are_alike(self, pruned):
-    model = self.pruned(groups=(3,) * 3, ffn=(32,) * 3)
+  @parameterized.product(pruned=(True, False), family=('llama', 'qwen3'))
+  def test_layers_that_are_alike(self, pruned, family):
+    changes = {'model_type': family}
+    model = self.pruned(groups=(3,) * 3, ffn=(32,) * 3, **changes)
     model = model if pruned else model.with_name('dense')
     path = self.exported(model)
     reader = gguf.GGUFReader(path)
-    self.assertEqual(gguf_model.field(reader, 'general.architecture'), 'llama')
+    self.assertEqual(gguf_model.field(reader, 'general.architecture'), family)
     ours = _log_probs(model)
     np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
     again = hub.locate(str(path))
@@ -252,6 +264,25 @@ _TEXTS = (
 )
 
 
+_SPACED = ('the thing', '  the\n', *(' ' * n + 'in' for n in range(3, 30)))
+# What pre-tokenizers cut apart, or don't.
+_MIXED = [' ', ' ', '\n', '\t', 'a', 'B', "'s", "'LL", '1', '12', '.', '!', '_']
+_MIXED += [
+  '+',
+  '=',
+  'é',
+  'e\u0301',
+  '日本',
+  '한',
+  '½',
+  '٣',
+  '€',
+  '\u212a',
+  'ß',
+  '。',
+]
+
+
 class TokenizerTest(_TestCase):
   def check(self, model):
     runtime = _LlamaCpp(self.exported(model))
@@ -269,16 +300,57 @@ class TokenizerTest(_TestCase):
     ('smaug-bpe', False),
     ('tekken', True),
     ('qwen2', False),
+    ('qwen35', False),
+    ('deepseek-llm', False),
+    ('deepseek-coder', False),
   )
   def test_byte_level(self, pre, whole):
-    model = self.pruned()
-    section = json.loads(gguf_tokenizer._cut(pre).__getstate__())
+    made = self._pairs()
+    made.pre_tokenizer = gguf_cuts.sequence(gguf_cuts.NAMES[pre])
+    content = json.loads(made.to_str())
+    content['model']['ignore_merges'] = whole
+    content['added_tokens'] = []
+    model = self.pruned(vocab_size=len(content['model']['vocab']))
+    (model / 'tokenizer.json').write_text(json.dumps(content))
+    path = self.exported(model)
+    reader = gguf.GGUFReader(path)
+    self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.pre'), pre)
+    runtime, again = _LlamaCpp(path), hub.locate(str(path))
+    source = random.Random(0)
+    texts = [''.join(source.choices(_MIXED, k=12)) for _ in range(60)]
+    for text in (*_TEXTS, *texts):
+      ids = tokenization.encode(again, text).ids.tolist()
+      self.assertEqual(runtime.tokens(text), ids, text)
+      ids = tokenization.encode(model, text).ids.tolist()
+      self.assertEqual(runtime.tokens(text), ids, text)
 
-    def change(content):
-      content['pre_tokenizer'] = section
-      content['model']['ignore_merges'] = whole
+  def _pairs(self):
+    """Bytes and most pairs of them: no cut goes unseen."""
+    spell = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    text = ''.join(_MIXED).replace('12', '')  # digits are joined in no merge
+    ((letters, _),) = spell.pre_tokenize_str(text)
+    letters = sorted(set(letters))
+    pairs = [
+      (x, y)
+      for x, y in itertools.product(letters, letters)
+      if not (x + y).isdigit()
+    ]
+    vocab = {x: i for i, x in enumerate([*tokens, *map(''.join, pairs)])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
 
-    self.edit_tokenizer(model, change)
+  @parameterized.parameters(('tekken', True), ('deepseek-llm', False))
+  def test_cut_of_the_original(self, pre, whole):
+    made = self._pairs()
+    made.pre_tokenizer = gguf_cuts.sequence(gguf_cuts._ALSO[pre])
+    made.normalizer = tokenizers.normalizers.Sequence([])
+    model = self.pruned(vocab_size=made.get_vocab_size())
+    made.save(str(model / 'tokenizer.json'))
+    self.edit_tokenizer(model, lambda x: x['model'].update(ignore_merges=whole))
     reader = gguf.GGUFReader(self.exported(model))
     self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.pre'), pre)
     self.check(model)
@@ -333,6 +405,150 @@ class TokenizerTest(_TestCase):
     self.edit_tokenizer(model, lambda x: x['model']['merges'].pop())
     self.assert_refused(lambda: self.exported(model), 'SentencePiece')
 
+  def test_scores_that_are_shared(self):
+    source = self._gguf_of_shared_scores()
+    dense = hub.locate(str(source))
+    config = hf.model_config(dense)
+    params = files.load_params(dense, config, np.float32)
+    small = export.slice_params(
+      params, config, testing.masks_of(config, (3, 2, 1), (9, 8, 7))
+    )
+    model = self.folder() / 'pruned'
+    export.save(*small, dense, model)
+    theirs = _LlamaCpp(source)
+    want = {text: theirs.tokens(text) for text in _SPACED}
+    source.unlink()  # the pruned model needs nothing else
+    for scores in (True, False):
+      path = self.exported(model)
+      again = _LlamaCpp(path)
+      for text, ids in want.items():
+        self.assertEqual(tokenization.encode(model, text).ids.tolist(), ids)
+        self.assertEqual(again.tokens(text), ids, text)
+      if scores:  # and without them, from the merges alone
+        found = gguf_model.field(gguf.GGUFReader(path), 'tokenizer.ggml.scores')
+        self.assertEqual(found, self._shared_scores()[1])
+        (model / gguf_tokenizer.SCORES).unlink()
+
+  def _shared_scores(self):
+    """As LLaMA 2: runs of spaces, all of one score, after words."""
+    words = ['th', 'he', 'the', '▁the', '▁t', '▁th', 'in', '▁in', 'ing']
+    runs = ['▁' * n for n in (2, 4, 8, 5, 6, 3, 7)]
+    specials = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+    tokens = [*specials, *runs, *words, *'▁theings']
+    scores = [0.0] * 259 + [-1e9] * len(runs)
+    scores += [-float(i) for i in range(len(words) + 8)]
+    return tokens, scores
+
+  def _gguf_of_shared_scores(self) -> pathlib.Path:
+    """A dense model with such a vocabulary, as its converter writes it."""
+    tokens, scores = self._shared_scores()
+    folder = self.folder() / 'hf'
+    tiny_run.write_model(folder, **_GROUPED | {'vocab_size': len(tokens)})
+    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2
+    types += [gguf.TokenType.BYTE] * 256
+    types += [gguf.TokenType.NORMAL] * (len(tokens) - 259)
+    vocabulary = gguf_vocabulary.Vocabulary(
+      kind='llama',
+      pre='default',
+      tokens=tokens,
+      types=types,
+      merges=None,
+      scores=scores,
+      prefix=True,
+      roles={'bos': 1, 'eos': 2, 'unk': 0},
+      adds={'bos': True, 'eos': False},
+      template=None,
+      notes=[],
+    )
+    path = self.folder() / 'dense.gguf'
+    model = loading.load(*loading.find(str(folder)), 'float32')
+    gguf_file.write(model, path, 'float32', vocabulary)
+    return path
+
+  def test_scores_of_sentencepiece(self):
+    trained = self.folder() / 'spm'
+    text = self.folder() / 'text.txt'
+    text.write_text(tiny_run.text(2))
+    sentencepiece.SentencePieceTrainer.train(
+      input=str(text),
+      model_prefix=str(trained),
+      vocab_size=300 + 60,
+      model_type='bpe',
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      minloglevel=2,
+    )
+    model = self.pruned(vocab_size=360)
+    for path in model.glob('tokenizer*'):
+      path.unlink()
+    shutil.copy(trained.with_suffix('.model'), model / 'tokenizer.model')
+    (model / 'tokenizer_config.json').write_text(
+      json.dumps({'tokenizer_class': 'LlamaTokenizer', 'legacy': False})
+    )
+    path = self.exported(model)
+    theirs = sentencepiece.SentencePieceProcessor(
+      model_file=str(model / 'tokenizer.model')
+    )
+    self.assertEqual(
+      gguf_model.field(gguf.GGUFReader(path), 'tokenizer.ggml.scores'),
+      [theirs.get_score(i) for i in range(360)],
+    )
+    runtime = _LlamaCpp(path)
+    for text in _TEXTS[:2]:
+      plain = theirs.encode(text)
+      self.assertEqual(runtime.tokens(text)[-len(plain) :], plain, text)
+
+  def test_added_tokens_beyond_the_embedding(self):
+    model = self.pruned()
+
+    def change(content):
+      pad = dict.fromkeys(('single_word', 'lstrip', 'rstrip'), False)
+      pad |= {'id': tiny_run.VOCAB, 'content': '<pad>', 'special': True}
+      content['added_tokens'].append(pad | {'normalized': False})
+
+    self.edit_tokenizer(model, change)
+    self.edit(
+      model / 'tokenizer_config.json', lambda x: x.update(pad_token='<pad>')
+    )
+    path = self.exported(model)
+    (note,) = self.notes
+    self.assertIn('<pad>', note)
+    reader = gguf.GGUFReader(path)
+    tokens = gguf_model.field(reader, 'tokenizer.ggml.tokens')
+    self.assertLen(tokens, tiny_run.VOCAB)
+    self.assertIsNone(
+      gguf_model.field(reader, 'tokenizer.ggml.padding_token_id')
+    )
+    self.check(model)
+
+  @parameterized.parameters('list', 'folder')
+  def test_named_chat_templates(self, kind):
+    model = self.pruned()
+    if kind == 'list':
+      named = {'default': 'plain', 'rag': 'r', 'tool_use': 't'}
+      templates = [{'name': k, 'template': v} for k, v in named.items()]
+      self.edit(
+        model / 'tokenizer_config.json',
+        lambda x: x.update(chat_template=templates),
+      )
+    else:
+      more = model / 'additional_chat_templates'
+      more.mkdir()
+      (more / 'rag.jinja').write_text('r')
+      (more / 'tool_use.jinja').write_text('t')
+      (model / 'chat_template.jinja').write_text('plain')
+      copy = self.folder()
+      slicing.copy_companions(model, copy)
+      names = {x.name for x in (copy / more.name).iterdir()}
+      self.assertEqual(names, {'rag.jinja', 'tool_use.jinja'})
+    path = self.exported(model)
+    reader = gguf.GGUFReader(path)
+    template = gguf_model.field(reader, 'tokenizer.chat_template')
+    self.assertEqual(template, 'plain')
+    (note,) = self.notes
+    self.assertIn('rag, tool_use', note)
+
   def test_unknown_cut_can_be_named(self):
     model = self.pruned()
 
@@ -367,6 +583,37 @@ class RefusedTest(_TestCase):
   def test_qwen3(self):
     model = self.pruned(model_type='qwen3')
     self.assert_refused(lambda: self.exported(model), 'Qwen3', '--format=hf')
+
+  @parameterized.parameters(
+    ({}, None),
+    ({'model_type': 'qwen3'}, 'Qwen3'),
+    ({'model_type': 'opt', 'ffn_dim': 8, 'num_attention_heads': 2}, 'OPT'),
+    ({'vocab_size': 200}, '200 rows'),
+  )
+  def test_said_before_the_search(self, changes, word):
+    model = self.folder() / 'dense'
+    tiny_run.write_model(model, **changes)
+    with self.assertLogs(level='WARNING') as logs:
+      logging.warning('first')
+      gguf_file.warn(model, hf.model_config(model))
+    self.assertLen(logs.output, 1 + bool(word))
+    if word:
+      self.assertIn(word, logs.output[1])
+      self.assertNotIn('\n', logs.output[1])
+
+  def test_main_says_so_before_it_loads(self):
+    config = tiny_run.config(
+      **tiny_run.inputs(self.folder(), model_type='qwen3')
+    )
+    stop = InterruptedError()
+    with (
+      absltest.mock.patch.object(files, 'load_params', side_effect=stop),
+      self.assertRaises(InterruptedError),
+      self.assertLogs(level='WARNING') as logs,
+    ):
+      prune.run(config, self.folder() / 'run', command='')
+    (line,) = [x for x in logs.output if 'gguf' in x]
+    self.assertIn('Qwen3', line)
 
   @parameterized.parameters({'truncate': False}, {'beta_fast': 16.0})
   def test_yarn_of_another_blend(self, **numbers):

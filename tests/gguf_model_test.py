@@ -10,7 +10,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import files, hf, hub
+from ffp_jax import files, hf, hub, tokenization
 from ffp_jax.formats import gguf_model
 from tests.testing import CheckpointTestCase
 
@@ -35,6 +35,8 @@ _NAMES = {
   'self_attn.q_proj': 'attn_q',
   'self_attn.k_proj': 'attn_k',
   'self_attn.v_proj': 'attn_v',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
   'self_attn.o_proj': 'attn_output',
   'post_attention_layernorm': 'ffn_norm',
   'mlp.gate_proj': 'ffn_gate',
@@ -43,12 +45,12 @@ _NAMES = {
 }
 
 
-def _model(**changes):
+def _model(kind=transformers.LlamaConfig, **changes):
   torch.manual_seed(0)
-  config = transformers.LlamaConfig(**_HF | changes)
+  config = kind(**_HF | changes)
   model = transformers.AutoModelForCausalLM.from_config(config)
   for key, value in model.named_parameters():
-    if key.endswith('bias'):
+    if key.endswith(('bias', 'norm.weight')):
       value.data.normal_()
   return model.requires_grad_(False)
 
@@ -123,7 +125,8 @@ class _TestCase(CheckpointTestCase):
       value = value.numpy()
       if key == 'lm_head.weight' and c.tie_word_embeddings:
         continue
-      if count := heads.get(key.split('.')[-2]):
+      count = heads.get(key.split('.')[-2])
+      if count and arch not in ('qwen2', 'qwen3'):
         value = _permuted(value, count)
       ends = [end for end in kinds or {} if key.endswith(end)]
       if ends:
@@ -180,6 +183,49 @@ class WeightsTest(_TestCase):
     folder = hub.locate(str(self.written(model)))
     self.assertEqual(hf.model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
+
+  @parameterized.parameters(
+    (transformers.Qwen2Config, {}),
+    (transformers.Qwen2Config, {'tie_word_embeddings': True}),
+    (transformers.Qwen3Config, {}),
+    (transformers.Qwen3Config, {'num_key_value_heads': 4, 'head_dim': 16}),
+  )
+  def test_qwen_is_not_permuted(self, kind, changes):
+    model = _model(kind, **changes)
+    config, params = self.reference(model)
+    folder = hub.locate(
+      str(
+        self.written(
+          model,
+          arch=kind.model_type,
+          metadata={
+            f'{kind.model_type}.attention.key_length': (
+              'uint32',
+              model.config.head_dim,
+            )
+          },
+        )
+      )
+    )
+    self.assertEqual(hf.model_config(folder), config)
+    self.assert_trees_equal(self.load(folder), params)
+
+  @parameterized.parameters(
+    ('llama', 'output.bias'),
+    ('qwen2', 'output.bias'),
+    ('llama', 'blk.0.attn_q.scale'),
+    ('llama', 'blk.1.ffn_gate_inp.weight'),
+  )
+  def test_a_tensor_that_would_be_ignored(self, arch, name):
+    kind = {
+      'llama': transformers.LlamaConfig,
+      'qwen2': transformers.Qwen2Config,
+    }
+    path = self.written(
+      _model(kind[arch]), arch=arch, extra={name: np.ones(4, np.float32)}
+    )
+    folder = hub.locate(str(path))
+    self.assert_refused(lambda: self.load(folder), name)
 
   @parameterized.parameters(
     (_T.F16, 2**-11),
@@ -282,6 +328,12 @@ class ConfigTest(_TestCase):
       {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 12345.0},
     )
 
+  @parameterized.parameters('rope.scaling.factor', 'rope.scale_linear')
+  def test_a_factor_without_a_type_is_linear(self, key):
+    config = self.read(metadata={f'llama.{key}': ('float32', 4.0)})
+    self.assertEqual(config['rope_parameters']['rope_type'], 'linear')
+    self.assertEqual(config['rope_parameters']['factor'], 4.0)
+
   @parameterized.parameters(8.0, 32.0)
   def test_llama3_scaling_is_found_in_its_factors(self, factor):
     rope = {
@@ -310,7 +362,7 @@ class ConfigTest(_TestCase):
     self.assertEqual(config['rope_parameters']['rope_type'], 'default')
 
   @parameterized.parameters(
-    ({'arch': 'qwen2'}, 'qwen2'),
+    ({'arch': 'qwen3moe'}, 'qwen3moe'),
     ({'metadata': {'llama.expert_count': ('uint32', 8)}}, 'expert_count'),
     ({'metadata': {'split.count': ('uint16', 3)}}, 'split.count'),
     (
@@ -404,6 +456,55 @@ class TokenizerTest(_TestCase):
     ours = transformers.AutoTokenizer.from_pretrained(hub.locate(str(path)))
     self.assertEqual(ours('abc')['input_ids'], [69] * expected + [68])
 
+  def test_qwen2_with_another_cut(self):
+    def vocabulary(writer):
+      tokens, _ = _tokens()
+      writer.add_tokenizer_model('gpt2')
+      writer.add_tokenizer_pre('gpt-2')
+      writer.add_token_list([*tokens[:-3], '11', 'x1', '<s>'])
+      writer.add_token_merges(['1 1'])
+
+    model = _model(transformers.Qwen2Config)
+    path = self.written(model, arch='qwen2', vocabulary=vocabulary)
+    ours = tokenization.load(hub.locate(str(path)))
+    self.assertEqual(ours('11')['input_ids'], [67])  # Qwen2's cuts digits
+    self.assertEqual(len(ours), 70)  # and adds a token of its own
+
+  def test_eos(self):
+    def vocabulary(writer):
+      self.byte_level(writer)
+      writer.add_eos_token_id(68)
+      writer.add_add_eos_token(True)
+
+    path = self.written(vocabulary=vocabulary)
+    ours = tokenization.load(hub.locate(str(path)))
+    self.assertEqual(ours('ab!')['input_ids'][-1], 68)
+
+  def test_templates(self):
+    def vocabulary(writer):
+      self.byte_level(writer)
+      writer.add_chat_template(
+        [
+          {'name': 'default', 'template': 'plain'},
+          {'name': 'tool_use', 'template': 'tools'},
+        ]
+      )
+
+    with self.assertLogs(level='WARNING') as logs:
+      folder = hub.locate(str(self.written(vocabulary=vocabulary)))
+    self.assertIn('tool_use', logs.output[0])
+    self.assertEqual(tokenization.load(folder).chat_template, 'plain')
+
+  def test_sentencepiece_without_ids_of_special_tokens(self):
+    def vocabulary(writer):
+      self.sentencepiece(writer, ids=False)
+
+    ours = tokenization.load(
+      hub.locate(str(self.written(vocabulary=vocabulary)))
+    )
+    self.assertEqual(ours('a')['input_ids'][0], 1)
+    self.assertEqual([ours.eos_token_id, ours.unk_token_id], [2, 0])
+
   def test_digits_one_by_one(self):
     def vocabulary(writer):
       tokens, merges = _tokens()
@@ -416,7 +517,7 @@ class TokenizerTest(_TestCase):
     ours = transformers.AutoTokenizer.from_pretrained(hub.locate(str(path)))
     self.assertLen(ours('112')['input_ids'], 3)
 
-  def sentencepiece(self, writer):
+  def sentencepiece(self, writer, ids=True):
     specials = ['<unk>', '<s>', '</s>']
     pieces = ['▁', *'abcdefgh', '▁a', 'ab', '▁ab', 'abc', 'bc', 'gh', 'fgh']
     plain = [f'<0x{i:02X}>' for i in range(256)] + ['x', 'y']
@@ -428,6 +529,8 @@ class TokenizerTest(_TestCase):
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(i) for i in range(len(tokens))])
     writer.add_token_types(types)
+    if not ids:
+      return
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -442,7 +545,7 @@ class TokenizerTest(_TestCase):
     self.assertEqual(ours.decode(plain), 'ab abc  fgh')
 
   @parameterized.parameters(
-    ('gpt2', 'deepseek-llm', 'deepseek-llm'),
+    ('gpt2', 'falcon', 'falcon'),
     ('gpt2', 'default', 'default'),
     ('bert', 'gpt-2', 'bert'),
   )

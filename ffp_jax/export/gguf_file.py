@@ -3,13 +3,14 @@
 llama.cpp reads layers of different widths for its architecture 'deci' (made
 for DeciLM and Nemotron, src/models/deci.cpp), whose graph is otherwise that
 of 'llama': biases, rotary positions and a SiLU-gated FFN. Models whose layers
-are alike are written as 'llama'.
+are alike are written as 'llama', or 'qwen3' if queries and keys are normalised.
 """
 
 import pathlib
 
 import gguf
 import numpy as np
+from absl import logging
 
 from ffp_jax import rope
 from ffp_jax.config import RequestError
@@ -30,25 +31,38 @@ _YARN_BLEND = (32.0, 1.0, True)  # for others llama.cpp has flags, no metadata
 DTYPES = tuple(_KINDS)
 
 
-def check(config: ModelConfig, where):
+def _alike(config: ModelConfig) -> bool:
+  """Whether all layers are of the same widths."""
+  return len({config.widths(i) for i in range(config.layers)}) == 1
+
+
+def check(config: ModelConfig, where, alike: bool | None = None):
   """Refuses what llama.cpp's graph can't express.
 
   Args:
     config: of the model.
     where: for messages.
+    alike: whether all layers will be of the same widths; None if they stay
+      as they are.
 
   Raises:
     RequestError: naming what, and for an allocation the layer.
   """
   instead = 'use --format=hf or hf_dense'
+  alike = _alike(config) if alike is None else alike
   if config.positions != 'rope':
     raise RequestError(
       f'{where}: llama.cpp has no architecture for OPT; {instead}'
     )
-  if config.qk_norm:
+  if config.qk_norm and not alike:
     raise RequestError(
-      f"{where}: llama.cpp's architectures llama and deci have no "
+      f"{where}: llama.cpp's architecture of layers that differ, deci, has no "
       f'normalised queries and keys (Qwen3); {instead}'
+    )
+  if config.qk_norm and config.out_bias:
+    raise RequestError(
+      f"{where}: llama.cpp's architecture qwen3 has no bias of the attention's "
+      f'output; {instead}'
     )
   if config.activation != 'silu':
     raise RequestError(
@@ -84,6 +98,20 @@ def prepare(
   return gguf_vocabulary.read(directory, config.vocab, pre)
 
 
+def warn(directory: pathlib.Path, config: ModelConfig):
+  """Says early, in one line, if a pruned model could not be written.
+
+  Args:
+    directory: of the dense model.
+    config: of the dense model.
+  """
+  try:
+    check(config, directory, alike=False)
+    gguf_vocabulary.read(directory, config.vocab, None)
+  except RequestError as error:
+    logging.warning('export --format=gguf would refuse this model: %s', error)
+
+
 def write(model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary):
   """Writes the file.
 
@@ -100,9 +128,10 @@ def write(model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary):
     RequestError: a number is more than the type can hold.
   """
   config = model.config
-  alike = len({config.widths(i) for i in range(config.layers)}) == 1
-  writer = gguf.GGUFWriter(path, 'llama' if alike else 'deci')
-  notes = _add_sizes(writer, config, alike)
+  alike = _alike(config)
+  arch = ('qwen3' if config.qk_norm else 'llama') if alike else 'deci'
+  writer = gguf.GGUFWriter(path, arch)
+  notes = list(vocabulary.notes) + _add_sizes(writer, config, alike)
   writer.add_name(model.directory.resolve().name)
   writer.add_file_type(_KINDS[dtype][1])
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -169,11 +198,12 @@ def _tensors(model: Model):
       config.rope_scaling, config.rope_theta, config.head_size, 1
     )
     yield gguf_model.ROPE_FACTORS, plain / scaled
+  names = gguf_model.gguf_names(config.layers)
   for name, value in model.tensors():
-    name = gguf_model.gguf_name(name)
-    if '.attn_q.' in name or '.attn_k.' in name:
-      value = _permuted(value, config.head_size)
-    yield name, value
+    stem, _, leaf = name.rpartition('.')
+    turned = stem.endswith(('q_proj', 'k_proj')) and not config.qk_norm
+    value = _permuted(value, config.head_size) if turned else value
+    yield f'{names[stem]}.{leaf}', value
 
 
 def _permuted(value, size: int):

@@ -8,7 +8,8 @@ import gguf
 
 from ffp_jax import tokenization
 from ffp_jax.config import RequestError
-from ffp_jax.formats import gguf_tokenizer
+from ffp_jax.export import gguf_scores
+from ffp_jax.formats import gguf_cuts
 
 _Type = gguf.TokenType
 
@@ -26,6 +27,7 @@ class Vocabulary(NamedTuple):
   roles: dict[str, int]  # 'bos', 'eos', 'unk', 'pad' to id
   adds: dict[str, bool]  # 'bos', 'eos': whether text gets one
   template: str | None  # of a chat
+  notes: list[str]  # what the user should know, a line each
 
 
 def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
@@ -33,13 +35,17 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
 
   Args:
     directory: with a tokenizer that transformers can load.
-    rows: of the embedding; ids beyond the tokenizer's become unused tokens.
+    rows: of the embedding; ids beyond the tokenizer's become unused tokens,
+      added tokens beyond the rows are left out.
     pre: llama.cpp's name of the pre-tokenizer, None to recognise it.
 
   Raises:
-    RequestError: there is no tokenizer, it has more ids than the embedding
-      rows, or llama.cpp would give other ids.
+    RequestError: there is no tokenizer, its vocabulary is larger than the
+      embedding, or llama.cpp would give other ids.
   """
+  # Not gguf.SpecialVocab: it takes ids that config.json names and the
+  # tokenizer does not have, and knows BOS and EOS by tokenizer_config.json
+  # where they depend on the class. What the loaded tokenizer does is exact.
   loaded = tokenization.load(directory)
   if not loaded.is_fast:
     raise RequestError(
@@ -53,11 +59,13 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
       f'{directory}: a tokenizer of kind {bpe["type"]} is not known, only BPE; '
       'use --format=hf or hf_dense'
     )
-  tokens, types = _tokens(content, rows, directory)
+  tokens, types, dropped = _tokens(content, rows, directory)
   merges = [x.split(' ') if isinstance(x, str) else x for x in bpe['merges']]
+  merges = [tuple(pair) for pair in merges]
   if bpe.get('byte_fallback'):
     kind, name, pairs = 'llama', 'default', None
-    scores = _scores(bpe['vocab'], merges, rows, directory)
+    by_token = gguf_scores.of(bpe['vocab'], merges, directory)
+    scores = [by_token.get(token, 0.0) for token in tokens]
   else:
     kind, scores = 'gpt2', None
     name = pre or _pre(content, directory)
@@ -67,6 +75,7 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
     role: getattr(loaded, f'{role}_token_id')
     for role in ('bos', 'eos', 'unk', 'pad')
   }
+  template, others = _templates(loaded.chat_template)
   return Vocabulary(
     kind,
     name,
@@ -75,22 +84,46 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
     pairs,
     scores,
     _has_prefix(content),
-    {role: place for role, place in roles.items() if place is not None},
+    {role: i for role, i in roles.items() if i is not None and i < rows},
     {'bos': ids[0] == roles['bos'], 'eos': ids[-1] == roles['eos']},
-    loaded.chat_template if isinstance(loaded.chat_template, str) else None,
+    template,
+    _notes(dropped, others, rows),
   )
 
 
-def _tokens(content, rows, directory) -> tuple[list[str], list[int]]:
-  """Token and type of every row of the embedding."""
+def _templates(stored) -> tuple[str | None, list[str]]:
+  """The chat template of a tokenizer, and the names of further ones."""
+  if not isinstance(stored, dict):
+    return stored, []
+  return stored.get('default'), sorted(stored.keys() - {'default'})
+
+
+def _notes(dropped: list[str], templates: list[str], rows: int) -> list[str]:
+  """What is left out, a line each."""
+  notes = []
+  if dropped:
+    notes.append(
+      f'left out, as the embedding has {rows} rows and so no model ever saw '
+      f'them: the added tokens {", ".join(dropped)}'
+    )
+  if templates:
+    notes.append(
+      'left out: the chat templates that are not the default, '
+      f'{", ".join(templates)}'
+    )
+  return notes
+
+
+def _tokens(content, rows, directory) -> tuple[list[str], list[int], list[str]]:
+  """Token and type of every row of the embedding, and added ones beyond it."""
   places = {i: token for token, i in content['model']['vocab'].items()}
-  added = {x['id']: x for x in content['added_tokens']}
-  places |= {i: x['content'] for i, x in added.items()}
   if max(places) >= rows:
     raise RequestError(
       f'{directory}: the tokenizer gives id {max(places)}, the embedding has '
       f'{rows} rows; the two do not belong together'
     )
+  added = {x['id']: x for x in content['added_tokens']}
+  places |= {i: x['content'] for i, x in added.items()}
   fallback, unknown = (content['model'].get(key) for key in _SPM_KEYS)
 
   def type_of(i) -> int:
@@ -106,41 +139,23 @@ def _tokens(content, rows, directory) -> tuple[list[str], list[int]]:
     return _Type.NORMAL
 
   names = [places.get(i, f'[UNUSED{i}]') for i in range(rows)]
-  return names, [int(type_of(i)) for i in range(rows)]
+  dropped = [places[i] for i in sorted(places) if i >= rows]
+  return names, [int(type_of(i)) for i in range(rows)], dropped
 
 
 _SPM_KEYS = ('byte_fallback', 'unk_token')
 _BYTES = {f'<0x{i:02X}>' for i in range(256)}
 
 
-def _scores(vocab, merges, rows, directory) -> list[float]:
-  """SentencePiece's scores, from which it works out the same merges.
-
-  It joins whichever neighbours make the token of the best score; a list of
-  merges is its own only if it holds every such pair, in that order.
-  """
-  scores = [0.0] * rows
-  for rank, (left, right) in reversed(list(enumerate(merges))):
-    scores[vocab[left + right]] = -float(rank)
-  implied = gguf_tokenizer.merges_of(vocab, scores)
-  # Of pairs with the same result, the order doesn't matter.
-  results = [left + right for left, right in merges]
-  if set(implied) != {tuple(x) for x in merges} or results != [
-    left + right for left, right in implied
-  ]:
-    raise RequestError(
-      f'{directory}: the tokenizer merges unlike SentencePiece, and llama.cpp '
-      'knows byte fallback only from there; use --format=hf or hf_dense'
-    )
-  return scores
+_PLAIN = (None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': []})
 
 
 def _pre(content, directory) -> str:
   """llama.cpp's name for how the tokenizer cuts text."""
   whole = bool(content['model'].get('ignore_merges'))
-  name = gguf_tokenizer.pre_name(content['pre_tokenizer'], whole)
+  name = gguf_cuts.name_of(content['pre_tokenizer'], whole)
   # NFC changes no text that is composed already, as nearly all is.
-  plain = content['normalizer'] in (None, {'type': 'NFC'})
+  plain = content['normalizer'] in _PLAIN
   if name is None or not plain:
     raise RequestError(
       f'{directory}: llama.cpp has no known name for how its tokenizer cuts '

@@ -36,6 +36,7 @@ COMPANIONS = (
   'added_tokens.json',
   'generation_config.json',
   'chat_template*',
+  'additional_chat_templates/*.jinja',
 )
 
 
@@ -127,4 +128,6 @@ def copy_companions(source: pathlib.Path, out: pathlib.Path):
   """Copies tokenizer and generation settings from a model directory."""
   for pattern in COMPANIONS:
     for path in source.glob(pattern):
-      shutil.copy(path, out / path.name)
+      copy = out / path.relative_to(source)
+      copy.parent.mkdir(exist_ok=True)
+      shutil.copy(path, copy)

@@ -1,4 +1,4 @@
-"""A llama.cpp GGUF file of a LLaMA: its config and its tensors.
+"""A llama.cpp GGUF file of a LLaMA or Qwen: its config and its tensors.
 
 Mistral models are of GGUF's architecture 'llama' too. Models whose layers
 differ in width are of its architecture 'deci', the same with lists in place
@@ -15,27 +15,30 @@ import numpy as np
 from ffp_jax.config import RequestError
 from ffp_jax.formats.stored import Stored, fresh
 
-_TENSORS = {
-  'token_embd': 'model.embed_tokens',
-  'output_norm': 'model.norm',
-  'output': 'lm_head',
-}
-_LAYER_TENSORS = {
-  'attn_norm': 'input_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
-}
-_BY_NAME = {
-  theirs: ours for ours, theirs in (_TENSORS | _LAYER_TENSORS).items()
-}
+# Hugging Face's names of what we know, without '.weight' and '.bias'.
+_STEMS = ('model.embed_tokens', 'model.norm', 'lm_head')
+_LAYER_STEMS = (
+  'input_layernorm',
+  'self_attn.q_proj',
+  'self_attn.k_proj',
+  'self_attn.v_proj',
+  'self_attn.q_norm',
+  'self_attn.k_norm',
+  'self_attn.o_proj',
+  'post_attention_layernorm',
+  'mlp.gate_proj',
+  'mlp.up_proj',
+  'mlp.down_proj',
+)
 ROPE_FACTORS = 'rope_freqs.weight'
-_ARCHITECTURES = ('llama', 'deci')
+# Tensors that may come with a bias.
+_BIASED = ('attn_q', 'attn_k', 'attn_v', 'attn_output')
+_BIASED += ('ffn_gate', 'ffn_up', 'ffn_down')
+_IGNORED = ('rope_freqs', 'attn_rot_embd')  # read as metadata, or implied
+_PERMUTED = ('llama', 'deci')  # queries and keys are in llama.cpp's own order
+_ARCHITECTURES = (*_PERMUTED, 'qwen2', 'qwen3')
+# What llama.cpp takes for special tokens that a file does not name.
+_SPECIAL = {'llama': {'bos': 1, 'eos': 2, 'unknown': 0}}
 # Metadata under which they are other models than ours, where above 1.
 _FOREIGN = ('{arch}.expert_count', 'split.count')
 
@@ -44,7 +47,7 @@ def open_file(path: pathlib.Path) -> gguf.GGUFReader:
   """The file's metadata and where its tensors lie.
 
   Raises:
-    RequestError: damaged, or not a whole LLaMA.
+    RequestError: damaged, or not a whole LLaMA or Qwen.
   """
   try:
     reader = gguf.GGUFReader(path)
@@ -76,6 +79,13 @@ def field(reader: gguf.GGUFReader, key: str):
   return reader.fields[key].contents() if key in reader.fields else None
 
 
+def special_id(reader: gguf.GGUFReader, role: str) -> int | None:
+  """Id of a special token: 'bos', 'eos', 'unknown' or 'padding'."""
+  found = field(reader, f'tokenizer.ggml.{role}_token_id')
+  usual = _SPECIAL.get(field(reader, 'tokenizer.ggml.model'), {})
+  return usual.get(role) if found is None else found
+
+
 def _full(reader, key: str) -> str:
   if '{arch}' not in key:
     return key
@@ -105,9 +115,7 @@ def hf_config(reader: gguf.GGUFReader) -> dict:
   heads, groups, ffn, kept = _widths(reader)
   window = field(reader, '{arch}.attention.sliding_window')
   biased = 'blk.0.attn_q.bias' in names
-  # Biases of queries, keys and values alone are Qwen2's.
-  qwen = biased and 'blk.0.attn_output.bias' not in names
-  family = 'mistral' if window else 'qwen2' if qwen else 'llama'
+  family = _family(reader, names)
   config = {
     'architectures': [f'{family.title()}ForCausalLM'],
     'model_type': family,
@@ -128,13 +136,25 @@ def hf_config(reader: gguf.GGUFReader) -> dict:
     'attention_bias': biased,
     'mlp_bias': 'blk.0.ffn_up.bias' in names,
     'tie_word_embeddings': 'output.weight' not in names,
-    'bos_token_id': field(reader, 'tokenizer.ggml.bos_token_id'),
-    'eos_token_id': field(reader, 'tokenizer.ggml.eos_token_id'),
-    'pad_token_id': field(reader, 'tokenizer.ggml.padding_token_id'),
+    'bos_token_id': special_id(reader, 'bos'),
+    'eos_token_id': special_id(reader, 'eos'),
+    'pad_token_id': special_id(reader, 'padding'),
     'dtype': 'float16',
     'ffp_jax': kept,
   }
   return {key: value for key, value in config.items() if value is not None}
+
+
+def _family(reader, names: set[str]) -> str:
+  """`model_type` of the model with this arithmetic."""
+  if field(reader, 'general.architecture') == 'qwen3':
+    return 'qwen3'
+  # Biases of queries, keys and values alone are Qwen2's.
+  biased = [x for x in _BIASED if f'blk.0.{x}.bias' in names]
+  if biased == ['attn_q', 'attn_k', 'attn_v']:
+    return 'qwen2'
+  windowed = field(reader, '{arch}.attention.sliding_window')
+  return 'mistral' if windowed else 'llama'
 
 
 def _widths(reader) -> tuple[int, int, int, dict | None]:
@@ -205,12 +225,15 @@ def _head_size(reader, default: int) -> int:
 
 def _rope(reader) -> dict:
   """How rotary positions are scaled, in Hugging Face's words."""
-  kind = field(reader, '{arch}.rope.scaling.type') or 'none'
-  factor = field(reader, '{arch}.rope.scaling.factor')
-  # The oldest files name no type, and scale linearly.
-  older = field(reader, '{arch}.rope.scale_linear')
-  if kind == 'none' and older not in (None, 1.0):
-    kind, factor = 'linear', older
+  # Without a type, llama.cpp scales linearly, as the oldest files mean it.
+  kind = field(reader, '{arch}.rope.scaling.type') or 'linear'
+  factor = (
+    field(reader, '{arch}.rope.scaling.factor')
+    or field(reader, '{arch}.rope.scale_linear')
+    or 1.0
+  )
+  if kind == 'linear' and factor == 1.0:
+    kind = 'none'
   rope = {'rope_type': 'default'}
   if kind != 'none':
     length = field(reader, '{arch}.rope.scaling.original_context_length')
@@ -271,19 +294,24 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
 def _open_tensors(path, _):
   reader = open_file(path)
   config = hf_config(reader)
+  layers = config['num_hidden_layers']
+  names = {theirs: ours for ours, theirs in gguf_names(layers).items()}
+  permuted = field(reader, 'general.architecture') in _PERMUTED
   found = {}
   for tensor in reader.tensors:
     stem, _, leaf = tensor.name.rpartition('.')
     part = stem.rpartition('.')[2]
-    if stem in _TENSORS:
-      name = _TENSORS[stem]
-    elif part in _LAYER_TENSORS:
-      layer = stem.split('.')[1]
-      name = f'model.layers.{layer}.{_LAYER_TENSORS[part]}'
-    else:
-      name = stem  # nothing asks for it
-    turned = config['head_dim'] if part in ('attn_q', 'attn_k') else None
-    found[f'{name}.{leaf}'] = _stored(path, tensor, turned)
+    if part in _IGNORED:
+      continue
+    leaves = ('weight', 'bias') if part in _BIASED else ('weight',)
+    if stem not in names or leaf not in leaves:
+      raise RequestError(
+        f'{path}: tensor {tensor.name} is not known; use the original '
+        'checkpoint'
+      )
+    turned = permuted and part in ('attn_q', 'attn_k')
+    head_size = config['head_dim'] if turned else None
+    found[f'{names[stem]}.{leaf}'] = _stored(path, tensor, head_size)
   return found
 
 
@@ -333,10 +361,11 @@ def _unpermuted(read, size: int, index) -> np.ndarray:
   return value[rows.start - first : rows.stop - first]
 
 
-def gguf_name(name: str) -> str:
-  """llama.cpp's name of a tensor from its Hugging Face name."""
-  stem, _, leaf = name.rpartition('.')
-  if stem in _BY_NAME:
-    return f'{_BY_NAME[stem]}.{leaf}'
-  _, _, layer, part = stem.split('.', 3)
-  return f'blk.{layer}.{_BY_NAME[part]}.{leaf}'
+def gguf_names(layers: int) -> dict[str, str]:
+  """Hugging Face's to llama.cpp's names, without '.weight' and '.bias'."""
+  # Of the architectures here the one that has all the tensors.
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, layers)
+  stems = [
+    f'model.layers.{i}.{stem}' for i in range(layers) for stem in _LAYER_STEMS
+  ]
+  return {stem: names[stem] for stem in (*_STEMS, *stems)}

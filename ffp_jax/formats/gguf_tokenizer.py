@@ -1,66 +1,23 @@
 """The tokenizer that a GGUF file carries in its metadata."""
 
-import json
-
 import gguf
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from absl import logging
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from ffp_jax.config import RequestError
-from ffp_jax.formats.gguf_model import field
+from ffp_jax.formats import gguf_cuts
+from ffp_jax.formats.gguf_model import field, special_id
 
-_GPT2 = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),)
-
-
-def _by(pattern: str):
-  """Splits by a pattern, then spells bytes as characters."""
-  return (
-    pre_tokenizers.Split(Regex(pattern), 'isolated'),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  )
-
-
-# How text is cut before merges, by `tokenizer.ggml.pre`: what llama.cpp means
-# by that name (src/llama-vocab.cpp). Of several names for the same, the first
-# is the usual one.
-_LLAMA3 = _by(
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_TEKKEN = _by(
-  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
-  r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
-  r'|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+'
-  r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
-  r'|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_QWEN2 = _by(
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_DIGITS = (pre_tokenizers.Digits(individual_digits=True), *_GPT2)
-_CUTS = {
-  'gpt-2': _GPT2,
-  'smollm': _DIGITS,
-  'starcoder': _DIGITS,
-  'refact': _DIGITS,
-  'command-r': _DIGITS,
-  'llama-bpe': _LLAMA3,
-  'llama3': _LLAMA3,
-  'llama-v3': _LLAMA3,
-  'smaug-bpe': _LLAMA3,
-  'tekken': _TEKKEN,
-  'qwen2': _QWEN2,
-}
-# Of these a word that is itself a token is never built by merges, and text
-# starts with BOS unless the file says otherwise.
-_WHOLE = ('llama3', 'llama-v3', 'llama-bpe', 'tekken')
+# The scores of a SentencePiece vocabulary, a list, beside tokenizer.json: its
+# merges do not say which of them share a score.
+SCORES = 'tokenizer_scores.json'
 
 
 def tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-  """The file's tokenizer, BOS included where the model expects one.
+  """The file's tokenizer, with BOS and EOS where the model expects them.
 
   Raises:
     RequestError: it is of a kind that isn't known here, or damaged.
@@ -72,37 +29,47 @@ def tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
     raise RequestError(
       f'{path}: tokenizer {kind!r} is not known, only gpt2 and llama; {instead}'
     )
-  if kind == 'gpt2' and pre not in _CUTS:
+  if kind == 'gpt2' and pre not in gguf_cuts.NAMES:
     raise RequestError(
       f'{path}: pre-tokenizer {pre!r} is not known, only '
-      f'{", ".join(_CUTS)}; {instead}'
+      f'{", ".join(gguf_cuts.NAMES)}; {instead}'
     )
   try:
     made = byte_level(reader, pre) if kind == 'gpt2' else _sentencepiece(reader)
-    return _with_bos(made, reader) if _adds_bos(reader) else made
+    made.post_processor = _around(made, reader)
+    return made
   except Exception as error:  # tokenizers has no narrower one
     raise RequestError(
       f'{path}: its tokenizer is damaged ({error}); {instead}'
     ) from error
 
 
-def _with_bos(made, reader):
-  bos = field(reader, 'tokenizer.ggml.bos_token_id')
-  token = made.id_to_token(bos)
-  made.post_processor = TemplateProcessing(
-    single=[token, '$A'],
-    pair=[token, '$A', token, '$B'],
-    special_tokens=[(token, bos)],
+def _around(made, reader) -> TemplateProcessing | None:
+  """Puts BOS before and EOS after a text, as far as the file says so."""
+  ids = {
+    role: special_id(reader, role)
+    for role in ('bos', 'eos')
+    if _adds(reader, role)
+  }
+  if not ids:
+    return None
+  tokens = {role: made.id_to_token(i) for role, i in ids.items()}
+  before, after = ([tokens[x]] if x in tokens else [] for x in ('bos', 'eos'))
+  return TemplateProcessing(
+    single=[*before, '$A', *after],
+    pair=[*before, '$A', *after, *before, '$B', *after],
+    special_tokens=[(tokens[role], ids[role]) for role in ids],
   )
-  return made
 
 
-def _adds_bos(reader) -> bool:
-  said = field(reader, 'tokenizer.ggml.add_bos_token')
+def _adds(reader, role: str) -> bool:
+  """Whether a text gets its 'bos' or 'eos'; where unsaid, as in llama.cpp."""
+  said = field(reader, f'tokenizer.ggml.add_{role}_token')
   if said is None:
     kind = field(reader, 'tokenizer.ggml.model')
-    said = kind == 'llama' or field(reader, 'tokenizer.ggml.pre') in _WHOLE
-  return said and field(reader, 'tokenizer.ggml.bos_token_id') is not None
+    pre = field(reader, 'tokenizer.ggml.pre')
+    said = role == 'bos' and (kind == 'llama' or pre in gguf_cuts.WHOLE)
+  return said and special_id(reader, role) is not None
 
 
 def tokenizer_config(reader: gguf.GGUFReader) -> dict:
@@ -110,7 +77,7 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
   tokens = field(reader, 'tokenizer.ggml.tokens')
 
   def named(role: str) -> str | None:
-    place = field(reader, f'tokenizer.ggml.{role}_token_id')
+    place = special_id(reader, role)
     return None if place is None else tokens[place]
 
   config = {
@@ -120,12 +87,24 @@ def tokenizer_config(reader: gguf.GGUFReader) -> dict:
     'eos_token': named('eos'),
     'unk_token': named('unknown'),
     'pad_token': named('padding'),
-    'add_bos_token': _adds_bos(reader),
+    'add_bos_token': _adds(reader, 'bos'),
+    'add_eos_token': _adds(reader, 'eos') or None,
     'clean_up_tokenization_spaces': False,
     'model_max_length': field(reader, '{arch}.context_length'),
-    'chat_template': field(reader, 'tokenizer.chat_template'),
+    'chat_template': _template(reader),
   }
   return {key: value for key, value in config.items() if value is not None}
+
+
+def _template(reader) -> str | None:
+  """The default chat template; says which others are left out."""
+  if others := field(reader, 'tokenizer.chat_templates'):
+    logging.warning(
+      '%s: chat templates but the default are left out: %s',
+      reader.data.filename,
+      ', '.join(sorted(others)),
+    )
+  return field(reader, 'tokenizer.chat_template')
 
 
 def byte_level(reader, pre: str) -> tokenizers.Tokenizer:
@@ -136,56 +115,23 @@ def byte_level(reader, pre: str) -> tokenizers.Tokenizer:
     BPE(
       vocab={token: i for i, token in enumerate(tokens)},
       merges=[tuple(merge.split(' ')) for merge in merges],
-      ignore_merges=pre in _WHOLE,
+      ignore_merges=pre in gguf_cuts.WHOLE,
     )
   )
-  made.pre_tokenizer = _cut(pre)
+  made.pre_tokenizer = gguf_cuts.sequence(gguf_cuts.NAMES[pre])
   made.decoder = decoders.ByteLevel()
   return _with_added(made, reader)
-
-
-def _cut(pre: str):
-  cuts = _CUTS[pre]
-  return cuts[0] if len(cuts) == 1 else pre_tokenizers.Sequence(list(cuts))
-
-
-def pre_name(pre_tokenizer: dict, whole: bool) -> str | None:
-  """`tokenizer.ggml.pre` of a tokenizer.json.
-
-  Args:
-    pre_tokenizer: its section of that name.
-    whole: whether a word that is itself a token is taken without merges.
-
-  Returns:
-    None if no name is known for it.
-  """
-  for name in _CUTS:
-    section = json.loads(_cut(name).__getstate__())
-    if (name in _WHOLE) == whole and _same_cut(section, pre_tokenizer):
-      return name
-  return None
-
-
-def _same_cut(one, other) -> bool:
-  """Equal but for the offsets that tokens are said to have."""
-  if isinstance(one, dict) and isinstance(other, dict):
-    keys = (one.keys() | other.keys()) - {'trim_offsets'}
-    return all(_same_cut(one.get(k), other.get(k)) for k in keys)
-  if isinstance(one, list) and isinstance(other, list):
-    return len(one) == len(other) and all(map(_same_cut, one, other))
-  return one == other
 
 
 def _sentencepiece(reader) -> tokenizers.Tokenizer:
   """SentencePiece BPE with bytes to fall back on, as of LLaMA 2."""
   tokens = field(reader, 'tokenizer.ggml.tokens')
   vocab = {token: i for i, token in enumerate(tokens)}
-  unknown = field(reader, 'tokenizer.ggml.unknown_token_id')
   made = tokenizers.Tokenizer(
     BPE(
       vocab=vocab,
-      merges=merges_of(vocab, field(reader, 'tokenizer.ggml.scores')),
-      unk_token=tokens[0 if unknown is None else unknown],
+      merges=merges_of(vocab, scores(reader)),
+      unk_token=tokens[special_id(reader, 'unknown')],
       fuse_unk=True,
       byte_fallback=True,
     )
@@ -205,6 +151,14 @@ def _sentencepiece(reader) -> tokenizers.Tokenizer:
     ]
   )
   return _with_added(made, reader)
+
+
+def scores(reader) -> list[float] | None:
+  """SentencePiece's score of every token, None of other vocabularies."""
+  if field(reader, 'tokenizer.ggml.model') != 'llama':
+    return None
+  tokens = field(reader, 'tokenizer.ggml.tokens')
+  return field(reader, 'tokenizer.ggml.scores') or [0.0] * len(tokens)
 
 
 def merges_of(vocab: dict, scores: list) -> list[tuple[str, str]]:
