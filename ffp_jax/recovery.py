@@ -8,20 +8,20 @@ has no gradient, and so stays as it is, bit for bit.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ffp_jax import hf
+from ffp_jax import adapters
+from ffp_jax.adapters import join
+from ffp_jax.distillation import distillation_loss
 from ffp_jax.model import Decoder, Masks, ModelConfig, first
-from ffp_jax.sharding import constrain_params, mean_over_rows, of_params
+from ffp_jax.sharding import constrain_params, mean_over_rows
 
 _FAR = 0.25  # nats above the best validation loss, at which training diverges
 _MOST_HALVINGS = 1  # of the rate; training that diverges once more ends
@@ -40,118 +40,6 @@ class RecoveryState(NamedTuple):
   start_loss: jax.Array  # validation loss before the first step; inf: unknown
 
 
-def distillation_loss(
-  unembed, params, stream_BxTxD, dense, dense_stream_BxTxD, *, chunk
-):
-  """Returns the mean over tokens of KL(dense || pruned), in float32.
-
-  Logits exist for a chunk of tokens at a time, in the backward pass too,
-  which computes them again.
-
-  Args:
-    unembed: (params, stream [B,t,D]) -> float32 logits [B,t,V].
-    params: of the pruned model, as `unembed` takes them.
-    stream_BxTxD: the pruned model's last residual stream.
-    dense, dense_stream_BxTxD: the same of the dense model; no gradient.
-    chunk: tokens whose logits may exist at once, if B is not more already.
-  """
-  B, T, _ = stream_BxTxD.shape
-  time = max(
-    t for t in range(1, T + 1) if T % t == 0 and B * t <= max(chunk, B)
-  )
-
-  def chunks(x_BxTxD):
-    return jnp.moveaxis(x_BxTxD.reshape(B, T // time, time, -1), 1, 0)
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def divergence(params, stream, dense_stream):
-    aim = jax.nn.log_softmax(unembed(dense, dense_stream))
-    found = jax.nn.log_softmax(unembed(params, stream))
-    return jnp.sum(jnp.exp(aim) * (aim - found))
-
-  def add(total, streams):
-    return total + divergence(params, *streams), None
-
-  dense, dense_stream_BxTxD = jax.lax.stop_gradient((dense, dense_stream_BxTxD))
-  streams = chunks(stream_BxTxD), chunks(dense_stream_BxTxD)
-  total, _ = jax.lax.scan(add, jnp.float32(0.0), streams)
-  return total / (B * T)
-
-
-def join(frozen: dict, trained: dict, dtype) -> dict:
-  """Puts what is trained beside what isn't, in the model's dtype."""
-  flat = flax.traverse_util.flatten_dict(trained)
-  flat = {path: x.astype(dtype) for path, x in flat.items()}
-  flat = flax.traverse_util.flatten_dict(frozen) | flat
-  return flax.traverse_util.unflatten_dict(flat)
-
-
-def merge(frozen: dict, trained: dict, dtype) -> dict:
-  """Folds what was trained into plain parameters of the dense decoder.
-
-  Args:
-    frozen, trained: as in `begin`.
-    dtype: of what was trained.
-  """
-  flat = flax.traverse_util.flatten_dict(frozen)
-  new = flax.traverse_util.flatten_dict(trained)
-  for path, x in new.items():
-    *module, leaf = path
-    weight = (*module, leaf.removesuffix('_a'))
-    if weight == path:  # not an adapter
-      flat[path] = x.astype(dtype)
-    elif weight in flat:
-      flat[weight] = _folded(flat[weight], x, new[*module, f'{weight[-1]}_b'])
-  return flax.traverse_util.unflatten_dict(flat)
-
-
-@jax.jit
-def _folded(weight, a, b):
-  """Returns stacked weights [L,...] with their low-rank updates added."""
-  L, *_, r = a.shape
-  update = jnp.matmul(
-    a.reshape(L, -1, r),
-    b.reshape(L, r, -1),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return (weight + update.reshape(weight.shape)).astype(weight.dtype)
-
-
-def adapters(model: ModelConfig, keep: Masks, *, rank: int, key) -> dict:
-  """Draws the low-rank updates A B of every linear layer; float32.
-
-  A is normal with variance 1 / inputs, and zero for removed inputs; B is
-  zero, so that training starts from the model as it is.
-
-  Args:
-    model: of the dense decoder.
-    keep: the masks.
-    rank: of the updates.
-    key: PRNG key.
-  """
-  wide = dataclasses.replace(model, adapter_rank=rank)
-  shapes = flax.traverse_util.flatten_dict(hf.param_shapes(wide, jnp.float32))
-  plain = flax.traverse_util.flatten_dict(hf.param_shapes(model, jnp.float32))
-  shapes = {path: x for path, x in shapes.items() if path not in plain}
-
-  def draw(key, keep):
-    flat = {}
-    for i, (path, spec) in enumerate(sorted(shapes.items())):
-      if path[-1].endswith('_b'):
-        flat[path] = jnp.zeros(spec.shape)
-        continue
-      noise = jax.random.normal(jax.random.fold_in(key, i), spec.shape)
-      flat[path] = noise / math.sqrt(math.prod(spec.shape[1:-1]))
-      mask = {'out_a': keep.attention, 'down_a': keep.ffn}.get(path[-1])
-      if mask is not None:
-        inner = (1,) * (noise.ndim - mask.ndim)
-        flat[path] *= mask.reshape(*mask.shape, *inner)
-    return flax.traverse_util.unflatten_dict(flat)
-
-  placed = of_params(flax.traverse_util.unflatten_dict(shapes))
-  return jax.jit(draw, out_shardings=placed)(key, keep)
-
-
 def begin(params, model: ModelConfig, keep: Masks, *, rank: int, seed: int):
   """Splits a calibrated model into what is trained and what isn't.
 
@@ -167,7 +55,7 @@ def begin(params, model: ModelConfig, keep: Masks, *, rank: int, seed: int):
   """
   if rank:
     key = jax.random.key(seed)
-    return adapters(model, keep, rank=rank, key=key), params
+    return adapters.draw(model, keep, rank=rank, key=key), params
   # Copies, as the buffers of what is trained are used again.
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params), {}
 
@@ -242,6 +130,10 @@ def make_step(
   def unembed(params, stream):
     return decoder.apply({'params': params}, stream, method='unembed')
 
+  def read(params):
+    names = ('embed_out', 'final_norm', 'embed' if model.tied else 'head')
+    return {name: params[name] for name in names if name in params}
+
   def loss_of(trained, frozen, dense, keep, tokens_BxT):
     params = join(frozen, trained, dense['embed']['table'].dtype)
 
@@ -251,7 +143,9 @@ def make_step(
       found, _ = decoder.apply(
         {'params': params}, rows, at, keep, method='stream'
       )
-      return distillation_loss(unembed, params, found, dense, aim, chunk=chunk)
+      return distillation_loss(
+        unembed, read(params), found, read(dense), aim, chunk=chunk
+      )
 
     return mean_over_rows(mean_divergence, tokens_BxT)
 
