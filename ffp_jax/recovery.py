@@ -37,7 +37,7 @@ class RecoveryState(NamedTuple):
   halvings: jax.Array  # how often training has diverged
   best: dict  # the trained parameters with the lowest validation loss
   best_loss: jax.Array
-  start_loss: jax.Array  # validation loss before the first step; inf: unknown
+  start_loss: jax.Array  # validation loss before the first step; NaN: unknown
 
 
 def begin(params, model: ModelConfig, keep: Masks, *, rank: int, seed: int):
@@ -89,8 +89,8 @@ def start(trained, optim) -> RecoveryState:
 
   @jax.jit
   def scalars():
-    inf = jnp.float32(jnp.inf)
-    return jnp.int32(0), jnp.float32(1.0), jnp.int32(0), inf, inf
+    none, unknown = jnp.float32(jnp.inf), jnp.float32(jnp.nan)
+    return jnp.int32(0), jnp.float32(1.0), jnp.int32(0), none, unknown
 
   step, rate_scale, halvings, best_loss, start_loss = scalars()
   return RecoveryState(
@@ -209,7 +209,7 @@ def steps(
   Yields:
     (state, metrics): before the first step, and after each.
   """
-  if not np.isfinite(state.start_loss):
+  if np.isnan(state.start_loss):
     state, metrics = _validated(state, validate)
     state = state._replace(start_loss=state.best_loss)
     yield state, metrics
