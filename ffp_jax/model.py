@@ -72,6 +72,7 @@ class ModelConfig:
   window: int | None = None
   tied: bool = False
   refit: bool = False  # masks also refit the kept weights, see repair.py
+  adapter_rank: int = 0  # of low-rank updates of the weights, see recovery.py
   embed_width: int | None = None  # of projected embeddings, else None
   kept_groups: tuple[int, ...] | None = None
   kept_ffn: tuple[int, ...] | None = None
@@ -148,6 +149,25 @@ def _rms_norm(x, scale, epsilon):
   return (wide * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
 
 
+def _declare_adapter(module, name, inputs, outputs):
+  """Declares the low-rank update of a weight, if the config asks for it."""
+  rank = module.config.adapter_rank
+  factors = {'a': ((*inputs, rank), _WEIGHT), 'b': ((rank, *outputs), _BIAS)}
+  for part, (shape, init) in factors.items() if rank else ():
+    leaf = f'{name}_{part}'
+    setattr(module, leaf, module.param(leaf, init, shape))
+
+
+def _multiply(module, name, x):
+  """Multiplies [...,I] by a weight and its low-rank update: [...,O]."""
+  # As matrices: XLA's backward pass is slow on more axes.
+  y = x @ getattr(module, name).reshape(x.shape[-1], -1)
+  if not module.config.adapter_rank:
+    return y
+  a, b = (getattr(module, f'{name}_{part}') for part in 'ab')
+  return y + (x @ a.reshape(x.shape[-1], -1)) @ b.reshape(len(b), -1)
+
+
 class Attention(nn.Module):
   """Grouped-query attention; the mask acts on what enters `out`."""
 
@@ -161,6 +181,7 @@ class Attention(nn.Module):
     shapes = {'query': (K, G, H), 'key': (K, H), 'value': (K, H)}
     for name, shape in shapes.items():
       setattr(self, name, self.param(name, _WEIGHT, (D, *shape)))
+      _declare_adapter(self, name, (D,), shape)
       if c.qkv_bias:
         bias = self.param(f'{name}_bias', _BIAS, shape)
         setattr(self, f'{name}_bias', bias)
@@ -168,6 +189,7 @@ class Attention(nn.Module):
       scale = self.param(f'{name}_norm', nn.initializers.ones, (H,))
       setattr(self, f'{name}_norm', scale)
     self.out = self.param('out', _WEIGHT, (K, G, H, D))
+    _declare_adapter(self, 'out', (K, G, H), (D,))
     if c.refit:
       self.refit = self.param('refit', _WEIGHT, (K * G * H, K * G * H))
     if c.out_bias:
@@ -178,8 +200,7 @@ class Attention(nn.Module):
     c = self.config
 
     def project(name):
-      # As matrices: XLA's backward pass is slow on more axes.
-      y = x_BxTxD @ getattr(self, name).reshape(c.width, -1)
+      y = _multiply(self, name, x_BxTxD)
       if c.qkv_bias:
         y = y + getattr(self, f'{name}_bias').reshape(-1)
       return y.reshape(*x_BxTxD.shape[:2], -1, c.head_size)
@@ -224,8 +245,7 @@ class Attention(nn.Module):
       mixed = flat.reshape(mixed.shape)
     if mask_K is not None:
       mixed = mixed * mask_K[:, None, None].astype(mixed.dtype)
-    width = self.config.width
-    y = mixed.reshape(*mixed.shape[:2], -1) @ self.out.reshape(-1, width)
+    y = _multiply(self, 'out', mixed.reshape(*mixed.shape[:2], -1))
     return y + self.out_bias if self.config.out_bias else y
 
 
@@ -240,10 +260,12 @@ class Ffn(nn.Module):
     c, F = self.config, self.channels
     for name in ('gate', 'up') if c.gated else ('up',):
       setattr(self, name, self.param(name, _WEIGHT, (c.width, F)))
+      _declare_adapter(self, name, (c.width,), (F,))
       if c.ffn_bias:
         bias = self.param(f'{name}_bias', _BIAS, (F,))
         setattr(self, f'{name}_bias', bias)
     self.down = self.param('down', _WEIGHT, (F, c.width))
+    _declare_adapter(self, 'down', (F,), (c.width,))
     if c.refit:
       self.refit = self.param('refit', _WEIGHT, (F, F))
     if c.ffn_bias:
@@ -253,7 +275,7 @@ class Ffn(nn.Module):
     """What enters `down`, [B,T,F]."""
 
     def project(name):
-      y = x_BxTxD @ getattr(self, name)
+      y = _multiply(self, name, x_BxTxD)
       return y + getattr(self, f'{name}_bias') if self.config.ffn_bias else y
 
     act = ACTIVATIONS[self.config.activation]
@@ -270,7 +292,7 @@ class Ffn(nn.Module):
       hidden = hidden @ self.refit
     if mask_F is not None:
       hidden = hidden * mask_F.astype(hidden.dtype)
-    y = hidden @ self.down
+    y = _multiply(self, 'down', hidden)
     return y + self.down_bias if self.config.ffn_bias else y
 
 

@@ -1,7 +1,8 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Three mesh axes: `candidates` scores proposals side by side, `fsdp` splits
-the weights and the rows of tokens, `tensor` splits heads and FFN channels.
+Three mesh axes: `candidates` scores proposals side by side, and in recovery
+trains on different rows of tokens; `fsdp` splits the weights and the rows of
+tokens, `tensor` splits heads and FFN channels.
 Whatever a mesh axis doesn't divide is replicated over it.
 """
 
@@ -55,6 +56,21 @@ _PARAMS = {
   'ffn/gate_bias': ('ffn',),
   'ffn/up_bias': ('ffn',),
   'ffn/down': ('ffn', 'embed'),
+  # Low-rank updates, on their way into and out of the rank.
+  'attention/query_a': ('embed', None),
+  'attention/query_b': (None, 'groups', 'heads', None),
+  'attention/key_a': ('embed', None),
+  'attention/key_b': (None, 'groups', None),
+  'attention/value_a': ('embed', None),
+  'attention/value_b': (None, 'groups', None),
+  'attention/out_a': ('groups', 'heads', None, None),
+  'attention/out_b': (None, 'embed'),
+  'ffn/gate_a': ('embed', None),
+  'ffn/gate_b': (None, 'ffn'),
+  'ffn/up_a': ('embed', None),
+  'ffn/up_b': (None, 'ffn'),
+  'ffn/down_a': ('ffn', None),
+  'ffn/down_b': (None, 'embed'),
   'embed/table': ('vocab', 'embed'),
   'position/table': (None, 'embed'),
   'embed_in/kernel': (None, 'embed'),
@@ -135,12 +151,24 @@ def of_params(shapes, mesh: Mesh | None = None):
   def one(path, leaf):
     if mesh.empty:
       return SingleDeviceSharding(jax.local_devices()[0])
-    *_, module, name = (key.key for key in path)
-    axes = _PARAMS.get(f'{module}/{name}', (None,) * leaf.ndim)
-    axes = (None,) * (leaf.ndim - len(axes)) + axes
+    axes = _axes(path, leaf)
     return NamedSharding(mesh, spec(leaf.shape, axes, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _axes(path, leaf):
+  """The logical axes of a parameter."""
+  *_, module, name = (key.key for key in path)
+  axes = _PARAMS.get(f'{module}/{name}', (None,) * leaf.ndim)
+  return (None,) * (leaf.ndim - len(axes)) + axes
+
+
+def constrain_params(params):
+  """Tells the compiler how parameters lie, or what has their form."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: constrain(leaf, *_axes(path, leaf)), params
+  )
 
 
 def side_by_side(f, xs, *, block: int):
@@ -169,6 +197,21 @@ def side_by_side(f, xs, *, block: int):
     lambda x: at_once(constrain(x, 'candidates', *inner)), blocks
   )
   return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), out)
+
+
+def mean_over_rows(f, rows_BxT):
+  """The mean of `f` over rows that are split over the mesh's candidates.
+
+  Args:
+    f: rows [b,T] -> scalar mean over them.
+    rows_BxT: as many rows as the mesh has candidates, or a multiple; any other
+      number is not split.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else mesh.shape['candidates']
+  parts = parts if len(rows_BxT) % parts == 0 else 1
+  shares = rows_BxT.reshape(parts, -1, rows_BxT.shape[1])
+  return side_by_side(f, shares, block=1).mean()
 
 
 def fetch(x) -> np.ndarray:
