@@ -7,8 +7,8 @@ two windows of 512 tokens, scored in rows of 128; 16 calibration windows of 512
 tokens in the place of 64, all of them also for reconstruction. Not timed yet.
 """
 
-from ffp_jax import curriculum
 from ffp_jax.config import PUBLISHED, defaults
+from ffp_jax.pruning import curriculum
 
 
 def get_config():

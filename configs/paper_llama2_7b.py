@@ -8,8 +8,8 @@ projection; --config.search.repair=cut has the published repair. Not run yet:
 no machine with these weights was at hand.
 """
 
-from ffp_jax import curriculum
 from ffp_jax.config import PUBLISHED, defaults
+from ffp_jax.pruning import curriculum
 
 _EPISODES = 4000  # published: 2,000 to 8,000; one is one proposal
 

@@ -21,23 +21,18 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ffp_jax import (
-  baselines,
-  book,
-  command,
-  files,
-  masks,
-  prune,
-  repair,
-  scoring,
-  search,
-  sharding,
-)
+from ffp_jax import baselines, prune
 from ffp_jax import config as config_lib
-from ffp_jax.baselines import outcome
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
+from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.config import RequestError
-from ffp_jax.loss import nll
+from ffp_jax.evaluation import scoring
+from ffp_jax.evaluation.loss import nll
+from ffp_jax.pruning import masks, search
+from ffp_jax.pruning import refit as refit_lib
+from ffp_jax.reporting import method_comparison
+from ffp_jax.runtime import cli, sharding
+from ffp_jax.runtime import workdir as workdir_lib
 
 
 def run(config, workdir: pathlib.Path) -> dict:
@@ -63,12 +58,12 @@ def run(config, workdir: pathlib.Path) -> dict:
   }
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     with config_lib.claim(workdir, config):
-      ledger = book.Book(workdir)
+      ledger = workdir_lib.Book(workdir)
       load = functools.cache(lambda: model_of(config, jobs[c.seeds[0]]))
       for seed, job in jobs.items():
         fill(config, job, seed, load, ledger)
       results = ledger.read_json('compare.json')
-      outcome.write(results, workdir)
+      method_comparison.write(results, workdir)
   return results
 
 
@@ -119,7 +114,7 @@ class Model(NamedTuple):
   params: dict
   loss: scoring.Scorer
   nll: Callable  # what searches take
-  refit_nll: Callable  # the same, of `repair.refitting`
+  refit_nll: Callable  # the same, of `refit.refitting`
 
 
 def model_of(config, job) -> Model:
@@ -131,7 +126,7 @@ def model_of(config, job) -> Model:
     return lambda params, tokens, masks: nll(apply, params, tokens, masks)
 
   return Model(
-    files.load_params(job.directory, job.model, dtype),
+    weights_lib.load_params(job.directory, job.model, dtype),
     scoring.Scorer(job.model),
     nll_of(job.model),
     nll_of(dataclasses.replace(job.model, refit=True)),
@@ -141,7 +136,7 @@ def model_of(config, job) -> Model:
 def fill(config, job, seed: int, load, ledger):
   """Runs what compare.json lacks of one seed, writing after each method."""
   results = ledger.read_json('compare.json') or {'runs': []}
-  done = {outcome.key(line) for line in results['runs']}
+  done = {method_comparison.key(line) for line in results['runs']}
   todo = [
     (name, sparsity)
     for sparsity in config.compare.sparsities
@@ -170,7 +165,7 @@ def fill(config, job, seed: int, load, ledger):
   def refit(strength):
     text = job.text.calibration[:, None]
     rank = modules.rank
-    return repair.refitting(
+    return refit_lib.refitting(
       model.params, job.model, rank, text, strength=strength
     )[1]
 
@@ -190,7 +185,7 @@ def fill(config, job, seed: int, load, ledger):
       }
     )
     ledger.write_json('compare.json', results)
-    logging.info('%s', outcome.line(results['runs'][-1]))
+    logging.info('%s', method_comparison.line(results['runs'][-1]))
 
 
 def problem_of(config, job, model, modules, refit) -> Problem:
@@ -287,10 +282,10 @@ def judge(config, job, model, modules, dense, trace) -> dict:
 
 def main(argv):
   del argv
-  workdir, again = command.begin('ffp_jax.compare', flags.FLAGS.workdir)
-  with command.refusing(workdir, again):
+  workdir, again = cli.begin('ffp_jax.compare', flags.FLAGS.workdir)
+  with cli.refusing(workdir, again):
     results = run(flags.FLAGS.config, workdir)
-  print(outcome.summary(results))
+  print(method_comparison.summary(results))
   print(f'\nreport      {workdir / "compare.md"}')
 
 
@@ -300,7 +295,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      command.parse,
+      cli.parse,
       config='configs/compare.py',
       workdir='the directory of the comparison',
     ),

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ffp_jax import book
+from ffp_jax.runtime import workdir as workdir_lib
 
 TEXT_BYTES = 8_000_000  # of UTF-8; what follows in a text is not read
 
@@ -385,7 +385,7 @@ def claim(workdir: pathlib.Path, config):
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    local = book.is_local(workdir)
+    local = workdir_lib.is_local(workdir)
     lock = open(workdir / 'lock' if local else os.devnull, 'w')
   except OSError as error:
     raise RequestError(
@@ -415,7 +415,7 @@ def _write_config(workdir, config):
   try:
     differ = _differing(config, path) if path.exists() else ['all']
     if differ:
-      book.replace(path, config.to_json(indent=2) + '\n')
+      workdir_lib.replace(path, config.to_json(indent=2) + '\n')
   except OSError as error:
     raise RequestError(
       f'workdir: cannot write to {workdir} ({error.strerror})'

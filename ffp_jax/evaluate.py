@@ -12,19 +12,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import (
-  command,
-  corpora,
-  files,
-  hf,
-  hub,
-  protocols,
-  report,
-  scoring,
-  sharding,
-  tokenization,
-)
+from ffp_jax import report
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.config import RequestError, refuse
+from ffp_jax.evaluation import protocols, scoring
+from ffp_jax.models import families
+from ffp_jax.runtime import cli, sharding
+from ffp_jax.text import corpora, tokenization
 
 
 def evaluate(
@@ -55,7 +49,7 @@ def evaluate(
   """
   stride = protocols.stride(protocol, context, stride)
   directory = hub.locate(model)
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   text = corpora.read(source, field=field, report=True)
   tokens = tokenization.encode(directory, text.content)
   tokenization.check(config, tokens.ids, context)
@@ -75,7 +69,7 @@ def evaluate(
   )
   dtype = scoring.dtype_of(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-    params = files.load_params(directory, config, dtype)
+    params = weights.load_params(directory, config, dtype)
     scorer = scoring.Scorer(config)
     scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
     start = time.perf_counter()
@@ -99,7 +93,7 @@ def evaluate_tasks(
   Args:
     model: directory or hub id, dense or pruned.
     names: of the tasks.
-    fewshot, limit: see `tasks.load` and `tasks.score`.
+    fewshot, limit: see `harness.load` and `harness.score`.
     context: most tokens of a request, None for the model's own positions.
     batch_tokens: about so many are computed together.
     dtype: see `scoring.dtype_of`.
@@ -109,23 +103,23 @@ def evaluate_tasks(
     and seconds.
   """
   try:
-    from ffp_jax import tasks
+    from ffp_jax.evaluation import harness
   except ImportError as error:
     raise RequestError(
       f'--tasks needs lm_eval ({error}): pip install "lm_eval>=0.4.13,<0.5"'
     ) from error
   directory = hub.locate(model)
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   tokenizer = tokenization.load(directory)
   ends = tokenization.ends(directory, tokenizer)
   context = context or config.max_positions
   tokenization.check(config, (), context)
-  loaded = tasks.load(names, tokenizer, fewshot)
+  loaded = harness.load(names, tokenizer, fewshot)
   dtype = scoring.dtype_of(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-    params = files.load_params(directory, config, dtype)
+    params = weights.load_params(directory, config, dtype)
     start = time.perf_counter()
-    asked = tasks.JaxLM(
+    asked = harness.JaxLM(
       params,
       config,
       tokenizer,
@@ -133,13 +127,13 @@ def evaluate_tasks(
       batch_tokens=batch_tokens,
       ends=ends,
     )
-    figures = tasks.score(asked, loaded, limit)
+    figures = harness.score(asked, loaded, limit)
     seconds = time.perf_counter() - start
   return {
     'model': model,
     'pruned': config.sliced,
     'tasks': figures,
-    'harness': tasks.HARNESS,
+    'harness': harness.HARNESS,
     'context': context,
     'dtype': dtype.name,
     'seconds': round(seconds, 3),
@@ -157,8 +151,8 @@ def task_rows(found: dict) -> dict[str, float]:
 
 
 def parse(argv):
-  """`command.parse`, and what goes together."""
-  rest = command.parse(argv)
+  """`cli.parse`, and what goes together."""
+  rest = cli.parse(argv)
   if flags.FLAGS.run and not flags.FLAGS.tasks:
     refuse('--run goes with --tasks')
   out = flags.FLAGS.out

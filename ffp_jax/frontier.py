@@ -14,17 +14,19 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import book, command, prune, report
 from ffp_jax import config as config_lib
+from ffp_jax import prune, report
 from ffp_jax.config import RequestError
-from ffp_jax.reporting import comparison, page, wording
+from ffp_jax.reporting import labels, page, run_comparison
+from ffp_jax.runtime import cli
+from ffp_jax.runtime import workdir as workdir_lib
 
 
 def points(config, workdir, sparsities, steps: int) -> dict:
   """The run of each sparsity: its directory to its configuration.
 
   Args:
-    config: of the first; `budget.sparsity` is not used.
+    config: of the first; `projection.sparsity` is not used.
     workdir: gets a directory a sparsity.
     sparsities: in rising order, each in [0, 1).
     steps: search steps of each but the first, in the last stage.
@@ -67,8 +69,8 @@ def run(config, workdir, sparsities, steps: int, *, again: str) -> list:
   for directory, point in todo.items():
     prune.run(point, directory, command=again)
   runs = [report.read(directory) for directory in todo]
-  found = page.page('Pruning frontier', comparison.compare(runs))
-  book.replace(workdir / 'frontier.html', found)
+  found = page.page('Pruning frontier', run_comparison.compare(runs))
+  workdir_lib.replace(workdir / 'frontier.html', found)
   return runs
 
 
@@ -85,22 +87,22 @@ def summary(runs) -> str:
       _row(
         f'{point.allocation["sparsity_achieved"]:.2%}',
         results['params_pruned'],
-        results[wording.final(results)]['ppl'],
-        wording.ppl(results[wording.even(results)]['ppl']),
+        results[labels.final(results)]['ppl'],
+        labels.ppl(results[labels.even(results)]['ppl']),
       )
     )
-  return '\n'.join([*rows, *wording.protocol(dense['protocol'], shorten=True)])
+  return '\n'.join([*rows, *labels.protocol(dense['protocol'], shorten=True)])
 
 
 def _row(name, params, ppl, uniform):
-  return f'{name:>10}{params:>14,}{wording.ppl(ppl):>12}{uniform or "-":>12}'
+  return f'{name:>10}{params:>14,}{labels.ppl(ppl):>12}{uniform or "-":>12}'
 
 
 def main(argv):
   del argv
   args = flags.FLAGS
-  workdir, again = command.begin('ffp_jax.frontier', args.workdir)
-  with command.refusing(workdir, again):
+  workdir, again = cli.begin('ffp_jax.frontier', args.workdir)
+  with cli.refusing(workdir, again):
     try:
       sparsities = [float(number) for number in args.sparsities]
     except ValueError as error:
@@ -121,7 +123,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      command.parse,
+      cli.parse,
       config='a file such as configs/llama.py',
       workdir='the directory of the points',
       sparsities='numbers in rising order, such as 0.2,0.3,0.4',

@@ -9,17 +9,12 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import (
-  command,
-  decode,
-  files,
-  hf,
-  hub,
-  scoring,
-  sharding,
-  tokenization,
-)
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.config import RequestError, refuse
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import decoding, families
+from ffp_jax.runtime import cli, sharding
+from ffp_jax.text import tokenization
 
 
 def prepare(model: str, prompt: str, new: int):
@@ -32,14 +27,14 @@ def prepare(model: str, prompt: str, new: int):
     RequestError: it can't.
   """
   directory = hub.locate(model)
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   tokenizer = tokenization.load(directory)
   ids = tokenization.ids_of(tokenizer, prompt)
   ends = tokenization.ends(directory, tokenizer)
   if not ids.size:
     raise RequestError('--prompt: gives no token; say something')
   tokenization.check(config, ids, 0)
-  decode.check_slots(config, len(ids) + new)
+  decoding.check_slots(config, len(ids) + new)
   return directory, config, tokenizer, ids, ends
 
 
@@ -53,12 +48,12 @@ def pieces(params, config, tokenizer, ids, *, ends, new, temperature, seed):
     ids: of the prompt, one or more.
     ends: token ids; any of them ends it.
     new: most tokens.
-    temperature, seed: see `decode.continuations`.
+    temperature, seed: see `decoding.continuations`.
 
   Yields:
     Text that follows the prompt and the text before.
   """
-  steps = decode.continuations(
+  steps = decoding.continuations(
     params,
     ids[None],
     np.array([len(ids)]),
@@ -85,7 +80,7 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
     models: directories or hub ids.
     prompt: text.
     new: most new tokens.
-    temperature, seed: see `decode.continuations`.
+    temperature, seed: see `decoding.continuations`.
     dtype: see `scoring.dtype_of`.
 
   Raises:
@@ -96,9 +91,9 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
   for model, (directory, config, tokenizer, ids, ends) in zip(
     models, ready, strict=True
   ):
-    config = decode.unrolled(config)
+    config = decoding.unrolled(config)
     with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-      params = files.load_params(directory, config, dtype)
+      params = weights.load_params(directory, config, dtype)
       print(f'--- {model}\n{prompt}', end='', flush=True)
       for piece in pieces(
         params,
@@ -145,4 +140,4 @@ if __name__ == '__main__':
     ('auto', 'float32', 'bfloat16'),
     'auto: float32 on CPU, bfloat16 elsewhere.',
   )
-  app.run(main, flags_parser=command.parse)
+  app.run(main, flags_parser=cli.parse)

@@ -10,8 +10,9 @@ command goes on.
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import book, command
 from ffp_jax.config import refuse
+from ffp_jax.runtime import cli
+from ffp_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Settings.')
 _COORDINATOR = flags.DEFINE_string(
@@ -26,8 +27,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 
 
 def parse(argv):
-  """`command.parse`, and what the flags of several processes ask for."""
-  rest = command.parse(
+  """`cli.parse`, and what the flags of several processes ask for."""
+  rest = cli.parse(
     argv,
     config='a file such as configs/llama.py',
     workdir='the directory of the run',
@@ -40,18 +41,21 @@ def parse(argv):
 
 def main(argv):
   del argv
-  workdir, again = command.begin('ffp_jax.main', _WORKDIR.value)
+  workdir, again = cli.begin('ffp_jax.main', _WORKDIR.value)
   # Imported here, so that a wrong flag is refused at once.
-  from ffp_jax import prune, report, sharding
+  from ffp_jax import prune, report
+  from ffp_jax.runtime import sharding
 
-  with command.refusing(workdir, again):
+  with cli.refusing(workdir, again):
     if _COORDINATOR.value:
       sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     results = prune.run(_CONFIG.value, workdir, command=again)
   if not sharding.leads():
     return
   print(
-    report.summary(results, book.Book(workdir).read_json('allocation.json'))
+    report.summary(
+      results, workdir_lib.Book(workdir).read_json('allocation.json')
+    )
   )
   print(f'\nmodel       {workdir / "pruned"}')
   print(f'report      {workdir / "report.html"}')

@@ -16,29 +16,20 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax import (
-  allocate,
-  calibrate,
-  command,
-  hf,
-  hub,
-  loss,
-  masks,
-  memory,
-  scoring,
-  search,
-  sharding,
-  tokenization,
-)
 from ffp_jax import config as config_lib
-from ffp_jax import sites as sites_lib
+from ffp_jax.checkpoints import hub
+from ffp_jax.evaluation import loss, scoring
+from ffp_jax.models import families
+from ffp_jax.pruning import allocation, calibration, masks, search, sublayers
+from ffp_jax.runtime import cli, device_memory, sharding
+from ffp_jax.text import tokenization
 
 _GIB = 2**30
 
 
 def abstract_params(model, dtype, mesh):
   """The decoder's parameters as shapes with their shardings."""
-  shapes = hf.param_shapes(model, dtype)
+  shapes = families.param_shapes(model, dtype)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -46,9 +37,9 @@ def abstract_params(model, dtype, mesh):
   )
 
 
-def search_memory(config, model, params) -> memory.Memory:
+def search_memory(config, model, params) -> device_memory.Memory:
   """Of the step of the curriculum's stage with the most rows."""
-  sites = sites_lib.sites(
+  sites = sublayers.sites(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
@@ -71,18 +62,18 @@ def search_memory(config, model, params) -> memory.Memory:
     jax.random.key(0), net, optim, first, remember=config.search.remember
   )
   rows = max(config.search.rows)
-  return memory.needs(
+  return device_memory.needs(
     step,
     state,
     params,
     np.zeros((rows, config.search.context), np.int32),
     np.float32(0.0),
-    allocate.target(sites, config.budget.sparsity),
-    allocate.modules(sites, rank),
+    allocation.target(sites, config.budget.sparsity),
+    allocation.modules(sites, rank),
   )
 
 
-def calibration_memory(config, model, params) -> memory.Memory:
+def calibration_memory(config, model, params) -> device_memory.Memory:
   """Of one layer: its weights, and the residual streams of all windows."""
   text = config.text
   windows = text.calibration_windows + text.validation_windows
@@ -95,8 +86,8 @@ def calibration_memory(config, model, params) -> memory.Memory:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
 
   keep = jnp.ones(model.groups), jnp.ones(model.ffn)
-  return memory.needs(
-    calibrate._layer,
+  return device_memory.needs(
+    calibration._layer,
     jax.tree.map(of_layer, params['stack']),
     stream,
     keep,
@@ -115,7 +106,7 @@ def flops(config, model) -> float:
   """
   c = config.search
   rows = max(c.rows)
-  shapes = jax.tree.leaves(hf.param_shapes(model, jnp.float32))
+  shapes = jax.tree.leaves(families.param_shapes(model, jnp.float32))
   products = sum(int(np.prod(x.shape)) for x in shapes)
   if not model.tied:  # the embedding is looked up, not multiplied
     products -= model.vocab * (model.embed_width or model.width)
@@ -147,7 +138,7 @@ def plan(config, model, dtype, mesh) -> dict:
     of_search += _local(kept) * dtype.itemsize
   wide = _local(scored_params) * np.dtype(np.float32).itemsize
   return {
-    'params': hf.param_count(model),
+    'params': families.param_count(model),
     'mesh': dict(mesh.shape),
     'weights_bytes': weights,
     'search_bytes': step.total - wide + of_search,
@@ -193,7 +184,7 @@ def main(argv):
   jax.config.update('jax_num_cpu_devices', args.devices)
   try:
     config_lib.validate(config)
-    model = hf.model_config(hub.locate(config.model))
+    model = families.model_config(hub.locate(config.model))
     tokenization.check(model, (), config.text.context)
     mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype('bfloat16' if config.dtype == 'auto' else config.dtype)
@@ -215,6 +206,6 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      command.parse, config='a file such as configs/llama2_7b.py'
+      cli.parse, config='a file such as configs/llama2_7b.py'
     ),
   )

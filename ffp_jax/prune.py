@@ -8,35 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ffp_jax import (
-  allocate,
-  checkpoint,
-  corpora,
-  curriculum,
-  data,
-  export,
-  files,
-  hf,
-  hub,
-  importance,
-  protocols,
-  repair,
-  report,
-  resources,
-  scoring,
-  search,
-  sharding,
-  signals,
-  tokenization,
-)
-from ffp_jax import calibrate as ridge
 from ffp_jax import config as config_lib
-from ffp_jax import masks as masks_lib
+from ffp_jax import export, report
 from ffp_jax import results as results_lib
-from ffp_jax import sites as sites_lib
-from ffp_jax.book import Book
+from ffp_jax.checkpoints import hub
+from ffp_jax.checkpoints import weights as weights_lib
+from ffp_jax.evaluation import protocols, scoring
+from ffp_jax.evaluation.loss import nll
 from ffp_jax.export import gguf_file
-from ffp_jax.loss import nll
+from ffp_jax.models import families
+from ffp_jax.pruning import (
+  allocation,
+  curriculum,
+  importance,
+  resources,
+  search,
+  sublayers,
+)
+from ffp_jax.pruning import calibration as ridge
+from ffp_jax.pruning import masks as masks_lib
+from ffp_jax.pruning import refit as refit_lib
+from ffp_jax.runtime import search_state, sharding, signals
+from ffp_jax.runtime.workdir import Book
+from ffp_jax.text import corpora, tokenization
+from ffp_jax.text import windows as windows_lib
 
 
 def run(config, workdir: pathlib.Path, *, command: str) -> dict:
@@ -75,7 +70,7 @@ def go(config, job, first, book, command) -> dict:
   state = resume(first, book)
   with book.timed('load'):
     dtype = scoring.dtype_of(config.dtype)
-    params = files.load_params(job.directory, job.model, dtype)
+    params = weights_lib.load_params(job.directory, job.model, dtype)
     loss = scoring.Scorer(job.model)
   with book.timed('dense loss'):
     text = reward_text(config, job, params, loss)
@@ -116,10 +111,10 @@ class Job(NamedTuple):
   """What a run works on, before any weight is read."""
 
   directory: pathlib.Path
-  model: hf.ModelConfig
+  model: families.ModelConfig
   dtype: np.dtype  # of its file, and so of the file that is written
-  sites: sites_lib.Sites
-  text: data.Splits
+  sites: sublayers.Sites
+  text: windows_lib.Splits
   protocol: protocols.Protocol  # of the held-out figures
 
   @property
@@ -132,7 +127,7 @@ class Job(NamedTuple):
 class Scored(NamedTuple):
   """The decoder that candidates are scored on."""
 
-  model: hf.ModelConfig
+  model: families.ModelConfig
   params: dict
 
 
@@ -147,25 +142,27 @@ class Finalist(NamedTuple):
 def prepare(config) -> Job:
   """Finds the model, its modules and its text; refuses what can't be."""
   directory = hub.locate(config.model)
-  model = hf.model_config(directory)
+  model = families.model_config(directory)
   if model.sliced:
     raise config_lib.RequestError(
       f'model: {config.model!r} is already pruned; give the dense model'
     )
-  sites = sites_lib.sites(
+  sites = sublayers.sites(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
   )
   sites = sites._replace(resources=resources.of(config, model, sites))
   config_lib.check_reachable(sites, config)
-  found = files.check_files(directory, model, scoring.dtype_of(config.dtype))
+  found = weights_lib.check_files(
+    directory, model, scoring.dtype_of(config.dtype)
+  )
   text = corpora.read(config.data, field=config.text.field)
   tokens = tokenization.encode(directory, text.content)
   context = config.text.context
   tokenization.check(model, tokens.ids, context)
-  splits = data.split(
-    data.windows(tokens.ids, context),
+  splits = windows_lib.split(
+    windows_lib.windows(tokens.ids, context),
     calibration=config.text.calibration_windows,
     reward=config.text.reward_windows,
     validation=config.text.validation_windows,
@@ -181,7 +178,7 @@ def prepare(config) -> Job:
     stride=context,
     bos=tokens.bos,
   )
-  dtype = files.main_dtype(*found)
+  dtype = weights_lib.main_dtype(*found)
   return Job(directory, model, dtype, sites, splits, protocol)
 
 
@@ -189,17 +186,17 @@ def start(config, sites, workdir) -> search.SearchState:
   """Where a new search begins: the prior, or another run's policy."""
   state = search.start(config, sites)
   # Once begun, a search no longer needs the run that it began from.
-  if config.search.init_from and not checkpoint.steps_in(
+  if config.search.init_from and not search_state.steps_in(
     workdir / 'checkpoints'
   ):
     other = pathlib.Path(config.search.init_from).expanduser()
-    state = state._replace(params=checkpoint.inherit(other, state.params))
+    state = state._replace(params=search_state.inherit(other, state.params))
   return state
 
 
 def resume(first, book) -> search.SearchState:
   """Where the search goes on: the state saved last, or else `first`."""
-  state = checkpoint.restore(book.workdir / 'checkpoints', first)
+  state = search_state.restore(book.workdir / 'checkpoints', first)
   if state is None and book.has_metrics():
     raise config_lib.RequestError(
       f'workdir: {book.workdir} has metrics of a search but no checkpoint; '
@@ -208,14 +205,14 @@ def resume(first, book) -> search.SearchState:
   return first if state is None else state
 
 
-def rank_units(config, job, params) -> allocate.Modules:
+def rank_units(config, job, params) -> allocation.Modules:
   """Scores the units on the calibration text and orders each module's."""
   captured = scoring.captured_of(job.model, importance.square_sum)
   measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
   norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.wanda)(weights, norms)
-  modules = allocate.modules(job.sites, masks_lib.rank_all(scores))
+  modules = allocation.modules(job.sites, masks_lib.rank_all(scores))
   return jax.block_until_ready(modules)  # for an honest clock
 
 
@@ -230,7 +227,7 @@ def refit(config, job, params, modules) -> Scored:
   """The decoder whose masks refit, or the dense one if none is asked for."""
   if not config_lib.refits(config):
     return Scored(job.model, params)
-  model, mended = repair.refitting(
+  model, mended = refit_lib.refitting(
     params,
     job.model,
     modules.rank,
@@ -259,7 +256,7 @@ def find(config, job, scored, modules, text, state, book):
     state,
   )
   with (
-    checkpoint.Checkpoints(
+    search_state.Checkpoints(
       book.workdir / 'checkpoints',
       every=config.checkpoint.every,
       keep=config.checkpoint.keep,
@@ -303,7 +300,7 @@ def rescore(config, job, scored, modules, text, finalists) -> list:
 
 def counts_of(config, job, modules, priority_S) -> np.ndarray:
   """Priorities to counts at the run's budget."""
-  return allocate.counts_of(
+  return allocation.counts_of(
     priority_S,
     config.budget.sparsity,
     job.sites,

@@ -13,15 +13,10 @@ import shutil
 from absl import app, flags
 
 from ffp_jax import __version__
-from ffp_jax.book import is_local, lines, plain, replace
 from ffp_jax.config import RequestError, refuse
-from ffp_jax.reporting import (
-  blocks,
-  comparison,
-  page,
-  wording,
-)
-from ffp_jax.reporting.sections import Run, report
+from ffp_jax.reporting import blocks, labels, page, run_comparison
+from ffp_jax.reporting.run_report import Run, report
+from ffp_jax.runtime.workdir import is_local, lines, plain, replace
 
 
 def summary(results: dict, allocation: dict) -> str:
@@ -35,7 +30,7 @@ def summary(results: dict, allocation: dict) -> str:
   rows = [f'{"":24}{"perplexity":>12}{"x dense":>10}']
   rows += [
     f'{name:24}{ppl:>12}{times:>10}'
-    for name, ppl, times in wording.compare(results)
+    for name, ppl, times in labels.compare(results)
   ]
   asked, got = (allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
   dense, pruned = results['params_dense'], results['params_pruned']
@@ -43,12 +38,12 @@ def summary(results: dict, allocation: dict) -> str:
   return '\n'.join(
     [
       *rows,
-      *wording.protocol(results['protocol'], shorten=True),
+      *labels.protocol(results['protocol'], shorten=True),
       '',
       f'sparsity    {got:.3%} of the prunable parameters ({asked:.3%} asked)',
-      f'parameters  {dense:,} -> {pruned:,} ({wording.change(dense, pruned)})',
-      f'weights     {wording.size(before)} -> {wording.size(after)} '
-      f'({wording.change(before, after)})',
+      f'parameters  {dense:,} -> {pruned:,} ({labels.change(dense, pruned)})',
+      f'weights     {labels.size(before)} -> {labels.size(after)} '
+      f'({labels.change(before, after)})',
     ]
   )
 
@@ -169,7 +164,7 @@ def main(argv):
       write(workdirs[0])
     else:
       out = pathlib.Path(flags.FLAGS.out)
-      found = comparison.compare([read(workdir) for workdir in workdirs])
+      found = run_comparison.compare([read(workdir) for workdir in workdirs])
       replace(out, page.page('Pruning runs compared', found))
   except (RequestError, OSError) as error:
     refuse(error)

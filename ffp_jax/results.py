@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from ffp_jax import config as config_lib
-from ffp_jax import hf
+from ffp_jax.models import families
 
 
 def allocation(config, job, best) -> dict:
@@ -17,7 +17,7 @@ def allocation(config, job, best) -> dict:
   """
   attention, ffn = np.split(best.counts, 2)
   units = job.sites.units
-  total = hf.param_count(job.model)
+  total = families.param_count(job.model)
   removed = job.sites.total - job.sites.kept_cost(best.counts)
   return {
     'sparsity_target': config.budget.sparsity,

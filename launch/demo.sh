@@ -8,6 +8,6 @@ if [ $# -gt 0 ] && [[ $1 != --* ]]; then
   workdir=$1
   shift
 fi
-.venv/bin/python -m ffp_jax.demo_model
+.venv/bin/python -m ffp_jax.checkpoints.demo_model
 .venv/bin/python -m ffp_jax.main \
   --config=configs/llama.py --workdir="$workdir" "$@"

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import allocate, baselines, masks
+from ffp_jax import baselines
 from ffp_jax import config as config_lib
-from ffp_jax import sites as sites_lib
 from ffp_jax.baselines import amc, sensitivity
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
-from ffp_jax.model import Masks, ModelConfig
+from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.pruning import allocation, masks, sublayers
 from tests import tiny_run
 
 _L, _K, _F, _G, _H, _D = 3, 10, 64, 1, 2, 4
@@ -27,7 +27,7 @@ _MODEL = ModelConfig(
   head_size=_H,
   ffn=_F,
 )
-_SITES = sites_lib.sites(_MODEL, round_heads=1, round_ffn=2)
+_SITES = sublayers.sites(_MODEL, round_heads=1, round_ffn=2)
 # What removing the whole of a module would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 _SPARSITY = 0.4
@@ -92,7 +92,7 @@ def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
   rank, weights, inputs = _arrays()
   return Problem(
     sites=_SITES,
-    modules=allocate.modules(_SITES, rank),
+    modules=allocation.modules(_SITES, rank),
     sparsity=sparsity,
     low=0.1,
     start_S=np.zeros(2 * _L),

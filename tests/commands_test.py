@@ -59,7 +59,7 @@ def _inputs() -> pathlib.Path:
   folder = pathlib.Path(_FOLDER.name)
   tiny_run.inputs(folder)
   (folder / 'config.py').write_text(_CONFIG)
-  (folder / 'comparison.py').write_text(_COMPARISON)
+  (folder / 'run_comparison.py').write_text(_COMPARISON)
   (folder / 'lines.yaml').write_text(_TASK.replace('FOLDER', str(folder)))
   path = folder / 'model' / 'tokenizer_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'eos_token': '!'}))

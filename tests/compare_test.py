@@ -10,8 +10,11 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import baselines, compare, config, hf, masks, prune, scoring, sites
-from ffp_jax.baselines import outcome
+from ffp_jax import baselines, compare, config, prune
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.pruning import masks, sublayers
+from ffp_jax.reporting import method_comparison
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -70,8 +73,8 @@ class RunTest(parameterized.TestCase):
   def test_every_method_meets_both_budgets(self):
     _, results = _finished()
     self.assertEqual([run['method'] for run in results['runs']], [*_METHODS])
-    model = hf.model_config(pathlib.Path(_inputs()['model']))
-    found = sites.sites(model, round_heads=1, round_ffn=2)
+    model = families.model_config(pathlib.Path(_inputs()['model']))
+    found = sublayers.sites(model, round_heads=1, round_ffn=2)
     for run in results['runs']:
       slack = found.limit(0.25) - found.kept_cost(run['counts'])
       self.assertBetween(slack, 0, (found.step * found.unit_cost).min() - 1)
@@ -238,7 +241,7 @@ class OutcomeTest(absltest.TestCase):
         *(('a', 0.3, 5.0), ('a', 0.3, None)),
       )
     ]
-    table = outcome._overview(runs)
+    table = method_comparison._overview(runs)
     self.assertEqual(table.header, ('method', '20%', '30%'))
     self.assertEqual(
       table.rows,
@@ -254,15 +257,17 @@ class OutcomeTest(absltest.TestCase):
         *(('a', 0, None), ('a', 1, 32.5)),
       )
     ]
-    table = outcome._behind(runs)
+    table = method_comparison._behind(runs)
     self.assertEqual(
       table.rows, [('b', '+1.00 ± 2.83 (1 of 2)'), ('a', '+2.50 (1 of 1)')]
     )
-    self.assertIsNone(outcome._behind(runs[2:]))
+    self.assertIsNone(method_comparison._behind(runs[2:]))
 
   def test_no_curves_of_single_points(self):
     one, two = ({'runs': [{'checkpoints': [{}] * n}]} for n in (1, 2))
-    names = [[x[0] for x in outcome._pictures(runs)] for runs in (one, two)]
+    names = [
+      [x[0] for x in method_comparison._pictures(runs)] for runs in (one, two)
+    ]
     self.assertEqual(names, [['kept'], ['curves', 'kept']])
 
 

@@ -12,10 +12,10 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from ffp_jax import config as config_lib
-from ffp_jax import hf
-from ffp_jax import sites as sites_lib
 from ffp_jax.config import RequestError
-from ffp_jax.model import ModelConfig
+from ffp_jax.models import families
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.pruning import sublayers
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 _NAMES = tuple(sorted(path.stem for path in _CONFIGS.glob('*.py')))
@@ -158,7 +158,7 @@ _TINY = ModelConfig(
 
 
 def _sites(config, model=_TINY):
-  return sites_lib.sites(
+  return sublayers.sites(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
@@ -393,7 +393,7 @@ def _model(name):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_text(json.dumps(_HUB[name]))
-    return hf.model_config(path)
+    return families.model_config(path)
 
 
 class FilesTest(_TestCase):
@@ -428,7 +428,7 @@ class FilesTest(_TestCase):
     hub, (total, prunable), costs, units, window, fixed = _FACTS[name]
     config, model = _load(name), _model(name)
     self.assertEqual(config.model, hub)
-    self.assertEqual(hf.param_count(model), total)
+    self.assertEqual(families.param_count(model), total)
     self.assertEqual(model.window, window)
     sites = _sites(config, model)
     L = model.layers

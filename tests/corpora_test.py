@@ -14,8 +14,9 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
-from ffp_jax import corpora, wheels
 from ffp_jax.config import RequestError
+from ffp_jax.runtime import wheels
+from ffp_jax.text import corpora
 
 _ROWS = ('', ' = A title = \n', '', ' Some words . \n')
 

@@ -13,7 +13,8 @@ import safetensors
 import transformers
 from absl.testing import absltest
 
-from ffp_jax import demo_model, wheels
+from ffp_jax.checkpoints import demo_model
+from ffp_jax.runtime import wheels
 
 _ROOT = Path(__file__).parents[1]
 _TEXTS = (
@@ -70,7 +71,7 @@ class FilesTest(absltest.TestCase):
 
   def test_import_leaves_torch_and_transformers_alone(self):
     code = (
-      'import sys, ffp_jax.demo_model\n'
+      'import sys, ffp_jax.checkpoints.demo_model\n'
       'print({"torch", "transformers", "jax"} & set(sys.modules))\n'
     )
     result = _run('-c', code)
@@ -366,14 +367,14 @@ class BuildTest(absltest.TestCase):
 class CommandTest(absltest.TestCase):
   def test_prints_the_directory(self):
     out = demo_model.cached()
-    result = _run('-m', 'ffp_jax.demo_model', f'--out={out}')
+    result = _run('-m', 'ffp_jax.checkpoints.demo_model', f'--out={out}')
     self.assertEqual(result.returncode, 0, result.stderr)
     self.assertEqual(result.stdout, f'{out}\n')
 
   def test_failure_is_one_line_and_code_2(self):
     with tempfile.NamedTemporaryFile() as file:
       for argument in (f'--out={file.name}', 'stray'):
-        result = _run('-m', 'ffp_jax.demo_model', argument)
+        result = _run('-m', 'ffp_jax.checkpoints.demo_model', argument)
         self.assertEqual(result.returncode, 2, result.stderr)
         self.assertRegex(result.stderr, r'\Affp_jax: [^\n]+\n\Z')
         self.assertEqual(result.stdout, '')

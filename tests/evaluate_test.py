@@ -19,8 +19,12 @@ from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
 import ffp_jax
-from ffp_jax import corpora, evaluate, files, hf, scoring, tokenization
+from ffp_jax import evaluate
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.text import corpora, tokenization
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -200,7 +204,7 @@ class ProtocolTest(parameterized.TestCase):
     short = tokenization.Tokens(np.arange(length), None)
     with (
       mock.patch.object(tokenization, 'encode', return_value=short),
-      mock.patch.object(files, 'load_params', side_effect=AssertionError),
+      mock.patch.object(weights, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(
         RequestError, rf'\Adata: {length} tokens are too few[^\n]*context\Z'
       ),
@@ -260,7 +264,7 @@ class CommandTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.enterContext(
-      mock.patch.object(files, 'load_params', side_effect=AssertionError)
+      mock.patch.object(weights, 'load_params', side_effect=AssertionError)
     )
 
   def refused(self, *words, **changes):
@@ -367,7 +371,7 @@ class CommandTest(parameterized.TestCase):
       mock.patch.dict('sys.modules', missing),
       mock.patch.dict(vars(ffp_jax)),
     ):
-      sys.modules.pop('ffp_jax.tasks', None)
+      sys.modules.pop('ffp_jax.evaluation.harness', None)
       vars(ffp_jax).pop('tasks', None)
       self.refused('--tasks needs', 'pip install "lm_eval', tasks=['piqa'])
 
@@ -386,7 +390,7 @@ class CommandTest(parameterized.TestCase):
 
 class ScorerTest(absltest.TestCase):
   def test_what_is_past_a_span_does_not_matter(self):
-    config = hf.model_config(_model())
+    config = families.model_config(_model())
     params = tiny_run.params(config)
     windows = np.random.default_rng(0).integers(0, 300, (3, 16))
     spans = np.array([[1, 16], [9, 16], [4, 10]])
@@ -398,7 +402,7 @@ class ScorerTest(absltest.TestCase):
     self.assertNotEqual(scorer(params, windows, spans_Wx2=spans), got)
 
   def test_the_mean_is_over_tokens(self):
-    config = hf.model_config(_model())
+    config = families.model_config(_model())
     params = tiny_run.params(config)
     windows = np.random.default_rng(1).integers(0, 300, (2, 16))
     scorer = scoring.Scorer(config)

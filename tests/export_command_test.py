@@ -7,8 +7,11 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, hub
-from ffp_jax.export import formats, loading, staging
+from ffp_jax import export
+from ffp_jax.checkpoints import hub, weights
+from ffp_jax.checkpoints import model as model_lib
+from ffp_jax.export import formats, staging
+from ffp_jax.models import families
 from tests import testing, tiny_run
 
 
@@ -32,7 +35,7 @@ class RefusedTest(_TestCase):
 
   def setUp(self):
     super().setUp()
-    load = mock.patch.object(loading, 'load', side_effect=AssertionError)
+    load = mock.patch.object(model_lib, 'load', side_effect=AssertionError)
     self.enterContext(load)
 
   @parameterized.parameters('hf', 'hf_dense')
@@ -77,8 +80,8 @@ class RefusedTest(_TestCase):
 class FullDiskTest(_TestCase):
   @parameterized.parameters(*formats.FORMATS)
   def test_nothing_is_left(self, format):
-    config = hf.model_config(self.dense)
-    params = files.load_params(self.dense, config, np.float32)
+    config = families.model_config(self.dense)
+    params = weights.load_params(self.dense, config, np.float32)
     masks = testing.masks_of(config, (2, 1, 1), (9, 8, 7))
     model = self.folder() / 'pruned'
     small = export.slice_params(params, config, masks)
@@ -120,11 +123,11 @@ class CommandTest(_TestCase):
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder())
     with home:
       again = hub.locate(str(path))
-      config = hf.model_config(self.dense)
-      self.assertEqual(hf.model_config(again), config)
+      config = families.model_config(self.dense)
+      self.assertEqual(families.model_config(again), config)
       self.assert_trees_equal(
-        files.load_params(again, config, 'float32'),
-        files.load_params(self.dense, config, 'float32'),
+        weights.load_params(again, config, 'float32'),
+        weights.load_params(self.dense, config, 'float32'),
       )
 
   @parameterized.parameters(

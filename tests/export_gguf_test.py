@@ -14,16 +14,19 @@ import xllamacpp
 from absl import logging
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, hub, prune, tokenization
-from ffp_jax.export import (
-  formats,
-  gguf_file,
-  gguf_vocabulary,
-  loading,
-  slicing,
+from ffp_jax import export, prune
+from ffp_jax.checkpoints import (
+  gguf_cuts,
+  gguf_model,
+  gguf_tokenizer,
+  hub,
+  weights,
 )
-from ffp_jax.formats import gguf_cuts, gguf_model, gguf_tokenizer
-from ffp_jax.model import Decoder, ModelConfig
+from ffp_jax.checkpoints import model as model_lib
+from ffp_jax.export import formats, gguf_file, gguf_vocabulary, slicing
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Decoder, ModelConfig
+from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
 # Four groups of two heads, so that every layer can keep another number.
@@ -137,8 +140,8 @@ class _LlamaCpp:
 
 def _log_probs(directory: pathlib.Path) -> np.ndarray:
   """Ours, of what follows each of _PROMPTS."""
-  config = hf.model_config(directory)
-  params = files.load_params(directory, config, np.float32)
+  config = families.model_config(directory)
+  params = weights.load_params(directory, config, np.float32)
   # Of one length, to compile once: what comes later changes nothing.
   longest = max(map(len, _PROMPTS))
   tokens = np.array([x + [0] * (longest - len(x)) for x in _PROMPTS])
@@ -163,8 +166,8 @@ class _TestCase(testing.CheckpointTestCase):
     """A pruned model directory; by default no two layers are alike."""
     folder = self.folder()
     tiny_run.write_model(folder / 'dense', **_GROUPED | changes)
-    config = hf.model_config(folder / 'dense')
-    params = files.load_params(folder / 'dense', config, np.float32)
+    config = families.model_config(folder / 'dense')
+    params = weights.load_params(folder / 'dense', config, np.float32)
     masks = testing.masks_of(config, groups, ffn)
     small = export.slice_params(params, config, masks)
     export.save(*small, folder / 'dense', folder / 'pruned')
@@ -209,7 +212,7 @@ class RuntimeTest(_TestCase):
     ours = _log_probs(model)
     np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
     again = hub.locate(str(path))
-    self.assertFalse(hf.model_config(again).sliced)
+    self.assertFalse(families.model_config(again).sliced)
     np.testing.assert_allclose(_log_probs(again), ours, atol=5e-5)
 
   @parameterized.parameters(
@@ -236,12 +239,12 @@ class SizeTest(_TestCase):
   @parameterized.parameters(('float32', 4), ('float16', 2), ('bfloat16', 2))
   def test_parameters_times_dtype(self, dtype, size):
     model = self.pruned()
-    config = hf.model_config(model)
+    config = families.model_config(model)
     path = self.exported(model, dtype)
     reader = gguf.GGUFReader(path)
     data = sum(int(tensor.n_bytes) for tensor in reader.tensors)
     vectors = (2 * config.layers + 1) * config.width  # norms, in float32
-    wanted = hf.param_count(config) * size + vectors * (4 - size)
+    wanted = families.param_count(config) * size + vectors * (4 - size)
     self.assertEqual(data, wanted)
     self.assertBetween(path.stat().st_size - data, 0, 25_000)  # the tokenizer
 
@@ -408,8 +411,8 @@ class TokenizerTest(_TestCase):
   def test_scores_that_are_shared(self):
     source = self._gguf_of_shared_scores()
     dense = hub.locate(str(source))
-    config = hf.model_config(dense)
-    params = files.load_params(dense, config, np.float32)
+    config = families.model_config(dense)
+    params = weights.load_params(dense, config, np.float32)
     small = export.slice_params(
       params, config, testing.masks_of(config, (3, 2, 1), (9, 8, 7))
     )
@@ -461,7 +464,7 @@ class TokenizerTest(_TestCase):
       notes=[],
     )
     path = self.folder() / 'dense.gguf'
-    model = loading.load(*loading.find(str(folder)), 'float32')
+    model = model_lib.load(*model_lib.find(str(folder)), 'float32')
     gguf_file.write(model, path, 'float32', vocabulary)
     return path
 
@@ -595,7 +598,7 @@ class RefusedTest(_TestCase):
     tiny_run.write_model(model, **changes)
     with self.assertLogs(level='WARNING') as logs:
       logging.warning('first')
-      gguf_file.warn(model, hf.model_config(model))
+      gguf_file.warn(model, families.model_config(model))
     self.assertLen(logs.output, 1 + bool(word))
     if word:
       self.assertIn(word, logs.output[1])
@@ -607,7 +610,7 @@ class RefusedTest(_TestCase):
     )
     stop = InterruptedError()
     with (
-      absltest.mock.patch.object(files, 'load_params', side_effect=stop),
+      absltest.mock.patch.object(weights, 'load_params', side_effect=stop),
       self.assertRaises(InterruptedError),
       self.assertLogs(level='WARNING') as logs,
     ):

@@ -10,9 +10,12 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, sites
+from ffp_jax import export
+from ffp_jax.checkpoints import weights
 from ffp_jax.export import slicing
-from ffp_jax.model import Decoder, Masks
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Decoder, Masks
+from ffp_jax.pruning import sublayers
 from tests import tiny_run
 
 _OPT = {
@@ -70,8 +73,8 @@ def _source(name):
   """(dense directory, its config, its parameters)."""
   folder = pathlib.Path(_DENSE.name) / name
   tiny_run.write_model(folder, **_CASES[name])
-  config = hf.model_config(folder)
-  params = files.load_params(folder, config, np.float32)
+  config = families.model_config(folder)
+  params = weights.load_params(folder, config, np.float32)
   # NumPy's slices need no compiling.
   return folder, config, jax.tree.map(np.asarray, params)
 
@@ -114,9 +117,9 @@ class SliceTest(parameterized.TestCase):
 
     out = _folder(self) / 'out'
     export.save(small, small_config, source, out)
-    read_config = hf.model_config(out)
+    read_config = families.model_config(out)
     self.assertEqual(read_config, small_config)
-    read = files.load_params(out, read_config, np.float32)
+    read = weights.load_params(out, read_config, np.float32)
     np.testing.assert_array_equal(_logits(read_config, read), sliced)
 
   @parameterized.parameters(*_CASES)
@@ -168,9 +171,9 @@ class SizeTest(parameterized.TestCase):
   def test_parameter_counts(self, name):
     _, config, params = _source(name)
     small, small_config = _sliced(name)
-    self.assertEqual(hf.param_count(config), _size(params))
-    self.assertEqual(hf.param_count(small_config), _size(small))
-    table = sites.sites(config, round_heads=1, round_ffn=1)
+    self.assertEqual(families.param_count(config), _size(params))
+    self.assertEqual(families.param_count(small_config), _size(small))
+    table = sublayers.sites(config, round_heads=1, round_ffn=1)
     counts = [*small_config.kept_groups, *small_config.kept_ffn]
     removed = table.total - table.kept_cost(counts)
     self.assertGreater(removed, 0)
@@ -251,8 +254,8 @@ class SaveTest(absltest.TestCase):
 
   def test_no_half_written_directory(self):
     for module, name, after in (
-      (files, 'save_params', False),
-      (files, 'save_params', True),
+      (weights, 'save_params', False),
+      (weights, 'save_params', True),
       (slicing.shutil, 'copy', True),
     ):
       with self.subTest(f'{name}, {after}'):

@@ -10,9 +10,11 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, hf, hub
+from ffp_jax import export
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.export import formats
-from ffp_jax.model import Decoder
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Decoder
 from tests import testing, tiny_run
 
 _GROUPED = {
@@ -50,8 +52,8 @@ def _pruned(name) -> pathlib.Path:
   folder = pathlib.Path(_FOLDER.name) / name
   if not folder.exists():
     tiny_run.write_model(folder / 'dense', **_CASES[name])
-    config = hf.model_config(folder / 'dense')
-    params = files.load_params(folder / 'dense', config, np.float32)
+    config = families.model_config(folder / 'dense')
+    params = weights.load_params(folder / 'dense', config, np.float32)
     masks = testing.masks_of(config, _GROUPS, _FFN)
     small = export.slice_params(params, config, masks)
     export.save(*small, folder / 'dense', folder / 'pruned')
@@ -63,8 +65,8 @@ def _tokens():
 
 
 def _ours(directory) -> np.ndarray:
-  config = hf.model_config(directory)
-  params = files.load_params(directory, config, np.float32)
+  config = families.model_config(directory)
+  params = weights.load_params(directory, config, np.float32)
   return np.asarray(
     jax.jit(Decoder(config).apply)({'params': params}, _tokens())
   )
@@ -100,7 +102,7 @@ class CompactTest(_TestCase):
     loaded = _load(out, trust_remote_code=True)
     self.assertEqual(
       [p.shape[0] for n, p in loaded.named_parameters() if 'k_proj.w' in n],
-      [k * hf.model_config(source).head_size for k in _GROUPS],
+      [k * families.model_config(source).head_size for k in _GROUPS],
     )
     self.assert_close(_theirs(loaded), want)
     self.assert_close(_ours(out), want)
@@ -141,7 +143,7 @@ class CompactTest(_TestCase):
   def test_size(self, dtype, size):
     source = _pruned('llama')
     out = self.exported(source, 'hf', dtype)
-    data = hf.param_count(hf.model_config(source)) * size
+    data = families.param_count(families.model_config(source)) * size
     file = (out / 'model.safetensors').stat().st_size
     self.assertBetween(file - data, 0, _HEADER)
     description = json.loads((out / 'config.json').read_text())
@@ -167,7 +169,7 @@ class CardTest(_TestCase):
     folder = self.folder()
     source = _pruned('llama')
     (folder / 'pruned').symlink_to(source)
-    count = hf.param_count(hf.model_config(source))
+    count = families.param_count(families.model_config(source))
     results = {
       'dense': {'ppl': 12.345},
       'calibrated': {'ppl': 23.456},
@@ -204,7 +206,7 @@ class DenseTest(_TestCase):
     out = self.exported(source, 'hf_dense')
     want = _ours(source)
     dense = source.with_name('dense')
-    self.assertEqual(hf.model_config(out), hf.model_config(dense))
+    self.assertEqual(families.model_config(out), families.model_config(dense))
     file, of_dense = (
       (path / 'model.safetensors').stat().st_size for path in (out, dense)
     )
@@ -220,10 +222,10 @@ class OrbaxTest(_TestCase):
     source = _pruned('llama')
     source = source if pruned else source.with_name('dense')
     out = self.exported(source, 'orbax')
-    config = hf.model_config(source)
-    self.assertEqual(hf.model_config(out), config)
-    want = files.load_params(source, config, np.float32)
-    self.assert_trees_equal(files.load_params(out, config, np.float32), want)
+    config = families.model_config(source)
+    self.assertEqual(families.model_config(out), config)
+    want = weights.load_params(source, config, np.float32)
+    self.assert_trees_equal(weights.load_params(out, config, np.float32), want)
 
   def test_to_another_format(self):
     source = _pruned('llama')
@@ -274,9 +276,9 @@ class TiedTest(_TestCase):
   )
   def test_pruned(self, name, other_head, format):
     dense = self.dense(name, other_head=other_head)
-    config = hf.model_config(dense)
+    config = families.model_config(dense)
     self.assertEqual(config.tied, not other_head)
-    params = files.load_params(dense, config, np.float32)
+    params = weights.load_params(dense, config, np.float32)
     whole = (config.groups,) * 3, (config.ffn,) * 3
     small = export.slice_params(
       params, config, testing.masks_of(config, *whole)
@@ -302,7 +304,7 @@ class TiedTest(_TestCase):
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder())
     with home:
       again = hub.locate(str(out))
-    self.assertEqual(hf.model_config(again).tied, not other_head)
+    self.assertEqual(families.model_config(again).tied, not other_head)
     self.assert_close(_ours(again), _theirs(_load(dense)))
 
   @parameterized.parameters('float64', 'sparse')

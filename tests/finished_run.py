@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from ffp_jax.book import Book, plain
-from ffp_jax.reporting.sections import Run
+from ffp_jax.reporting.run_report import Run
+from ffp_jax.runtime.workdir import Book, plain
 
 
 def config(**changes):

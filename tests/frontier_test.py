@@ -12,8 +12,11 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import book, checkpoint, files, frontier
+from ffp_jax import frontier
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
+from ffp_jax.runtime import search_state
+from ffp_jax.runtime import workdir as workdir_lib
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -65,16 +68,17 @@ class FrontierTest(parameterized.TestCase):
   def test_later_points_begin_where_the_one_before_ended(self):
     workdir, runs = _finished()
     first, second = (workdir / f'{s:g}' / 'checkpoints' for s in (0.2, 0.3))
-    self.assertEqual(checkpoint.steps_in(second), [0, 1])
-    with mock.patch.object(checkpoint, 'steps_in', return_value=[0]):
-      begun = checkpoint.newest(second)
-    found = checkpoint.newest(first)
+    self.assertEqual(search_state.steps_in(second), [0, 1])
+    with mock.patch.object(search_state, 'steps_in', return_value=[0]):
+      begun = search_state.newest(second)
+    found = search_state.newest(first)
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         begun['params'][name], found['params'][name]
       )
     steps = [
-      len(book.lines(workdir / f'{s:g}' / 'metrics.jsonl')) for s in _SPARSITIES
+      len(workdir_lib.lines(workdir / f'{s:g}' / 'metrics.jsonl'))
+      for s in _SPARSITIES
     ]
     self.assertEqual(steps, [6, 1, 1])
     self.assertEqual(
@@ -90,7 +94,7 @@ class FrontierTest(parameterized.TestCase):
 
   def test_again_is_no_work(self):
     workdir, runs = _finished()
-    with mock.patch.object(files, 'load_params', side_effect=AssertionError):
+    with mock.patch.object(weights, 'load_params', side_effect=AssertionError):
       again = _run(workdir)
     self.assertEqual([x.results for x in again], [x.results for x in runs])
 
@@ -114,7 +118,7 @@ class FrontierTest(parameterized.TestCase):
   def test_refused(self, sparsities, pattern):
     with (
       contextlib.redirect_stderr(io.StringIO()),
-      mock.patch.object(files, 'load_params', side_effect=AssertionError),
+      mock.patch.object(weights, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(RequestError, pattern),
     ):
       _run(self.workdir, sparsities)

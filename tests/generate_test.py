@@ -12,8 +12,12 @@ import numpy as np
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, files, generate, hf, scoring, tokenization
+from ffp_jax import export, generate
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -33,8 +37,8 @@ def _models() -> tuple[str, str]:
   folder = pathlib.Path(_FOLDER.name)
   dense, pruned = folder / 'dense', folder / 'pruned'
   tiny_run.write_model(dense)
-  config = hf.model_config(dense)
-  params = files.load_params(dense, config, np.float32)
+  config = families.model_config(dense)
+  params = weights.load_params(dense, config, np.float32)
   small = export.slice_params(params, config, testing.random_masks(config))
   export.save(*small, dense, pruned)
   return str(dense), str(pruned)
@@ -52,8 +56,8 @@ class GenerateTest(parameterized.TestCase):
   def naive(self, model, prompt, count):
     """The likeliest tokens, by forwards without a cache."""
     directory = pathlib.Path(model)
-    config = hf.model_config(directory)
-    params = files.load_params(directory, config, np.float32)
+    config = families.model_config(directory)
+    params = weights.load_params(directory, config, np.float32)
     apply = jax.jit(scoring.apply_of(config))
     tokenizer = tokenization.load(directory)
     ids = tokenizer(prompt)['input_ids']
@@ -146,7 +150,7 @@ class GenerateTest(parameterized.TestCase):
   def test_no_prompt(self):
     models = _models()  # may have to be made, before nothing can be loaded
     with (
-      mock.patch.object(files, 'load_params', side_effect=AssertionError),
+      mock.patch.object(weights, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(RequestError, '--prompt'),
     ):
       _generated(models, prompt='')

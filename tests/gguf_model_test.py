@@ -10,8 +10,9 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import files, hf, hub, tokenization
-from ffp_jax.formats import gguf_model
+from ffp_jax.checkpoints import gguf_model, hub, weights
+from ffp_jax.models import families
+from ffp_jax.text import tokenization
 from tests.testing import CheckpointTestCase
 
 _T = gguf.GGMLQuantizationType
@@ -158,7 +159,7 @@ class _TestCase(CheckpointTestCase):
     """What the same model gives through safetensors."""
     folder = self.folder()
     model.save_pretrained(folder)
-    return hf.model_config(folder), self.load(folder)
+    return families.model_config(folder), self.load(folder)
 
 
 class WeightsTest(_TestCase):
@@ -172,16 +173,16 @@ class WeightsTest(_TestCase):
     model = _model(**changes)
     config, params = self.reference(model)
     for piece in (1 << 20, 100):
-      with mock.patch.object(files, '_PIECE', piece):
+      with mock.patch.object(weights, '_PIECE', piece):
         folder = hub.locate(str(self.written(model)))
-        self.assertEqual(hf.model_config(folder), config)
+        self.assertEqual(families.model_config(folder), config)
         self.assert_trees_equal(self.load(folder), params)
 
   def test_biases_are_permuted_too(self):
     model = _model(attention_bias=True, mlp_bias=True)
     config, params = self.reference(model)
     folder = hub.locate(str(self.written(model)))
-    self.assertEqual(hf.model_config(folder), config)
+    self.assertEqual(families.model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
 
   @parameterized.parameters(
@@ -207,7 +208,7 @@ class WeightsTest(_TestCase):
         )
       )
     )
-    self.assertEqual(hf.model_config(folder), config)
+    self.assertEqual(families.model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
 
   @parameterized.parameters(
@@ -283,9 +284,9 @@ class WeightsTest(_TestCase):
         spec[2] = 'a'  # query and key: groups
       return jax.sharding.NamedSharding(mesh, jax.P(*spec[: len(x.shape)]))
 
-    shapes = hf.param_shapes(config, np.float32)
+    shapes = families.param_shapes(config, np.float32)
     shardings = jax.tree.map(sharding, shapes)
-    got = files.load_params(folder, config, np.float32, shardings)
+    got = weights.load_params(folder, config, np.float32, shardings)
     self.assert_trees_equal(got, want)
 
   def test_unreadable_type(self):
@@ -402,7 +403,7 @@ class PlaceTest(_TestCase):
     path.write_bytes(self.written(_model(rms_norm_eps=1e-3)).read_bytes())
     other = hub.locate(str(path))
     self.assertNotEqual(other, folder)
-    self.assertEqual(hf.model_config(other).norm_eps, 1e-3)
+    self.assertEqual(families.model_config(other).norm_eps, 1e-3)
 
   def test_two_files_in_a_directory(self):
     path = self.written()

@@ -10,7 +10,7 @@ import transformers
 from absl.testing import absltest, parameterized
 from huggingface_hub import constants, errors
 
-from ffp_jax import hub
+from ffp_jax.checkpoints import hub
 from ffp_jax.config import RequestError
 from tests import tiny_run
 

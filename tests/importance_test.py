@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import importance
-from ffp_jax.model import Decoder
+from ffp_jax.models.decoder import Decoder
+from ffp_jax.pruning import importance
 from tests import testing
 
 _NAMES = ('llama_grouped', 'llama_biased', 'opt_pre_norm')

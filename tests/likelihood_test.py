@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export, likelihood, tasks
+from ffp_jax import export
+from ffp_jax.evaluation import harness, likelihood
 from tests import testing, tiny_run
 
 _MOST = 20  # tokens of an input; one context is longer
@@ -72,7 +73,7 @@ def _plain(model, requests) -> list[tuple[float, bool]]:
 
 
 def _answers(config, params, requests, tokens=_TOKENS):
-  model = tasks.JaxLM(
+  model = harness.JaxLM(
     params, config, None, max_length=_MOST, batch_tokens=tokens
   )
   return model._loglikelihood_tokens(requests, disable_tqdm=True)

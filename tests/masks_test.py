@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import masks
-from ffp_jax.model import Masks
+from ffp_jax.models.decoder import Masks
+from ffp_jax.pruning import masks
 
 
 def _numpy_ranks(score):

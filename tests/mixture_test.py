@@ -1,6 +1,6 @@
 from absl.testing import absltest, parameterized
 
-from ffp_jax import mixture
+from ffp_jax.text import mixture
 
 
 def _pieces(*documents, join='\n\n'):

@@ -4,7 +4,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from ffp_jax.reporting import blocks, comparison, page, plots, sections
+from ffp_jax.reporting import blocks, page, plots, run_comparison, run_report
 from tests import finished_run
 
 _VOID = ('meta', 'link')
@@ -59,8 +59,8 @@ class _Tree(html.parser.HTMLParser):
 
 def _parse(blocks_or_run, title='a title'):
   found = blocks_or_run
-  if isinstance(found, sections.Run):
-    found = sections.report(found)
+  if isinstance(found, run_report.Run):
+    found = run_report.report(found)
   return _Tree(page.page(title, found)).root
 
 
@@ -75,9 +75,9 @@ def _pages():
   bare = finished_run.run(lines=0)
   bare = bare._replace(results=finished_run.uncalibrated(bare.results))
   return {
-    'full': list(sections.report(full)),
-    'bare': list(sections.report(bare)),
-    'comparison': list(comparison.compare([full, other, bare])),
+    'full': list(run_report.report(full)),
+    'bare': list(run_report.report(bare)),
+    'comparison': list(run_comparison.compare([full, other, bare])),
   }
 
 
@@ -297,7 +297,7 @@ class EscapeTest(absltest.TestCase):
     runs = [
       finished_run.run(_NASTY, settings={'model': _NASTY}) for _ in range(2)
     ]
-    root = self.check(comparison.compare(runs))
+    root = self.check(run_comparison.compare(runs))
     self.assertEqual(root.one('h2').text, _NASTY)
 
   def test_every_block(self):

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from ffp_jax import hf, memory, plan, sharding
+from ffp_jax import plan
 from ffp_jax.config import defaults
-from ffp_jax.model import ModelConfig
+from ffp_jax.models import families
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.runtime import device_memory, sharding
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -50,7 +52,7 @@ def _plan(mesh, dtype=jnp.float32, **overrides):
 
 class PlanTest(parameterized.TestCase):
   def test_weights_are_those_of_one_device(self):
-    total = 4 * hf.param_count(_MODEL)
+    total = 4 * families.param_count(_MODEL)
     self.assertEqual(_plan((1, 1, 1))['weights_bytes'], total)
     eighth = _plan((1, 1, 8))['weights_bytes']
     # Groups and channels over tensor; of four groups only two parts.
@@ -107,7 +109,7 @@ _MEASURE = """
 import json, pathlib, re
 import jax, jax.numpy as jnp
 from ffp_jax import loss, memory, scoring
-from ffp_jax.model import Decoder, Masks, ModelConfig
+from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
 
 model = ModelConfig(vocab=2048, width=128, layers=6, groups=4,
                     heads_per_group=2, head_size=16, ffn=1024)
@@ -144,12 +146,12 @@ class MemoryTest(parameterized.TestCase):
 
       return step
 
-    step, made = memory.halving(make, 4)
+    step, made = device_memory.halving(make, 4)
     self.assertEqual(step(3), 3)
     self.assertEqual(step(5), 5)
     self.assertEqual(tried, [4, 2, 2])
     self.assertLen(made, 2)
-    step, _ = memory.halving(make, 8)
+    step, _ = device_memory.halving(make, 8)
     with self.assertRaisesRegex(jax.errors.JaxRuntimeError, 'EXHAUSTED'):
       step(3)
 
@@ -160,7 +162,7 @@ class MemoryTest(parameterized.TestCase):
 
       return step
 
-    step, _ = memory.halving(make, 4)
+    step, _ = device_memory.halving(make, 4)
     with self.assertRaisesRegex(jax.errors.JaxRuntimeError, 'INTERNAL: 4'):
       step()
 
@@ -170,9 +172,9 @@ class MemoryTest(parameterized.TestCase):
   def test_as_many_as_fit(self, free, most, expected):
     step = jax.jit(lambda x: jnp.sum(jnp.sort(x * 2.0)) * jnp.sin(x)[0])
     x = jnp.ones(1000)
-    self.assertBetween(memory.needs(step, x).temporary, 4000, 4499)
-    with absltest.mock.patch.object(memory, 'free', return_value=free):
-      self.assertEqual(memory.fitting(step, most, x), expected)
+    self.assertBetween(device_memory.needs(step, x).temporary, 4000, 4499)
+    with absltest.mock.patch.object(device_memory, 'free', return_value=free):
+      self.assertEqual(device_memory.fitting(step, most, x), expected)
 
 
 class CommandTest(absltest.TestCase):

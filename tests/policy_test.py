@@ -6,7 +6,7 @@ import numpy as np
 import scipy.stats
 from absl.testing import absltest, parameterized
 
-from ffp_jax import policy
+from ffp_jax.pruning import policy
 
 _S = 6
 _TARGET = np.array([1.0, -0.5, 0.3, -1.2, 0.8, 0.0], np.float32)

@@ -12,19 +12,14 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from ffp_jax import (
-  book,
-  data,
-  evaluate,
-  export,
-  files,
-  hf,
-  prune,
-  scoring,
-  tokenization,
-)
-from ffp_jax.book import Book
+from ffp_jax import evaluate, export, prune
+from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.config import RequestError
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.runtime.workdir import Book
+from ffp_jax.text import tokenization, windows
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -235,7 +230,7 @@ class FinishedTest(_TestCase):
     np.testing.assert_array_equal(
       tokens.ids, tokenization.encode(_model(), _text().read_text()).ids
     )
-    held = data.windows(tokens.ids, 32)[-5:].reshape(-1)
+    held = windows.windows(tokens.ids, 32)[-5:].reshape(-1)
     held = tokens._replace(ids=held)
     with mock.patch.object(tokenization, 'encode', return_value=held):
       got = evaluate.evaluate(str(directory), str(_text()), context=32)
@@ -255,10 +250,10 @@ class FinishedTest(_TestCase):
     self.assertEqual(results['bytes_dense'], 2 * results['params_dense'])
     self.assertEqual(results['bytes_pruned'], file.stat().st_size)
     self.assertLess(file.stat().st_size, (model / file.name).stat().st_size)
-    config = hf.model_config(file.parent)
-    params = files.load_params(file.parent, config, jnp.dtype('float32'))
+    config = families.model_config(file.parent)
+    params = weights_lib.load_params(file.parent, config, jnp.dtype('float32'))
     tokens = tokenization.encode(model, _text().read_text()).ids
-    heldout = data.windows(tokens, 32)[-5:]
+    heldout = windows.windows(tokens, 32)[-5:]
     got = np.exp(scoring.Scorer(config)(params, heldout))
     # The very projections that were judged, rounded before they were.
     np.testing.assert_allclose(got, results['calibrated']['ppl'], rtol=1e-5)
@@ -270,7 +265,7 @@ class FinishedTest(_TestCase):
       for path in workdir.rglob('*')
       if path.is_file() and path.suffix not in ('.png', '.md')
     }
-    with mock.patch.object(files, 'load_params', _unexpected):
+    with mock.patch.object(weights_lib, 'load_params', _unexpected):
       self.assertEqual(_run(workdir), results)
     for path, content in before.items():
       self.assertEqual(path.read_bytes(), content, path)
@@ -278,7 +273,7 @@ class FinishedTest(_TestCase):
   def test_other_settings_are_refused(self):
     workdir, _ = _finished()
     before = _outcome(workdir), (workdir / 'config.json').read_bytes()
-    with mock.patch.object(files, 'load_params', _unexpected):
+    with mock.patch.object(weights_lib, 'load_params', _unexpected):
       with self.assertRaisesRegex(
         RequestError, r'\A[^\n]*budget.sparsity, seed;[^\n]*\Z'
       ):
@@ -325,7 +320,7 @@ class RepeatTest(_TestCase):
   def test_a_bucket_holds_the_same(self):
     # A path of etils is written as an object of a bucket is.
     bucket = epath.Path(self.workdir)
-    self.assertFalse(book.is_local(bucket))
+    self.assertFalse(workdir_lib.is_local(bucket))
     real = Book.append
 
     def append(book, line):
@@ -374,7 +369,7 @@ class RepeatTest(_TestCase):
     layers = _read(self.workdir / 'allocation.json')['layers']
     self.assertEqual([x['attention_kept'] for x in layers], [2, 2, 2])
     self.assertTrue((self.workdir / 'report.md').exists())
-    small = hf.model_config(self.workdir / 'pruned')
+    small = families.model_config(self.workdir / 'pruned')
     self.assertEqual(small.kept_ffn, tuple(x['ffn_kept'] for x in layers))
 
 
@@ -392,7 +387,7 @@ class RefusedTest(_TestCase):
     self.assertEqual(sorted(self.folder.rglob('*')), before)
 
   def _refused_early(self, pattern, **overrides):
-    with mock.patch.object(files, 'load_params', _unexpected):
+    with mock.patch.object(weights_lib, 'load_params', _unexpected):
       self._refused(pattern, **overrides)
 
   def _model_with(self, *, missing=(), **changes):

@@ -9,10 +9,11 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest
 
-from ffp_jax import compare, curriculum, prune, search
+from ffp_jax import compare, prune
 from ffp_jax import config as config_lib
 from ffp_jax.baselines import fastforward
-from ffp_jax.book import Book
+from ffp_jax.pruning import curriculum, search
+from ffp_jax.runtime.workdir import Book
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit

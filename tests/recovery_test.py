@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from absl.testing import absltest, parameterized
 
-from ffp_jax import adapters, export, files, hf, recovery, sharding
-from ffp_jax.distillation import distillation_loss
-from ffp_jax.model import Decoder, Masks, ModelConfig
+from ffp_jax import export
+from ffp_jax.checkpoints import weights as weights_lib
+from ffp_jax.models import adapters, families
+from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
+from ffp_jax.pruning import recovery
+from ffp_jax.pruning.distillation import distillation_loss
+from ffp_jax.runtime import sharding
 from tests import testing, tiny_run
 
 _MODEL = ModelConfig(
@@ -226,7 +230,7 @@ class AdapterTest(parameterized.TestCase):
       np.testing.assert_array_equal(factors[f'{name}_b'], 0.0)
 
   def test_every_adapter_is_split(self):
-    shapes = hf.param_shapes(
+    shapes = families.param_shapes(
       dataclasses.replace(_MODEL, adapter_rank=2), jnp.float32
     )
     placed = sharding.of_params(shapes, sharding.make_mesh(2, 2, 2))
@@ -382,7 +386,7 @@ def _torch_steps(pair, keep, first, rank, batches):
     return _stacked(first, factors), losses
   with tempfile.TemporaryDirectory() as folder:
     student.save_pretrained(folder)
-    return files.load_params(pathlib.Path(folder), c, np.float32), losses
+    return weights_lib.load_params(pathlib.Path(folder), c, np.float32), losses
 
 
 def _torch_adapters(blocks, first):

@@ -5,8 +5,9 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import data, recovery_text, tokenization
 from ffp_jax.config import RequestError
+from ffp_jax.text import recovery_text, tokenization
+from ffp_jax.text import windows as windows_lib
 from tests import tiny_run
 
 
@@ -102,7 +103,7 @@ class TokenFileTest(parameterized.TestCase):
   def test_mapped_windows_are_read_when_asked_for(self):
     count, found = self._written(self.documents, 1000)
     mapped = np.memmap(self.folder / 'tokens.bin', np.int32, 'r')
-    windows = data.windows(mapped, 64)
+    windows = windows_lib.windows(mapped, 64)
     self.assertTrue(np.shares_memory(windows, mapped))
     self.assertEqual(windows.shape, (count // 64, 64))
     np.testing.assert_array_equal(windows[3], found[3 * 64 : 4 * 64])

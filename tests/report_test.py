@@ -15,9 +15,10 @@ from absl import logging
 from absl.testing import absltest
 from matplotlib import image
 
-from ffp_jax import book, report
-from ffp_jax.book import Book
+from ffp_jax import report
 from ffp_jax.config import RequestError
+from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.runtime.workdir import Book
 from tests import finished_run
 
 _PLOTS = ('plot_kept.png', 'plot_search.png', 'plot_perplexity.png')
@@ -141,7 +142,7 @@ class ProgressTest(_Folder):
   def watch(self, seconds, stderr, steps=4):
     """Lines logged by a search of `steps` more steps after 10."""
     with (
-      mock.patch.object(book, '_LOG_SECONDS', seconds),
+      mock.patch.object(workdir_lib, '_LOG_SECONDS', seconds),
       mock.patch.object(sys, 'stderr', stderr),
       # absl's clocks, which outlive a search.
       mock.patch.object(logging, '_log_timer_per_token', {}),

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import budget, config, files, prune, resources, sites
+from ffp_jax import config, prune
 from ffp_jax.benchmarks import latency
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
-from ffp_jax.model import ModelConfig
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.pruning import projection, resources, sublayers
 from tests import tiny_run
 
 _MODEL = ModelConfig(
@@ -35,7 +37,7 @@ def tearDownModule():
 
 
 def _sites(model=_MODEL):
-  return sites.sites(model, round_heads=1, round_ffn=4)
+  return sublayers.sites(model, round_heads=1, round_ffn=4)
 
 
 def _of(model=_MODEL, **budgets):
@@ -146,7 +148,9 @@ def _problems(seed, budgets, scale=1.5):
 
 @jax.jit
 def _project(priority, keep, share, floor, low):
-  return budget.project(priority, keep, share_KxS=share, floor_S=floor, low=low)
+  return projection.project(
+    priority, keep, share_KxS=share, floor_S=floor, low=low
+  )
 
 
 _jacobian = jax.jit(jax.jacobian(_project))
@@ -215,7 +219,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
     limit = least + ((cost @ units - least) * source.uniform(0.1, 0.9)).astype(
       int
     )
-    counts = budget.to_counts(
+    counts = projection.to_counts(
       ratio, limit, units_S=units, cost_KxS=cost, step_S=step, floor_S=step
     )
     slack = limit - cost @ counts
@@ -230,7 +234,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
 
 class IntegersTest(absltest.TestCase):
   def test_exact_where_a_divisor_allows_it(self):
-    cost, limit = budget.integers(
+    cost, limit = projection.integers(
       np.array([6e9, 9e9]), 2.9e10, np.array([2, 3])
     )
     np.testing.assert_array_equal(cost, [2, 3])
@@ -242,7 +246,7 @@ class IntegersTest(absltest.TestCase):
       units = source.integers(1, 20_000, _S)
       real = source.uniform(1e-4, 1e6, _S)
       limit = 0.7 * units @ real
-      cost, whole = budget.integers(real, limit, units)
+      cost, whole = projection.integers(real, limit, units)
       self.assertLess(units @ cost, 2**41)  # sums stay exact in 64 bits
       counts = (source.random(_S) * units).astype(int)
       if counts @ cost <= whole:
@@ -261,11 +265,11 @@ class IntegersTest(absltest.TestCase):
     for kept in source.uniform(0.3, 0.95, 5):
       costs = parameters, flops, cache
       budgets = [(c, float(np.floor(kept * (units @ c)))) for c in costs]
-      pairs = [budget.integers(c, limit, units) for c, limit in budgets]
+      pairs = [projection.integers(c, limit, units) for c, limit in budgets]
       for (real, limit), (cost, whole) in zip(budgets, pairs, strict=True):
         np.testing.assert_array_equal(cost * (real[0] / cost[0]), real)
         self.assertEqual(whole, limit * cost[0] // real[0])
-      count_S = budget.to_counts(
+      count_S = projection.to_counts(
         source.uniform(0.1, 1.0, 2 * layers),
         np.array([whole for _, whole in pairs]),
         units_S=units,
@@ -330,7 +334,7 @@ class RunTest(parameterized.TestCase):
   )
   def test_refused(self, budgets, pattern):
     with (
-      mock.patch.object(files, 'load_params', side_effect=AssertionError),
+      mock.patch.object(weights, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(RequestError, pattern),
     ):
       self._run(**budgets)

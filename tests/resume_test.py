@@ -22,18 +22,14 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from ffp_jax import (
-  book,
-  checkpoint,
-  files,
-  hf,
-  prune,
-  search,
-  signals,
-  sites,
-)
-from ffp_jax.book import Book
+from ffp_jax import prune
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
+from ffp_jax.models import families
+from ffp_jax.pruning import search, sublayers
+from ffp_jax.runtime import search_state, signals
+from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.runtime.workdir import Book
 from tests import kill, tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -201,7 +197,7 @@ class CommandTest(_TestCase):
       f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
     )
     checkpoints = self.workdir / 'checkpoints'
-    step = checkpoint.newest(checkpoints)['step']
+    step = search_state.newest(checkpoints)['step']
     # Nothing is due between the end of the first stage and that of the second.
     self.assertGreater(step, 2)
     self.assertBetween(metrics.read_text().count('\n'), step, step + 2)
@@ -213,7 +209,7 @@ class CommandTest(_TestCase):
     self.assertNotIn('Traceback', said)
     line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
     self.assertStartsWith(said.splitlines()[-1], line)
-    self.assertEqual(checkpoint.newest(checkpoints)['step'], step)
+    self.assertEqual(search_state.newest(checkpoints)['step'], step)
 
 
 class SignalTest(parameterized.TestCase):
@@ -257,7 +253,7 @@ class SignalTest(parameterized.TestCase):
 class DamagedTest(_TestCase):
   def test_newest_checkpoint(self):
     self.interrupt(4)
-    before = book.Book(self.workdir).seconds
+    before = workdir_lib.Book(self.workdir).seconds
     newest = self.workdir / 'checkpoints' / '4'
     largest = max(newest.rglob('*'), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -287,7 +283,7 @@ class DamagedTest(_TestCase):
     shutil.rmtree(checkpoints)
     if gone == 'content':
       (checkpoints / '0').mkdir(parents=True)
-    with mock.patch.object(files, 'load_params', _unexpected):
+    with mock.patch.object(weights, 'load_params', _unexpected):
       with self.assertRaisesRegex(
         RequestError, rf'\Aworkdir: .*{self.workdir}'
       ):
@@ -305,13 +301,13 @@ class FullDiskTest(_TestCase):
         safetensors.numpy.save_file({'x': np.zeros(100)}, path)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    self.assertEqual(book.disk_full(caught.exception), 'File too large')
+    self.assertEqual(workdir_lib.disk_full(caught.exception), 'File too large')
 
   def test_by_cause(self):
     error = ValueError('a library')
     error.__cause__ = OSError(28, os.strerror(28))
-    self.assertEqual(book.disk_full(error), 'No space left on device')
-    self.assertIsNone(book.disk_full(OSError(2, os.strerror(2))))
+    self.assertEqual(workdir_lib.disk_full(error), 'No space left on device')
+    self.assertIsNone(workdir_lib.disk_full(OSError(2, os.strerror(2))))
 
 
 class InitFromTest(_TestCase):
@@ -326,7 +322,7 @@ class InitFromTest(_TestCase):
 
     with mock.patch.object(search, 'steps', steps):
       _run(self.workdir, **config)
-    saved = checkpoint.newest(other / 'checkpoints')
+    saved = search_state.newest(other / 'checkpoints')
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         self.state.params[name], saved['params'][name]
@@ -334,8 +330,8 @@ class InitFromTest(_TestCase):
     self.assertEqual(int(self.state.step), 0)
     self.assertFalse(np.isfinite(self.state.memory.reward_M).any())
     # Its mean is what is proposed, at the new sparsity.
-    model = hf.model_config(pathlib.Path(_inputs()['model']))
-    table = sites.sites(model, round_heads=1, round_ffn=2)
+    model = families.model_config(pathlib.Path(_inputs()['model']))
+    table = sublayers.sites(model, round_heads=1, round_ffn=2)
     net, _ = search.network(_config(**config), table)
     at = jnp.float32(0.4)
     mean_S = net.apply({'params': self.state.params}, at).mean_S
@@ -349,7 +345,7 @@ class InitFromTest(_TestCase):
     self.interrupt(0, **changes)
     shutil.rmtree(other)
     self.interrupt(1, **changes)
-    self.assertLen(book.lines(self.workdir / 'metrics.jsonl'), 2)
+    self.assertLen(workdir_lib.lines(self.workdir / 'metrics.jsonl'), 2)
 
   def test_refused(self):
     small = self.folder / 'model'
@@ -361,7 +357,7 @@ class InitFromTest(_TestCase):
     ):
       changes = {'search.init_from': str(_finished())} | changes
       with (
-        mock.patch.object(files, 'load_params', _unexpected),
+        mock.patch.object(weights, 'load_params', _unexpected),
         self.assertRaisesRegex(
           RequestError, rf'\Asearch.init_from: [^\n]*{pattern}[^\n]*\Z'
         ),

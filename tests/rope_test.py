@@ -3,9 +3,9 @@ import transformers
 from absl.testing import absltest, parameterized
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ffp_jax import rope
 from ffp_jax.config import RequestError
-from ffp_jax.fields import Fields
+from ffp_jax.models import rope
+from ffp_jax.models.json_fields import Fields
 
 _LLAMA3 = {
   'rope_type': 'llama3',

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import allocate, curriculum, loss, masks, search
 from ffp_jax import config as config_lib
-from ffp_jax import sites as sites_lib
 from ffp_jax.config import defaults
-from ffp_jax.model import Decoder, Masks, ModelConfig
+from ffp_jax.evaluation import loss
+from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
+from ffp_jax.pruning import allocation, curriculum, masks, search, sublayers
 from tests import tiny_run
 
 _L, _K, _F = 3, 200, 400
@@ -24,7 +24,7 @@ _WIDE = ModelConfig(
   head_size=2,
   ffn=_F,
 )
-_SITES = sites_lib.sites(_WIDE, round_heads=1, round_ffn=1)
+_SITES = sublayers.sites(_WIDE, round_heads=1, round_ffn=1)
 # What removing the whole of a module would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 
@@ -61,7 +61,7 @@ def _rank(config=_WIDE, seed=0):
 
 @functools.cache
 def _modules():
-  return allocate.modules(_SITES, _rank())
+  return allocation.modules(_SITES, _rank())
 
 
 def _harm(kept_S, xp=np):
@@ -109,7 +109,7 @@ def _run(config, cliff=2.0):
 
 
 def _counts(priority_S, sparsity, low):
-  return allocate.counts_of(priority_S, sparsity, _SITES, _modules(), low=low)
+  return allocation.counts_of(priority_S, sparsity, _SITES, _modules(), low=low)
 
 
 class CountGradientTest(parameterized.TestCase):
@@ -178,16 +178,16 @@ class AllocateTest(parameterized.TestCase):
     spread=(0.3, 10.0),
   )
   def test_budget_is_met_within_a_step(self, sparsity, rounds, spread):
-    table = sites_lib.sites(
+    table = sublayers.sites(
       dataclasses.replace(_WIDE, qkv_bias=True, out_bias=True, ffn_bias=True),
       round_heads=rounds[0],
       round_ffn=rounds[1],
     )
     source = np.random.default_rng(0)
-    modules = allocate.modules(table, _rank())
+    modules = allocation.modules(table, _rank())
     for _ in range(3):
       priority_S = np.float32(spread * source.standard_normal(2 * _L))
-      count_S = allocate.counts_of(
+      count_S = allocation.counts_of(
         priority_S, sparsity, table, modules, low=0.05
       )
       slack = table.limit(sparsity) - table.kept_cost(count_S)
@@ -209,18 +209,18 @@ class AllocateTest(parameterized.TestCase):
     np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
 
   def test_projection_meets_the_kept_share(self):
-    goal = allocate.target(_SITES, 0.3)
+    goal = allocation.target(_SITES, 0.3)
     source = np.random.default_rng(0)
     priority_S = np.float32(2.0 * source.standard_normal(2 * _L))
-    ratio_S = allocate.project(priority_S, goal, _modules(), low=0.1)
+    ratio_S = allocation.project(priority_S, goal, _modules(), low=0.1)
     kept = np.asarray(ratio_S, np.float64) @ (_SITES.units * _SITES.unit_cost)
     self.assertAlmostEqual(kept / _SITES.total, 0.7, places=5)
     np.testing.assert_array_equal(np.argsort(ratio_S), np.argsort(priority_S))
 
   def test_target_leaves_out_what_cannot_go(self):
     biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
-    table = sites_lib.sites(biased, round_heads=1, round_ffn=1)
-    goal = allocate.target(table, 0.5)
+    table = sublayers.sites(biased, round_heads=1, round_ffn=1)
+    goal = allocation.target(table, 0.5)
     limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
     self.assertGreater(table.fixed, 0)
@@ -241,8 +241,8 @@ def _score_at(priority_S, factor, target, modules, steep):
 
 def _score(priority_S, factor=1.0, steep=False):
   """(reward, gradient) of `factor` times the synthetic loss."""
-  goal = allocate.target(_SITES, 0.4)
-  modules = allocate.modules(_SITES, _rank())
+  goal = allocation.target(_SITES, 0.4)
+  modules = allocation.modules(_SITES, _rank())
   return _score_at(np.float32(priority_S), factor, goal, modules, steep)
 
 
@@ -526,9 +526,9 @@ class ModelSearchTest(absltest.TestCase):
     def nll(params, tokens, masks):
       return loss.nll(apply, params, tokens, masks)
 
-    table = sites_lib.sites(_TINY, round_heads=1, round_ffn=1)
-    modules = allocate.modules(table, _rank(_TINY))
-    goal = allocate.target(table, 0.3)
+    table = sublayers.sites(_TINY, round_heads=1, round_ffn=1)
+    modules = allocation.modules(table, _rank(_TINY))
+    goal = allocation.target(table, 0.3)
     net, optim = search.network(config, table)
     state = search.init(
       jax.random.key(0), net, optim, search.prior(table, 0.0), remember=2
@@ -537,10 +537,10 @@ class ModelSearchTest(absltest.TestCase):
     step = search.make_step(net, optim, nll, config, block=1)
 
     def reward(priority_S, rounded=True):
-      ratio_S = allocate.project(priority_S, goal, modules, low=0.1)
+      ratio_S = allocation.project(priority_S, goal, modules, low=0.1)
       count_S = ratio_S * modules.units_S
       if rounded:
-        count_S = jnp.asarray(allocate.counts(ratio_S, 0.3, table))
+        count_S = jnp.asarray(allocation.counts(ratio_S, 0.3, table))
       return reward_of(count_S)
 
     @jax.jit

@@ -15,10 +15,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from ffp_jax import hf, prune, sharding
-from ffp_jax.book import Book
+from ffp_jax import prune
 from ffp_jax.config import RequestError
-from ffp_jax.model import ModelConfig
+from ffp_jax.models import families
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.runtime import sharding
+from ffp_jax.runtime.workdir import Book
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -109,7 +111,7 @@ class SpecTest(parameterized.TestCase):
       ffn_bias=True,
       embed_width=4,
     )
-    shapes = hf.param_shapes(config, jnp.float32)
+    shapes = families.param_shapes(config, jnp.float32)
     placed = sharding.of_params(shapes, _mesh(2, 2, 2))
     whole = {
       '/'.join(key.key for key in path)

@@ -14,9 +14,10 @@ import torch
 import transformers
 from absl.testing import parameterized
 
-from ffp_jax import files, hf
+from ffp_jax.checkpoints import weights
 from ffp_jax.config import RequestError
-from ffp_jax.model import Masks, ModelConfig
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Masks, ModelConfig
 
 # Every width differs from every other, so that no wrong axis goes unseen.
 _ROPE = {
@@ -178,8 +179,8 @@ def pair(name: str) -> Pair:
   model = torch_model(name)
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    config = hf.model_config(pathlib.Path(folder))
-    params = files.load_params(pathlib.Path(folder), config, np.float32)
+    config = families.model_config(pathlib.Path(folder))
+    params = weights.load_params(pathlib.Path(folder), config, np.float32)
     return Pair(model, config, params)
 
 
@@ -321,20 +322,20 @@ class CheckpointTestCase(parameterized.TestCase):
     safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
 
   def load(self, folder, dtype=np.float32):
-    config = hf.model_config(folder)
-    return files.load_params(folder, config, dtype)
+    config = families.model_config(folder)
+    return weights.load_params(folder, config, dtype)
 
   def assert_read_as_transformers(self, folder):
     """Every number and the tie are what transformers loads in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32
     )
-    config, theirs = hf.model_config(folder), model.state_dict()
+    config, theirs = families.model_config(folder), model.state_dict()
     embedding = model.get_input_embeddings().weight
     self.assertEqual(config.tied, model.lm_head.weight is embedding)
     family = model.config.model_type
-    params = files.load_params(folder, config, np.float32)
-    for name, value in files.named_tensors(params, config, family):
+    params = weights.load_params(folder, config, np.float32)
+    for name, value in weights.named_tensors(params, config, family):
       np.testing.assert_array_equal(value, theirs[name].numpy(), name)
 
   def assert_trees_equal(self, a, b):

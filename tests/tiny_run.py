@@ -14,9 +14,10 @@ import numpy as np
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
-from ffp_jax import files, hf
+from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.config import defaults
-from ffp_jax.model import ModelConfig
+from ffp_jax.models import families
+from ffp_jax.models.decoder import ModelConfig
 
 VOCAB = 300
 _OWN = tempfile.TemporaryDirectory()  # gone at exit
@@ -81,7 +82,9 @@ def params(config: ModelConfig, seed: int = 0) -> dict:
       inputs = spec.shape[stacked]
     return (1.5 if stacked else 1.0) * noise / np.sqrt(inputs)
 
-  flat = flax.traverse_util.flatten_dict(hf.param_shapes(config, np.float32))
+  flat = flax.traverse_util.flatten_dict(
+    families.param_shapes(config, np.float32)
+  )
   return flax.traverse_util.unflatten_dict(
     {path: jnp.asarray(draw(path, x), jnp.float32) for path, x in flat.items()}
   )
@@ -107,10 +110,10 @@ def write_model(
   directory.mkdir(parents=True)
   description = HF_CONFIG | changes
   (directory / 'config.json').write_text(json.dumps(description))
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   family = description['model_type']
   weights = params(config, seed)
-  files.save_params(weights, directory, config, family, jnp.dtype(dtype))
+  weights_lib.save_params(weights, directory, config, family, jnp.dtype(dtype))
   write_tokenizer(directory)
 
 

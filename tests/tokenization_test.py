@@ -13,8 +13,9 @@ import tokenizers
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import hf, rope, tokenization
 from ffp_jax.config import RequestError
+from ffp_jax.models import families, rope
+from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -144,7 +145,7 @@ class EncodeTest(FolderTestCase):
     self.assertEqual(tokenizer.pad_token_id, tiny_run.VOCAB)
     tokens = tokenization.encode(path, _TEXT)
     self.assertEqual(tokens.ids.tolist(), self.plain)
-    tokenization.check(hf.model_config(path), tokens.ids, 16)
+    tokenization.check(families.model_config(path), tokens.ids, 16)
 
   def test_class_that_transformers_has_not(self):
     path = self.model(tokenizer_config_json={'tokenizer_class': 'LLaMATok'})
@@ -365,12 +366,12 @@ class CheckTest(parameterized.TestCase):
     super().setUp()
     tokenization._warn.cache_clear()
 
-  def config(self, family='llama', **changes) -> hf.ModelConfig:
+  def config(self, family='llama', **changes) -> families.ModelConfig:
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
       values = _OPT if family == 'opt' else tiny_run.HF_CONFIG
       (path / 'config.json').write_text(json.dumps(values | changes))
-      return hf.model_config(path)
+      return families.model_config(path)
 
   @parameterized.parameters(
     ({}, 64),

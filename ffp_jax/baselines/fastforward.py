@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from ffp_jax import config as config_lib
-from ffp_jax import curriculum, search
 from ffp_jax.baselines.problem import Problem
+from ffp_jax.pruning import curriculum, search
 
 
 def shipped(problem: Problem, seed: int, *, config):
@@ -109,7 +109,7 @@ def published(
     config: of a run of `prune.py`, for what isn't published.
     stairs: of the sparsity.
     first_share: of the reward text at first.
-    repair: how proposals meet the budget, see `allocate.project`.
+    repair: how proposals meet the budget, see `allocation.project`.
   """
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(config_lib.PUBLISHED)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax import allocate, masks
-from ffp_jax.model import Masks
-from ffp_jax.sites import Sites
+from ffp_jax.models.decoder import Masks
+from ffp_jax.pruning import allocation, masks
+from ffp_jax.pruning.sublayers import Sites
 
 
 class OutOfTokens(Exception):
@@ -48,14 +48,14 @@ class Problem:
     params: of the dense decoder.
     weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).
     measure: () -> `Inputs` of the dense decoder.
-    mend: () -> (nll, params) of `repair.refitting`.
+    mend: () -> (nll, params) of `refit.refitting`.
     measure_tokens: what calling either costs.
     tokens: the budget.
     spent: what has been charged, in turn.
   """
 
   sites: Sites
-  modules: allocate.Modules
+  modules: allocation.Modules
   sparsity: float
   low: float
   start_S: np.ndarray
@@ -139,8 +139,8 @@ class Problem:
     return np.array(jax.device_get(losses), np.float64)
 
   def project(self, priority_S, repair='project') -> np.ndarray:
-    """Counts of priorities, the budget met as `allocate.project` says."""
-    return allocate.counts_of(
+    """Counts of priorities, the budget met as `allocation.project` says."""
+    return allocation.counts_of(
       priority_S,
       self.sparsity,
       self.sites,
@@ -150,8 +150,8 @@ class Problem:
     )
 
   def fit(self, ratio_S) -> np.ndarray:
-    """Counts of ratios that about meet the budget, see `budget.to_counts`."""
-    return allocate.counts(ratio_S, self.sparsity, self.sites)
+    """Counts of ratios that about meet the budget, see `projection.to_counts`."""
+    return allocation.counts(ratio_S, self.sparsity, self.sites)
 
 
 @functools.partial(jax.jit, static_argnames='nll')

@@ -23,8 +23,12 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import decode, files, hf, hub, report, scoring
+from ffp_jax import report
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.config import RequestError, refuse
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import decoding as decoding_lib
+from ffp_jax.models import families
 
 
 def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
@@ -34,19 +38,19 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
     (function to seconds of (prefill, decode), dict of facts).
   """
   directory = hub.locate(model)
-  config = decode.unrolled(hf.model_config(directory))
+  config = decoding_lib.unrolled(families.model_config(directory))
   dtype = scoring.dtype_of(dtype)
   facts = {
     'device': jax.devices()[0].device_kind,
-    'parameters, M': hf.param_count(config) / 1e6,
+    'parameters, M': families.param_count(config) / 1e6,
   }
   if random:
-    key, shapes = jax.random.key(0), hf.param_shapes(config, dtype)
+    key, shapes = jax.random.key(0), families.param_shapes(config, dtype)
     params = jax.tree.map(
       lambda x: 0.02 * jax.random.normal(key, x.shape, x.dtype), shapes
     )
   else:
-    params = files.load_params(directory, config, dtype)
+    params = weights.load_params(directory, config, dtype)
     size = sum(x.stat().st_size for x in directory.glob('*.safetensors'))
     facts['file, MB'] = size / 1e6
   tokens = np.random.default_rng(0).integers(
@@ -54,7 +58,7 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
   )
 
   def run():
-    steps = decode.continuations(
+    steps = decoding_lib.continuations(
       params,
       tokens,
       np.full(batch, prompt_tokens),

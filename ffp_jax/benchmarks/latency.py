@@ -21,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import command, hf, hub, scoring
-from ffp_jax.calibrate import HALVES
+from ffp_jax.checkpoints import hub
 from ffp_jax.config import RequestError, refuse
-from ffp_jax.model import Layer
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Layer
+from ffp_jax.pruning.calibration import HALVES
+from ffp_jax.runtime import cli
 
 # Share of a module's units, the dense module last.
 _SHARES = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -82,7 +85,7 @@ def main(argv):
   try:
     if not out.absolute().parent.is_dir():
       raise RequestError(f'--out: no directory {out.absolute().parent}')
-    config = hf.model_config(hub.locate(args.model))
+    config = families.model_config(hub.locate(args.model))
     if config.sliced:
       raise RequestError(f'--model: {args.model!r} is pruned; give the dense')
     dtype = scoring.dtype_of(args.dtype)
@@ -101,4 +104,4 @@ if __name__ == '__main__':
   flags.DEFINE_enum(
     'dtype', 'auto', ('auto', 'float32', 'bfloat16'), 'Of the weights.'
   )
-  app.run(main, flags_parser=command.parse)
+  app.run(main, flags_parser=cli.parse)

@@ -23,7 +23,8 @@ import numpy as np
 import safetensors.numpy
 from absl import app, flags
 
-from ffp_jax import files, hf
+from ffp_jax.checkpoints import weights as weights_lib
+from ffp_jax.models import families
 
 _WIDTH, _FFN, _VOCAB = 2048, 5632, 32000
 _CONFIG = {
@@ -42,11 +43,13 @@ def write(directory: pathlib.Path, params: str):
   layers = max(1, round((float(params) - 2 * _VOCAB * _WIDTH) / layer))
   description = _CONFIG | {'num_hidden_layers': layers}
   (directory / 'config.json').write_text(json.dumps(description))
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   shards = {}
-  for tensor, _, i, shape in hf.tensors(config, 'llama', ml_dtypes.bfloat16):
+  for tensor, _, i, shape in families.tensors(
+    config, 'llama', ml_dtypes.bfloat16
+  ):
     shards.setdefault(i, []).append(
-      (tensor.name, hf.stored_shape(tensor, shape))
+      (tensor.name, families.stored_shape(tensor, shape))
     )
   rng, where = np.random.default_rng(0), {}
   for number, tensors in enumerate(shards.values(), 1):
@@ -70,12 +73,14 @@ def plain(directory: pathlib.Path) -> dict:
 
 
 def load(directory: pathlib.Path, dtype: str) -> dict:
-  """Seconds and peak memory of `files.load_params`."""
+  """Seconds and peak memory of `weights.load_params`."""
   jax.block_until_ready(jax.numpy.zeros(1))  # what jax itself takes
-  config, dtype = hf.model_config(directory), jax.numpy.dtype(dtype)
+  config, dtype = families.model_config(directory), jax.numpy.dtype(dtype)
   before = _peak()
   start = time.perf_counter()
-  params = jax.block_until_ready(files.load_params(directory, config, dtype))
+  params = jax.block_until_ready(
+    weights_lib.load_params(directory, config, dtype)
+  )
   seconds = time.perf_counter() - start
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   return {

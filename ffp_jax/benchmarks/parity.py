@@ -12,17 +12,13 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax import (
-  command,
-  corpora,
-  data,
-  files,
-  hf,
-  hub,
-  scoring,
-  tokenization,
-)
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.config import RequestError, refuse
+from ffp_jax.evaluation import scoring
+from ffp_jax.models import families
+from ffp_jax.runtime import cli
+from ffp_jax.text import corpora, tokenization
+from ffp_jax.text import windows as windows_lib
 
 
 def torch_perplexity(directory, windows_WxT) -> float:
@@ -53,13 +49,13 @@ def torch_perplexity(directory, windows_WxT) -> float:
 def compare(model, source, *, field='', context, windows) -> dict:
   """Both perplexities on the first windows of a text, and the protocol."""
   directory = hub.locate(model)
-  config = hf.model_config(directory)
+  config = families.model_config(directory)
   content = corpora.read(source, field=field).content
   tokens = tokenization.encode(directory, content).ids
   tokenization.check(config, tokens, context)
-  text = data.windows(tokens, context)[:windows]
+  text = windows_lib.windows(tokens, context)[:windows]
   theirs = torch_perplexity(directory, text)
-  params = files.load_params(directory, config, jnp.dtype(jnp.float32))
+  params = weights.load_params(directory, config, jnp.dtype(jnp.float32))
   ours = float(np.exp(scoring.Scorer(config)(params, text, label='JAX')))
   return {
     'model': model,
@@ -95,4 +91,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('field', '', 'Of --data, what holds a document.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
   flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
-  app.run(main, flags_parser=command.parse)
+  app.run(main, flags_parser=cli.parse)

@@ -15,20 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax import (
-  allocate,
-  command,
-  files,
-  hf,
-  hub,
-  masks,
-  repair,
-  scoring,
-  search,
-  sites,
-)
+from ffp_jax.checkpoints import hub, weights
 from ffp_jax.config import RequestError, defaults, refuse
-from ffp_jax.loss import nll
+from ffp_jax.evaluation import scoring
+from ffp_jax.evaluation.loss import nll
+from ffp_jax.models import families
+from ffp_jax.pruning import allocation, masks, refit, search, sublayers
+from ffp_jax.runtime import cli
 
 
 def torch_forward(directory, tokens):
@@ -56,12 +49,12 @@ def search_steps(config, job_sites, model, params, tokens):
     jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
     jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
   )
-  model, params = repair.refitting(
+  model, params = refit.refitting(
     params, model, rank, tokens[:, None], strength=config.search.refit
   )
   apply = scoring.apply_of(model)
-  modules = allocate.modules(job_sites, rank)
-  goal = allocate.target(job_sites, config.budget.sparsity)
+  modules = allocation.modules(job_sites, rank)
+  goal = allocation.target(job_sites, config.budget.sparsity)
   net, optim = search.network(config, job_sites)
   prior = search.prior(job_sites, config.search.attention_prior)
   dense = np.float32(1.0)  # its value doesn't matter to the time
@@ -112,9 +105,11 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
   """
   config = defaults()
   directory = hub.locate(source)
-  model = hf.model_config(directory)
-  where = sites.sites(model, round_heads=1, round_ffn=config.budget.round_ffn)
-  params = files.load_params(directory, model, scoring.dtype_of('auto'))
+  model = families.model_config(directory)
+  where = sublayers.sites(
+    model, round_heads=1, round_ffn=config.budget.round_ffn
+  )
+  params = weights.load_params(directory, model, scoring.dtype_of('auto'))
   rng = np.random.default_rng(0)
   drawn = rng.integers(0, model.vocab, (1, tokens), dtype=np.int32)
   short = drawn.reshape(-1, min(tokens, config.search.context))
@@ -157,4 +152,4 @@ if __name__ == '__main__':
     'tokens', 512, 'Tokens a candidate is scored on.', lower_bound=2
   )
   flags.DEFINE_integer('repeats', 7, 'Timed repeats.', lower_bound=1)
-  app.run(main, flags_parser=command.parse)
+  app.run(main, flags_parser=cli.parse)

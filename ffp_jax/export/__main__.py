@@ -10,9 +10,9 @@ import pathlib
 
 from absl import app, flags, logging
 
-from ffp_jax import command
 from ffp_jax.config import RequestError, refuse
 from ffp_jax.export import formats, staging
+from ffp_jax.runtime import cli
 
 
 def main(argv):
@@ -48,7 +48,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      command.parse,
+      cli.parse,
       model='a pruned model directory',
       format=f'one of {", ".join(formats.FORMATS)}',
       out='the directory or file to make',

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 
-from ffp_jax import hf
-from ffp_jax.export.loading import Model
+from ffp_jax.checkpoints.model import Model
+from ffp_jax.models import families
 
 _LOADING = {
   'hf': """\
@@ -48,7 +48,7 @@ def text(model: Model, format: str) -> str:
     model: pruned.
     format: 'hf' or 'hf_dense'.
   """
-  kept, total = hf.param_count(model.config), _dense_count(model)
+  kept, total = families.param_count(model.config), _dense_count(model)
   return '\n'.join(
     [
       '---',
@@ -75,7 +75,7 @@ def text(model: Model, format: str) -> str:
 
 
 def _dense_count(model: Model) -> int:
-  return hf.param_count(
+  return families.param_count(
     dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
   )
 
@@ -92,7 +92,7 @@ def _measured(model: Model) -> list[str]:
   try:
     path = model.directory.resolve().parent / 'results.json'
     results = json.loads(path.read_text())
-    if results['params_pruned'] != hf.param_count(model.config):
+    if results['params_pruned'] != families.param_count(model.config):
       return []  # of another model
     protocol = results['protocol']
     rows = [

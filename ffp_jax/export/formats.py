@@ -5,13 +5,13 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ffp_jax import files
+from ffp_jax.checkpoints import model as model_lib
+from ffp_jax.checkpoints import orbax_tree, weights
+from ffp_jax.checkpoints.model import Model
 from ffp_jax.config import RequestError
-from ffp_jax.export import card, gguf_file, loading, transformers_code
-from ffp_jax.export.loading import Model
+from ffp_jax.export import card, gguf_file, transformers_code
 from ffp_jax.export.slicing import copy_companions
 from ffp_jax.export.staging import staged
-from ffp_jax.formats import orbax_tree
 
 _FLOATS = ('float32', 'float16', 'bfloat16')
 
@@ -42,7 +42,7 @@ def _directory(model: Model, out: pathlib.Path, description: dict):
 def _compact(model, out, dtype, prepared):
   del dtype, prepared
   _directory(model, out, transformers_code.description(model))
-  files.save_tensors(model.tensors(), out)
+  weights.save_tensors(model.tensors(), out)
   transformers_code.copy_to(out)
   (out / 'README.md').write_text(card.text(model, 'hf'))
   return []
@@ -51,7 +51,7 @@ def _compact(model, out, dtype, prepared):
 def _dense(model, out, dtype, prepared):
   del dtype, prepared
   _directory(model, out, transformers_code.dense_description(model))
-  files.save_tensors(transformers_code.padded(model), out)
+  weights.save_tensors(transformers_code.padded(model), out)
   (out / 'README.md').write_text(card.text(model, 'hf_dense'))
   return ['the shapes are those of the dense model: no smaller, no faster']
 
@@ -99,13 +99,13 @@ def export(name: str, format: str, out: pathlib.Path, *, dtype, pre):
     raise RequestError(f'--out: {out} exists; remove it or name another')
   if not out.absolute().parent.is_dir():
     raise RequestError(f'--out: no directory {out.absolute().parent}')
-  directory, description, config = loading.find(name)
+  directory, description, config = model_lib.find(name)
   if made.pruned:
-    loading.need_pruned(config, name)
+    model_lib.need_pruned(config, name)
   prepared = made.prepare(directory, config, pre)
   # A GGUF keeps vectors in float32, so that nothing is rounded before.
   read_as = None if format == 'gguf' else dtype
-  model = loading.load(directory, description, config, read_as)
+  model = model_lib.load(directory, description, config, read_as)
   dtype = dtype or next(value for _, value in model.tensors()).dtype.name
   with staged(out) as stage:
     return made.write(model, stage, dtype, prepared)

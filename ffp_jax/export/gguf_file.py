@@ -12,13 +12,13 @@ import gguf
 import numpy as np
 from absl import logging
 
-from ffp_jax import rope
+from ffp_jax.checkpoints import gguf_model
+from ffp_jax.checkpoints.model import Model
 from ffp_jax.config import RequestError
 from ffp_jax.export import gguf_vocabulary
 from ffp_jax.export.gguf_vocabulary import Vocabulary
-from ffp_jax.export.loading import Model
-from ffp_jax.formats import gguf_model
-from ffp_jax.model import ModelConfig
+from ffp_jax.models import rope
+from ffp_jax.models.decoder import ModelConfig
 
 _Kind = gguf.GGMLQuantizationType
 _KINDS = {

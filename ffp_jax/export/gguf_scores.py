@@ -5,8 +5,8 @@ import itertools
 import json
 import pathlib
 
+from ffp_jax.checkpoints import gguf_tokenizer
 from ffp_jax.config import RequestError
-from ffp_jax.formats import gguf_tokenizer
 
 
 def of(vocab: dict, merges: list, directory: pathlib.Path) -> dict[str, float]:

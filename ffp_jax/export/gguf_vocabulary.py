@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import gguf
 
-from ffp_jax import tokenization
+from ffp_jax.checkpoints import gguf_cuts
 from ffp_jax.config import RequestError
 from ffp_jax.export import gguf_scores
-from ffp_jax.formats import gguf_cuts
+from ffp_jax.text import tokenization
 
 _Type = gguf.TokenType
 

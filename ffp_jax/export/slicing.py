@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from ffp_jax import files, hf
+from ffp_jax.checkpoints import weights
 from ffp_jax.export.staging import staged
-from ffp_jax.model import Masks, ModelConfig
-from ffp_jax.sharding import fetch
+from ffp_jax.models import families
+from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.runtime.sharding import fetch
 
 # The axis of a layer's parameter that runs over units.
 _UNIT_AXIS = {
@@ -105,7 +106,7 @@ def save(
   Returns:
     Bytes of the weights file.
   """
-  description = hf.read_json(source)
+  description = families.read_json(source)
   family = description['model_type']
   description['tie_word_embeddings'] = config.tied
   description['ffp_jax'] = {
@@ -116,7 +117,7 @@ def save(
     shutil.rmtree(stale)
   with staged(out) as stage:
     stage.mkdir()
-    size = files.save_params(params, stage, config, family, dtype)
+    size = weights.save_params(params, stage, config, family, dtype)
     (stage / 'config.json').write_text(json.dumps(description, indent=2))
     copy_companions(source, stage)
     if out.exists():

@@ -8,7 +8,7 @@ import time
 
 from etils import epath
 
-from ffp_jax import book
+from ffp_jax.runtime import workdir
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def staged(out: pathlib.Path):
     A path that doesn't exist yet, on the same file system; for a bucket, on
     this machine's.
   """
-  local = book.is_local(out)
+  local = workdir.is_local(out)
   home = pathlib.Path(
     tempfile.mkdtemp(dir=out.parent if local else None, prefix=f'.{out.name}.')
   )
@@ -57,4 +57,4 @@ def disk_full(error: Exception) -> bool:
   NumPy says only how much of an array it wrote.
   """
   torn = isinstance(error, OSError) and 'requested and' in str(error)
-  return torn or book.disk_full(error) is not None
+  return torn or workdir.disk_full(error) is not None

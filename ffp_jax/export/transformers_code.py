@@ -11,8 +11,8 @@ import shutil
 
 import numpy as np
 
-from ffp_jax import hf
-from ffp_jax.export.loading import Model
+from ffp_jax.checkpoints.model import Model
+from ffp_jax.models import families
 
 _MODULE = 'modeling_pruned'
 _CLASSES = {
@@ -76,8 +76,8 @@ def padded(model: Model):
   """
   dense = dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
   shapes = {
-    tensor.name: hf.stored_shape(tensor, shape)
-    for tensor, _, _, shape in hf.tensors(dense, model.family, np.float32)
+    tensor.name: families.stored_shape(tensor, shape)
+    for tensor, _, _, shape in families.tensors(dense, model.family, np.float32)
   }
   for name, value in model.tensors():
     room = [(0, n - k) for n, k in zip(shapes[name], value.shape, strict=True)]

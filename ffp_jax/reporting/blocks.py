@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from ffp_jax.book import replace
 from ffp_jax.reporting import plots
+from ffp_jax.runtime.workdir import replace
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure  # slow to import

@@ -7,8 +7,8 @@ import re
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from ffp_jax.reporting import wording
-from ffp_jax.reporting.wording import MODELS
+from ffp_jax.reporting import labels as labels_lib
+from ffp_jax.reporting.labels import MODELS
 
 BLUE, ORANGE, GREY, RULE = '#0072b2', '#d55e00', '#595959', '#d0d0d0'
 # What page.css calls the colours that change on a dark screen.
@@ -170,7 +170,7 @@ def perplexity(results):
   ax.set_xscale('log' if log else 'linear')
   widths = [(base if v is None else v) - base for v in values]
   bars = ax.barh(labels, widths, left=base, color=colors, height=0.66)
-  ax.bar_label(bars, [wording.ppl(v) for v in values], padding=4)
+  ax.bar_label(bars, [labels_lib.ppl(v) for v in values], padding=4)
   if values[0] is not None:
     ax.axvline(values[0], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
   ax.invert_yaxis()
@@ -179,7 +179,7 @@ def perplexity(results):
   ax.spines['left'].set_visible(False)
   ax.tick_params(axis='y', length=0)
   ax.set_xlabel('perplexity (log scale)' if log else 'perplexity')
-  protocol = '\n'.join(wording.protocol(results['protocol'], shorten=True))
+  protocol = '\n'.join(labels_lib.protocol(results['protocol'], shorten=True))
   note = picture.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
   note.set_parse_math(False)  # a path may hold dollar signs
   return picture
@@ -200,7 +200,7 @@ def search(metrics):
     'reward_mean': (BLUE, '--', 'white'),
   }
   marker = 'o' if len(metrics) <= _MANY_STEPS else 'None'
-  names = wording.rewards(metrics)
+  names = labels_lib.rewards(metrics)
   for stage in stages:  # apart, since rewards compare within a stage only
     x = [end - line['candidates'] / 2 for end, line in stage]
     for key, label in names.items():

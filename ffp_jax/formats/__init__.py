@@ -1,1 +1,0 @@
-"""Checkpoint formats: tensor names to where and how each is read."""

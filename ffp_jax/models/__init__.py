@@ -1,0 +1,1 @@
+"""The decoder of every family, and how it decodes."""

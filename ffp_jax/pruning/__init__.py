@@ -1,0 +1,1 @@
+"""The method: what to remove, and how to repair the rest."""

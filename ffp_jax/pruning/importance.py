@@ -1,0 +1,51 @@
+"""Scores: how much each attention group and FFN channel matters."""
+
+import jax
+import jax.numpy as jnp
+
+from ffp_jax.models.decoder import Masks
+
+
+def square_sum(activations):
+  """The statistic that Wanda needs of [B,T,...]: sum of squares over B, T."""
+  squares = jnp.square(activations.astype(jnp.float32))
+  return jnp.sum(squares, axis=(0, 1))
+
+
+def input_norms(captured_apply, params, tokens_WxBxT):
+  """Root mean square of every output projection's inputs.
+
+  Args:
+    captured_apply: (params, tokens [B,T]) -> (attention [L,K,G,H],
+      ffn [L,F]), the `square_sum` of each module's inputs.
+    params: what it takes.
+    tokens_WxBxT: calibration tokens in W batches.
+
+  Returns:
+    float32 (attention [L,K,G,H], ffn [L,F]).
+  """
+
+  def add(total, tokens):
+    return jax.tree.map(jnp.add, total, captured_apply(params, tokens)), None
+
+  shapes = jax.eval_shape(captured_apply, params, tokens_WxBxT[0])
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  total, _ = jax.lax.scan(add, zeros, tokens_WxBxT)
+  return jax.tree.map(lambda x: jnp.sqrt(x / tokens_WxBxT.size), total)
+
+
+def wanda(out_weights, norms) -> Masks:
+  """|W| times the root mean square of its input, summed over the unit.
+
+  Source: Wanda, arXiv 2306.11695, equation 1, summed as design.md says.
+
+  Args:
+    out_weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).
+    norms: from `input_norms`.
+
+  Returns:
+    float32 scores [L,K] and [L,F].
+  """
+  out, down = (jnp.abs(w.astype(jnp.float32)).sum(-1) for w in out_weights)
+  attention, ffn = norms
+  return Masks(jnp.sum(out * attention, axis=(2, 3)), down * ffn)

@@ -1,0 +1,308 @@
+"""What the report of one run says, block by block."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ffp_jax.reporting import labels, plots
+from ffp_jax.reporting.blocks import (
+  Block,
+  Code,
+  Heading,
+  Items,
+  Picture,
+  Table,
+  Text,
+)
+
+
+class Run(NamedTuple):
+  """What a finished run left behind.
+
+  Attributes:
+    name: its directory, as the user calls it.
+    config, allocation, results: what the JSON files of these names hold.
+    metrics: one line a search step; may be empty.
+  """
+
+  name: str
+  config: dict
+  allocation: dict
+  results: dict
+  metrics: list[dict]
+
+
+def report(run: Run) -> Iterator[Block]:
+  """All of one run."""
+  yield Heading(1, f'Pruning {run.config["model"]}')
+  yield Text(_in_short(run.results))
+  yield from _request(run.config)
+  yield from _perplexities(run)
+  yield from _measured(run.results)
+  yield from _sizes(run)
+  yield from _allocation(run.allocation)
+  yield from _search(run)
+  yield from _cost(run.results)
+  yield from _provenance(run)
+
+
+def _in_short(results):
+  key = labels.final(results)
+  dense, ppl = (results[k]['ppl'] for k in ('dense', key))
+  before, after = (results[f'params_{k}'] for k in ('dense', 'pruned'))
+  return (
+    f'{before:,} parameters became {after:,} '
+    f'({labels.change(before, after)}). On held-out text the perplexity is '
+    f'{labels.ppl(ppl)}, that of the dense model {labels.ppl(dense)}: '
+    f'{labels.ratio(ppl, dense, 2)} times as high.'
+  )
+
+
+def _request(config):
+  yield Heading(2, 'What was asked')
+  yield Items(
+    [
+      ('model', config['model']),
+      ('text', config['data']),
+      (
+        'sparsity',
+        f'{config["budget"]["sparsity"]:.2%} of the prunable parameters, which '
+        'are those of attention and FFN in the decoder layers',
+      ),
+    ]
+  )
+
+
+def _perplexities(run):
+  results = run.results
+  yield Heading(2, 'Perplexity')
+  yield Text(
+    'How badly a model predicts text: lower is better. Dense is the model as '
+    'it was. Uniform removes the same share of every layer; searched removes '
+    'from each layer what the search found. Calibration then adjusts the '
+    'weights that remain.'
+  )
+  yield Picture(
+    'A bar for each model; the dotted line is at the dense one.',
+    'perplexity',
+    plots.perplexity(results),
+  )
+  yield Table(
+    'Perplexity on held-out text',
+    ('model', 'perplexity', 'x dense'),
+    labels.compare(results),
+  )
+  yield Text(' '.join(labels.protocol(results['protocol'])))
+  yield from _overfit(results)
+
+
+def _overfit(results):
+  yield Heading(3, 'Reward against held-out text')
+  seen, unseen = results['reward'], results['protocol']
+  when = {'searched': 'before', 'calibrated': 'after'}[seen['of']]
+  yield Text(
+    'The search saw the reward text and never the held-out text. A lower ratio '
+    'on the held-out text means that the allocation fits the reward text. Both '
+    f'are {when} calibration.'
+  )
+  if when == 'after':
+    yield Text(
+      'On the reward text the calibration is the one that the search foresees: '
+      'of each module by itself, with the inputs of the dense model.'
+    )
+  ppls = [
+    [seen['dense_ppl'], results['dense']['ppl']],
+    [seen['searched_ppl'], results[seen['of']]['ppl']],
+  ]
+  rows = [
+    ('tokens a window', *(f'{x["context"]:,}' for x in (seen, unseen))),
+    ('tokens scored', *(f'{x["tokens"]:,}' for x in (seen, unseen))),
+    ('perplexity, dense', *map(labels.ppl, ppls[0])),
+    ('perplexity, pruned', *map(labels.ppl, ppls[1])),
+    (
+      'dense / pruned',
+      *(labels.ratio(*pair, 3) for pair in zip(*ppls, strict=True)),
+    ),
+  ]
+  yield Table(
+    f'Perplexity {when} calibration', ('', 'reward text', 'held-out text'), rows
+  )
+
+
+def _measured(results):
+  """Tasks and speeds, where the run measured them: rows of named numbers."""
+  titles = {'tasks': 'Tasks', 'speed': 'Speed'}
+  for key, title in titles.items():
+    if key in results:
+      names = list(dict.fromkeys(n for x in results[key].values() for n in x))
+      yield Heading(2, title)
+      yield Table(
+        f'{title}, dense and pruned',
+        ('', *names),
+        [
+          (
+            row,
+            *(
+              labels.number(values[name]) if name in values else '-'
+              for name in names
+            ),
+          )
+          for row, values in results[key].items()
+        ],
+      )
+
+
+def _sizes(run):
+  results = run.results
+  asked, got = (run.allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
+  dense, removed = results['params_dense'], results['params_removed']
+  prunable = results['params_prunable']
+  yield Heading(2, 'Size')
+  yield Text(
+    f'Sparsity {asked:.3%} asked, {got:.3%} achieved, of the prunable '
+    f'parameters; {removed / dense:.2%} of all parameters removed.'
+  )
+  for budget in run.allocation.get('budgets', ()):
+    yield Text(
+      f'{labels.RESOURCES[budget["name"]]} of the same modules: '
+      f'{budget["removed_target"]:.2%} or more of it asked to go, '
+      f'{budget["removed"]:.2%} gone.'
+    )
+  rows = {
+    'parameters': (dense, results['params_pruned']),
+    'of them prunable': (prunable, prunable - removed),
+    'bytes of weights': (results['bytes_dense'], results['bytes_pruned']),
+  }
+  yield Table(
+    'Size before and after',
+    ('', 'dense', 'pruned'),
+    [
+      (k, f'{a:,}', f'{b:,} ({labels.change(a, b)})')
+      for k, (a, b) in rows.items()
+    ],
+  )
+
+
+def _allocation(allocation):
+  even = 1 - allocation['sparsity_target']
+  yield Heading(2, 'What every layer keeps')
+  yield Text(
+    'An attention group is one key/value head with its query heads. Layer 0 '
+    f'is next to the input. A uniform allocation would keep about {even:.1%} '
+    'everywhere.'
+  )
+  yield Picture(
+    'A bar for each layer, attention above, FFN below; the dashed lines are at '
+    'what a uniform allocation would keep.',
+    'kept',
+    plots.kept(allocation),
+    Table(
+      'Share kept in every layer',
+      ('layer', 'attention groups', 'FFN channels'),
+      [
+        (
+          str(layer['layer']),
+          *(
+            _share(layer[f'{kind}_kept'], layer[f'{kind}_total'])
+            for kind in ('attention', 'ffn')
+          ),
+        )
+        for layer in allocation['layers']
+      ],
+    ),
+  )
+
+
+def _share(kept, total):
+  return f'{kept / total:.0%} ({kept:,} / {total:,})'
+
+
+def _search(run):
+  yield Heading(2, 'Search')
+  if not run.metrics:
+    yield Text('No search steps were taken.')
+    return
+  yield Text(
+    'Every step tries some candidates. The reward of a candidate is the '
+    'perplexity of the dense model divided by its own, on tokens of the reward '
+    'text: higher is better. Rewards compare within a stage only: each has its '
+    'own sparsity and tokens.'
+  )
+  yield _stages(run.metrics)
+  rewards = labels.rewards(run.metrics)
+  yield Picture(
+    'Steps from left to right; an upright line marks where a stage begins.',
+    'search',
+    plots.search(run.metrics),
+    Table(
+      'Reward of every step',
+      ('step', 'stage', *rewards.values()),
+      [
+        (
+          str(line['step'] + 1),
+          str(line['stage'] + 1),
+          *(labels.reward(line[key]) for key in rewards),
+        )
+        for line in run.metrics
+      ],
+    ),
+  )
+
+
+def _stages(metrics):
+  rows = []
+  for stage, lines in itertools.groupby(metrics, lambda line: line['stage']):
+    lines = list(lines)
+    best = [x['reward_max'] for x in lines if x['reward_max'] is not None]
+    rows.append(
+      (
+        str(stage + 1),
+        f'{lines[0]["sparsity"]:.1%}',
+        f'{lines[0]["reward_tokens"]:,}',
+        f'{sum(line["candidates"] for line in lines):,}',
+        labels.reward(max(best, default=None)),
+      )
+    )
+  return Table(
+    'Stages of the curriculum',
+    ('stage', 'sparsity', 'tokens', 'candidates', 'best reward'),
+    rows,
+  )
+
+
+def _cost(results):
+  seconds = results['seconds']
+  yield Heading(2, 'Cost')
+  yield Items(
+    [
+      ('candidates evaluated', f'{results["candidates_evaluated"]:,}'),
+      (
+        'tokens evaluated',
+        f'{results["tokens_evaluated"]:,}, a backward pass counted as two '
+        'forward ones',
+      ),
+      ('compilations of the search step', f'{results["compilations"]:,}'),
+      ('device', results['device']),
+    ]
+  )
+  yield Table(
+    'Time by stage of the run',
+    ('stage', 'seconds'),
+    [
+      (stage, f'{number:,.1f}')
+      for stage, number in [*seconds.items(), ('all', sum(seconds.values()))]
+    ],
+  )
+
+
+def _provenance(run):
+  versions = run.results['versions'].items()
+  yield Heading(2, 'How to run it again')
+  yield Code(run.results['command'])
+  yield Items(
+    [
+      ('seed', str(run.config['seed'])),
+      ('versions', ', '.join(f'{name} {number}' for name, number in versions)),
+      ('every setting', 'config.json, beside this report'),
+    ]
+  )

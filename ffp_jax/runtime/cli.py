@@ -1,0 +1,90 @@
+"""What commands have in common: flags, log, errors, compiled programs."""
+
+import contextlib
+import shlex
+import sys
+
+from absl import flags, logging
+
+from ffp_jax.config import RequestError, refuse
+from ffp_jax.runtime import signals
+from ffp_jax.runtime import workdir as workdir_lib
+
+
+def parse(argv, **required):
+  """Reads the flags; refuses what isn't one, before any heavy import.
+
+  Args:
+    argv: of the process.
+    **required: flag to what to give, for those that can't be left out.
+
+  Returns:
+    The name of the program, alone in a list.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].present:
+      _ = flags.FLAGS.config.model  # a file that didn't load fails here
+  except (AttributeError, KeyError) as error:
+    key = str(error).strip('"\'')
+    refuse(f'--config: no key {key!r}; see ffp_jax/config.py')
+  except (flags.Error, OSError, TypeError, ValueError) as error:
+    refuse(error)
+  for name, give in required.items():
+    if not (flags.FLAGS[name].present and flags.FLAGS[name].value):
+      refuse(f'--{name} is missing; give {give}')
+  if len(rest) > 1:
+    refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
+  return rest
+
+
+def begin(module: str, workdir: str):
+  """What a command that works in a directory and can go on does first.
+
+  Signals end it in order; only this package is logged, as orbax and others
+  speak through absl too; and programs are kept beside the workdir, unless
+  JAX_COMPILATION_CACHE_DIR names another place.
+
+  Args:
+    module: that was run.
+    workdir: its flag.
+
+  Returns:
+    (path of the workdir, the command that goes on).
+  """
+  again = shlex.join(['python', '-m', module, *sys.argv[1:]])
+  signals.exit_on_signals(again)
+  import jax  # here, so that a wrong flag is refused at once
+
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+  path = workdir_lib.place(workdir)
+  if not jax.config.jax_compilation_cache_dir:
+    cache = str(path.resolve().parent / '.compiled')
+    jax.config.update('jax_compilation_cache_dir', cache)
+  return path, again
+
+
+@contextlib.contextmanager
+def refusing(workdir, again: str):
+  """One line and an exit code for what is no defect; see main.py for codes.
+
+  Args:
+    workdir: of a run that can go on.
+    again: the command that goes on.
+  """
+  try:
+    yield
+  except RequestError as error:
+    refuse(error)
+  except Exception as error:
+    from ffp_jax.runtime import sharding
+
+    if reason := workdir_lib.disk_full(error):
+      refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
+    if sharding.lost_touch(error):
+      signals.leave(
+        f'another process of the run has ended ({error}); start all of them '
+        f'again, they go on: {again}'
+      )
+    raise

@@ -1,0 +1,249 @@
+"""Where text comes from: built in, files, corpora of the hub, or a mixture."""
+
+import itertools
+import pathlib
+import pydoc_data.topics
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import huggingface_hub
+from absl import logging
+
+from ffp_jax.config import TEXT_BYTES, RequestError
+from ffp_jax.text import general_text, mixture, readers
+
+
+class Text(NamedTuple):
+  """A text, and what a figure made with it has to say of it."""
+
+  content: str
+  name: str  # a corpus and its split, or the path or name as given
+  extent: str  # 'the text', or how much of it
+  windows: int | None = None  # at most so many are scored, by convention
+
+
+class _Split(NamedTuple):
+  """One file of a corpus, and how much of it is used."""
+
+  file: str
+  documents: int | None = None
+  windows: int | None = None
+
+
+class _Corpus(NamedTuple):
+  """A data set on the hub; fetched as files, no script of it is run."""
+
+  repository: str
+  join: str  # between documents
+  # The first is for pruning, the last is what papers report.
+  splits: dict[str, _Split]
+  revision: str | None = None
+
+
+def _splits(pattern, *names):
+  return {name: _Split(pattern.format(name)) for name in names}
+
+
+# As in the evaluation scripts of GPTQ, SparseGPT, Wanda and FLAP: rows of
+# WikiText-2, empty ones too, joined by blank lines; sentences of the Penn
+# Treebank and documents of C4 by spaces, of C4's validation text the first
+# 1,100 documents, and of these the first 256 windows.
+CORPORA = {
+  'wikitext2': _Corpus(
+    'Salesforce/wikitext',
+    '\n\n',
+    _splits(
+      'wikitext-2-raw-v1/{}-00000-of-00001.parquet',
+      *('train', 'validation', 'test'),
+    ),
+  ),
+  'ptb': _Corpus(
+    'ptb-text-only/ptb_text_only',
+    ' ',
+    _splits('penn_treebank/{}/0000.parquet', 'train', 'validation', 'test'),
+    revision='refs/convert/parquet',
+  ),
+  'c4': _Corpus(
+    'allenai/c4',
+    ' ',
+    {
+      'train': _Split('en/c4-train.00000-of-01024.json.gz'),
+      'validation': _Split(
+        'en/c4-validation.00000-of-00008.json.gz', documents=1100, windows=256
+      ),
+    },
+  ),
+}
+
+
+def _pydoc() -> Iterator[str]:
+  """Yields Python's own language reference, in English."""
+  topics = pydoc_data.topics.topics
+  return (topics[key] for key in sorted(topics))
+
+
+def _general() -> Iterator[str]:
+  """Yields English texts of many kinds, fetched at the first use."""
+  try:
+    path = general_text.path()
+  except (ValueError, OSError, zipfile.BadZipFile) as error:
+    raise RequestError(
+      f"data: 'general': {error}; 'pydoc' needs no network"
+    ) from error
+  return readers.read(path, TEXT_BYTES, 'text')
+
+
+_BUILTIN = {'general': _general, 'pydoc': _pydoc}
+
+
+class _Source(NamedTuple):
+  """Documents that have not been read yet."""
+
+  documents: Iterable[str | None]  # None for those that are null
+  name: str
+  join: str = '\n\n'
+  windows: int | None = None
+
+
+def read(
+  source: str, *, field='', report=False, limit: int = TEXT_BYTES
+) -> Text:
+  """Reads the text that `config.data` or --data names.
+
+  Args:
+    source: 'general' or 'pydoc'; one of CORPORA, with a split as in
+      'wikitext2:test'; or a path, see `readers.files` and `readers.read`.
+      Files and their documents are joined by blank lines. Or several of these
+      with weights, see `mixture.parse`; each has its share of the bytes in
+      every stretch of the text.
+    field: what holds a document, see `readers.read`; no matter for a corpus.
+    report: a corpus without a split means the one that papers report, test
+      (validation for C4), instead of train.
+    limit: bytes; what follows is not read.
+
+  Raises:
+    RequestError: there is no such text, it can't be fetched, is empty or
+      unreadable, or the weights are none.
+  """
+  parts = mixture.parse(source)
+  sources = [_open(x.source, field, report, limit) for x in parts]
+  if len(parts) == 1:
+    return _text(sources[0], limit)
+  mixed = mixture.interleave(
+    [_pieces(x) for x in sources], [x.weight for x in parts]
+  )
+  name = ','.join(
+    f'{x.name}:{part.weight:g}' for x, part in zip(sources, parts, strict=True)
+  )
+  return _text(_Source(mixed, name), limit)
+
+
+def other_builtin(source: str) -> str:
+  """Returns the built-in text of another kind than `source`, as read takes it.
+
+  That is 'general' unless `source` has it, alone or in a mixture.
+
+  Raises:
+    RequestError: the weights of a mixture are none.
+  """
+  used = {part.source for part in mixture.parse(source)}
+  return 'pydoc' if 'general' in used else 'general'
+
+
+def _open(source, field, report, limit) -> _Source:
+  """Finds a text that is no mixture."""
+  name, _, split = source.partition(':')
+  if name in CORPORA:
+    return _open_corpus(name, split, report=report, limit=limit)
+  if source in _BUILTIN:
+    return _Source(_BUILTIN[source](), source)
+  # Not Path(''), which is the working directory.
+  path = pathlib.Path(source).expanduser()
+  files = readers.files(path) if source else []
+  if not files:
+    raise RequestError(
+      f'data: {source!r} is neither {", ".join([*_BUILTIN, *CORPORA])} nor a '
+      f'directory or file of {readers.FORMATS}'
+    )
+  found = (readers.read(file, limit, field) for file in files)
+  return _Source(itertools.chain.from_iterable(found), source)
+
+
+def _open_corpus(name, split, *, report, limit) -> _Source:
+  corpus = CORPORA[name]
+  split = split or list(corpus.splits)[-1 if report else 0]
+  if split not in corpus.splits:
+    raise RequestError(
+      f'data: {name} has no split {split!r}, only {", ".join(corpus.splits)}'
+    )
+  part = corpus.splits[split]
+  found = readers.read(_fetch(name, corpus, part.file), limit)
+  found = itertools.islice(found, part.documents)
+  return _Source(found, f'{name}:{split}', corpus.join, part.windows)
+
+
+def _pieces(source: _Source) -> Iterator[str | None]:
+  """Yields a text in pieces for a mixture, and says in the log where it ends.
+
+  Raises:
+    RequestError: it is empty.
+  """
+  size = 0
+  for piece in mixture.pieces(source.documents, source.join):
+    size += len((piece or '').encode())
+    yield piece
+  if not size:
+    raise RequestError(f'data: {source.name!r} is empty')
+  logging.warning(
+    '%s: ends after %s bytes; the mixture ends too, so that its weights hold',
+    source.name,
+    f'{size:,}',
+  )
+
+
+def _fetch(name, corpus, file) -> pathlib.Path:
+  # Its warnings about every retry say no more than the refusal.
+  huggingface_hub.logging.set_verbosity_error()
+  try:
+    return pathlib.Path(
+      huggingface_hub.hf_hub_download(
+        corpus.repository,
+        file,
+        repo_type='dataset',
+        revision=corpus.revision,
+      )
+    )
+  except Exception as error:  # its HTTP library's too, which is one of two
+    raise RequestError(
+      f'data: {name!r} is not to be had from the hub ({corpus.repository}, '
+      f'{type(error).__name__}); give a local file'
+    ) from error
+
+
+def _text(source: _Source, limit) -> Text:
+  """Joins documents until there are `limit` bytes, and cuts there.
+
+  Those that are None are left out, which is logged.
+  """
+  name, join = source.name, source.join
+  parts, size, cut, null = [], -len(join), False, 0
+  for document in source.documents:
+    if document is None:
+      null += 1
+      continue
+    parts.append(document)
+    size += len(join) + len(document.encode())
+    if cut := size > limit:
+      break
+  content = join.join(parts)
+  if cut:
+    content = content.encode()[:limit].decode(errors='ignore')
+    logging.warning('%s: only the first %s bytes are used', name, f'{limit:,}')
+  said = f'documents that are null: {null:,}'
+  if not content.strip():
+    raise RequestError(f'data: {name!r} is empty{null and f" ({said})" or ""}')
+  if null:
+    logging.warning('%s: %s, left out', name, said)
+  extent = f'the first {limit / 1e6:g} MB' if cut else 'the text'
+  return Text(content, name, extent, source.windows)

@@ -1,0 +1,201 @@
+import pathlib
+import resource
+import shutil
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax.config import RequestError
+from ffp_jax.runtime import search_state, workdir
+
+
+class _Inner(NamedTuple):
+  count: jax.Array
+  nothing: tuple
+
+
+class _State(NamedTuple):
+  params: dict  # not in the order of their names
+  inner: _Inner
+  key: jax.Array
+  step: jax.Array
+
+
+def _state(step, modules=6, hidden=3):
+  source = np.random.default_rng(step)
+
+  def draw(*shape):
+    return jnp.asarray(source.standard_normal(shape), jnp.float32)
+
+  params = {'mean': draw(modules), 'add': {'kernel': draw(hidden, 4)}}
+  inner = _Inner(jnp.int32(step), ())
+  key = jax.random.key_data(jax.random.key(step))
+  return _State(params, inner, key, jnp.int32(step))
+
+
+class _TestCase(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.directory = self.folder / 'checkpoints'
+
+  def open(self, every=1, keep=2, ends=()):
+    return search_state.Checkpoints(
+      self.directory, every=every, keep=keep, ends=ends
+    )
+
+  def save(self, steps, **options):
+    with self.open(**options) as saved:
+      for step in steps:
+        saved.save(step, _state(step))
+
+  def steps(self):
+    return sorted(int(path.name) for path in self.directory.iterdir())
+
+  def assert_restored(self, step):
+    got = search_state.restore(self.directory, _state(0))
+    jax.tree.map(np.testing.assert_array_equal, got, _state(step))
+    types = jax.tree.map(lambda x: (type(x), x.dtype), _state(step))
+    self.assertEqual(jax.tree.map(lambda x: (type(x), x.dtype), got), types)
+
+
+class SaveTest(_TestCase):
+  def test_what_is_kept(self):
+    self.save(range(8), every=3, keep=1, ends=[2, 5])
+    self.assertEqual(self.steps(), [2, 5, 6])
+    self.assert_restored(6)
+
+  def test_none(self):
+    self.assertIsNone(search_state.restore(self.directory, _state(0)))
+    self.directory.mkdir()
+    # Of a process killed while it saved.
+    (self.directory / '4.orbax-checkpoint-tmp').mkdir()
+    self.assertIsNone(search_state.restore(self.directory, _state(0)))
+    self.save([1])
+    self.assertEqual(self.steps(), [1])
+
+  def test_flush(self):
+    with self.open(every=10) as saved:
+      saved.flush()
+      self.assertEqual(self.steps(), [])
+      for step in range(4):
+        saved.save(step, _state(step))
+      saved.flush()
+      saved.flush()
+      self.assertEqual(self.steps(), [0, 3])
+      self.assert_restored(3)
+
+  def test_a_state_may_be_overwritten_after_it_was_given(self):
+    state = _state(1)
+    with self.open() as saved:
+      saved.save(1, state)
+      jax.tree.map(lambda x: x.delete(), state)
+      saved.flush()
+    self.assert_restored(1)
+
+  def test_full_disk(self):
+    self.save([1])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+    try:
+      with self.assertRaises(Exception) as caught:
+        self.save([2])
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    self.assertEqual(workdir.disk_full(caught.exception), 'File too large')
+    self.assert_restored(1)
+    self.save([2])
+    self.assertEqual(self.steps(), [1, 2])
+    self.assert_restored(2)
+
+
+class DamageTest(_TestCase):
+  @parameterized.parameters('flipped', 'truncated', 'gone')
+  def test_any_file(self, kind):
+    self.save([1, 2])
+    whole = self.folder / 'whole'
+    self.directory.rename(whole)
+    source, older = np.random.default_rng(0), 0
+    files = [path for path in sorted((whole / '2').rglob('*'))]
+    for path in filter(pathlib.Path.is_file, files):
+      shutil.copytree(whole, self.directory)
+      self._damage(self.directory / path.relative_to(whole), kind, source)
+      with self.subTest(str(path.relative_to(whole))):
+        step = int(search_state.restore(self.directory, _state(0)).step)
+        self.assert_restored(step)
+        self.assertEqual(self.steps(), [1, 2])  # reading changes nothing
+        older += step == 1
+      shutil.rmtree(self.directory)
+    # Not all files matter to orbax, but some do.
+    self.assertGreaterEqual(older, 3)
+
+  def _damage(self, path, kind, source):
+    content = bytearray(path.read_bytes())
+    if kind == 'gone':
+      path.unlink()
+    elif kind == 'truncated':
+      path.write_bytes(content[: len(content) // 2])
+    else:
+      content[source.integers(len(content))] ^= 1 << source.integers(8)
+      path.write_bytes(content)
+
+  def test_says_so_in_a_line_and_goes_on(self):
+    self.save([1, 2])
+    shutil.rmtree(self.directory / '2' / 'default')
+    with self.assertLogs('absl', 'WARNING') as logs:
+      self.assert_restored(1)
+    ours = [x for x in logs.output if 'search_state.py' in x or 'damaged' in x]
+    self.assertLen(ours, 1)
+    self.assertIn(str(self.directory / '2'), ours[0])
+    with self.open() as saved:
+      saved.begin(1, _state(1))
+      self.assertEqual(self.steps(), [1])
+      saved.save(2, _state(2))
+    self.assertEqual(self.steps(), [1, 2])
+    self.assert_restored(2)
+
+  def test_none_left(self):
+    self.save([1, 2])
+    for step in '12':
+      shutil.rmtree(self.directory / step / 'default')
+    with self.assertRaisesRegex(RequestError, rf'\A.*{self.directory}.*\Z'):
+      search_state.restore(self.directory, _state(0))
+    self.assertEqual(self.steps(), [1, 2])
+
+  def test_another_version(self):
+    self.save([1])
+    with self.assertRaisesRegex(RequestError, 'another version'):
+      search_state.restore(self.directory, _state(0)._replace(inner=()))
+    self.assertEqual(self.steps(), [1])
+
+
+class InheritTest(_TestCase):
+  def _refused(self, pattern, **shape):
+    with self.assertRaisesRegex(
+      RequestError, rf'\Asearch.init_from: .*{self.folder}.*{pattern}.*\Z'
+    ):
+      search_state.inherit(self.folder, _state(0, **shape).params)
+
+  def test_parameters_of_the_newest(self):
+    self.save([1, 2])
+    got = search_state.inherit(self.folder, _state(0).params)
+    jax.tree.map(np.testing.assert_array_equal, got, _state(2).params)
+
+  def test_no_checkpoint(self):
+    self._refused('no checkpoint')
+
+  def test_other_modules(self):
+    self.save([1])
+    self._refused('6 modules.* 8', modules=8)
+
+  def test_other_network(self):
+    self.save([1])
+    self._refused('policy.hidden', hidden=5)
+
+
+if __name__ == '__main__':
+  absltest.main()
