@@ -6,7 +6,7 @@ later command on the same DIR may ask for more methods, sparsities and seeds.
 docs/results.md has the results.
 """
 
-from ffp_jax.config import comparison
+from ffp_jax.baselines.settings import comparison
 
 
 def get_config():

@@ -25,9 +25,10 @@ from ffp_jax import baselines, prune
 from ffp_jax import config as config_lib
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
 from ffp_jax.checkpoints import weights as weights_lib
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import nll
+from ffp_jax.models import functional
 from ffp_jax.pruning import masks, search
 from ffp_jax.pruning import refit as refit_lib
 from ffp_jax.reporting import method_comparison
@@ -35,11 +36,11 @@ from ffp_jax.runtime import cli, sharding
 from ffp_jax.runtime import workdir as workdir_lib
 
 
-def run(config, workdir: pathlib.Path) -> dict:
+def run_comparison(config, workdir: pathlib.Path) -> dict:
   """Compares the methods of `config.compare`; goes on where it stopped.
 
   Args:
-    config: see `config.comparison`.
+    config: see `settings.comparison`.
     workdir: gets compare.json, compare.md and the plots.
 
   Returns:
@@ -51,18 +52,20 @@ def run(config, workdir: pathlib.Path) -> dict:
   check(config)
   c = config.compare
   for sparsity, name in itertools.product(c.sparsities, c.methods):
-    config_lib.validate(cell_of(config, c.seeds[0], sparsity, name))
+    config_lib.validate(cell_config(config, c.seeds[0], sparsity, name))
   jobs = {
-    seed: prune.prepare(cell_of(config, seed, max(c.sparsities)))
+    seed: prune.prepare_job(cell_config(config, seed, max(c.sparsities)))
     for seed in c.seeds
   }
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-    with config_lib.claim(workdir, config):
-      ledger = workdir_lib.Book(workdir)
-      load = functools.cache(lambda: model_of(config, jobs[c.seeds[0]]))
+    with workdir_lib.claim(workdir, config):
+      files = workdir_lib.Workdir(workdir)
+      load = functools.cache(
+        lambda: load_shared_model(config, jobs[c.seeds[0]])
+      )
       for seed, job in jobs.items():
-        fill(config, job, seed, load, ledger)
-      results = ledger.read_json('compare.json')
+        run_missing(config, job, seed, load, files)
+      results = files.read_json('compare.json')
       method_comparison.write(results, workdir)
   return results
 
@@ -100,7 +103,7 @@ def check(config):
     raise RequestError('compare.checkpoints: each must be in (0, 1]')
 
 
-def cell_of(config, seed: int, sparsity: float, method: str = ''):
+def cell_config(config, seed: int, sparsity: float, method: str = ''):
   """The configuration of one seed and sparsity, and of an ablation."""
   cell = config.copy_and_resolve_references()
   cell.seed, cell.budget.sparsity = seed, sparsity
@@ -114,15 +117,15 @@ class Model(NamedTuple):
   params: dict
   loss: scoring.Scorer
   nll: Callable  # what searches take
-  refit_nll: Callable  # the same, of `refit.refitting`
+  refit_nll: Callable  # the same, of `refit.refit_model`
 
 
-def model_of(config, job) -> Model:
+def load_shared_model(config, job) -> Model:
   """Loads the model."""
-  dtype = scoring.dtype_of(config.dtype)
+  dtype = functional.resolve_dtype(config.dtype)
 
   def nll_of(model):
-    apply = scoring.apply_of(model, remat=config.search.remat)
+    apply = functional.make_apply(model, remat=config.search.remat)
     return lambda params, tokens, masks: nll(apply, params, tokens, masks)
 
   return Model(
@@ -133,10 +136,10 @@ def model_of(config, job) -> Model:
   )
 
 
-def fill(config, job, seed: int, load, ledger):
+def run_missing(config, job, seed: int, load, files):
   """Runs what compare.json lacks of one seed, writing after each method."""
-  results = ledger.read_json('compare.json') or {'runs': []}
-  done = {method_comparison.key(line) for line in results['runs']}
+  results = files.read_json('compare.json') or {'runs': []}
+  done = {method_comparison.run_key(line) for line in results['runs']}
   todo = [
     (name, sparsity)
     for sparsity in config.compare.sparsities
@@ -157,23 +160,23 @@ def fill(config, job, seed: int, load, ledger):
     'protocol': job.protocol._asdict(),
     'dense_ppl': float(np.exp(dense['heldout'])),
     'tokens': config.compare.tokens,
-    'units': job.sites.units,
+    'units': job.sublayers.units,
   }
-  modules = prune.rank_units(config, job, model.params)
+  device_sublayers = prune.rank_units(config, job, model.params)
 
   @functools.cache
   def refit(strength):
     text = job.text.calibration[:, None]
-    rank = modules.rank
-    return refit_lib.refitting(
+    rank = device_sublayers.rank
+    return refit_lib.refit_model(
       model.params, job.model, rank, text, strength=strength
     )[1]
 
   for name, sparsity in todo:
-    cell = cell_of(config, seed, sparsity, name)
-    problem = problem_of(cell, job, model, modules, refit)
+    cell = cell_config(config, seed, sparsity, name)
+    problem = problem_of(cell, job, model, device_sublayers, refit)
     begun = time.perf_counter()
-    trace = follow(allocator(name, cell), problem, seed)
+    trace = trace_incumbents(allocator(name, cell), problem, seed)
     results['runs'].append(
       {
         'method': name,
@@ -181,14 +184,14 @@ def fill(config, job, seed: int, load, ledger):
         'seed': seed,
         'seconds': round(time.perf_counter() - begun, 3),
         'tokens': problem.used,
-        **judge(cell, job, model, modules, dense, trace),
+        **evaluate_incumbents(cell, job, model, device_sublayers, dense, trace),
       }
     )
-    ledger.write_json('compare.json', results)
-    logging.info('%s', method_comparison.line(results['runs'][-1]))
+    files.write_json('compare.json', results)
+    logging.info('%s', method_comparison.run_line(results['runs'][-1]))
 
 
-def problem_of(config, job, model, modules, refit) -> Problem:
+def problem_of(config, job, model, device_sublayers, refit) -> Problem:
   """What the allocators see, with a full meter."""
   stack, text = model.params['stack'], job.text.calibration
 
@@ -197,23 +200,25 @@ def problem_of(config, job, model, modules, refit) -> Problem:
     return jnp.stack([jnp.sum(x, (0, 1)), jnp.sum(jnp.square(x), (0, 1))])
 
   def measure():
-    captured = jax.jit(scoring.captured_of(job.model, moments))
+    captured = jax.jit(functional.make_capture(job.model, moments))
     totals = [captured(model.params, row[None]) for row in text]
     total = jax.tree.map(lambda *x: np.sum(x, axis=0) / text.size, *totals)
     return Inputs(*(tuple(x[:, i] for x in total) for i in range(2)))
 
   return Problem(
-    sites=job.sites,
-    modules=modules,
+    sublayers=job.sublayers,
+    device_sublayers=device_sublayers,
     sparsity=config.budget.sparsity,
-    low=config.search.lowest_ratio,
-    start_S=search.prior(job.sites, config.compare.attention_prior),
+    min_ratio=config.search.min_ratio,
+    start_S=search.initial_priorities(
+      job.sublayers, config.compare.attention_prior
+    ),
     rows_RxT=job.text.reward.reshape(-1, config.search.context),
     nll=model.nll,
     params=model.params,
     weights=(stack['attention']['out'], stack['ffn']['down']),
-    measure=measure,
-    mend=lambda: (model.refit_nll, refit(config.search.refit)),
+    input_moments=measure,
+    refit_model=lambda: (model.refit_nll, refit(config.search.refit)),
     measure_tokens=text.size,
     tokens=config.compare.tokens,
   )
@@ -236,7 +241,7 @@ def on_refit(allocate, problem: Problem, seed: int):
   yield from allocate(problem.refit(), seed)
 
 
-def follow(allocate, problem: Problem, seed: int) -> list:
+def trace_incumbents(allocate, problem: Problem, seed: int) -> list:
   """Every new incumbent and the tokens used when it came, the answer last."""
   trace = []
   try:
@@ -248,12 +253,14 @@ def follow(allocate, problem: Problem, seed: int) -> list:
   return trace
 
 
-def judge(config, job, model, modules, dense, trace) -> dict:
+def evaluate_incumbents(
+  config, job, model, device_sublayers, dense, trace
+) -> dict:
   """What an allocator's incumbents are worth; costs it no tokens."""
 
   @functools.cache
   def worth(counts):
-    keep = masks.from_counts(modules.rank, np.array(counts))
+    keep = masks.from_counts(device_sublayers.rank, np.array(counts))
     repaired = prune.calibrate(config, job, model.params, {'': keep})['']
     weights = {'ppl': model.params, 'ppl_calibrated': repaired}
     heldout = job.text.heldout
@@ -269,12 +276,12 @@ def judge(config, job, model, modules, dense, trace) -> dict:
     counts = (known or trace)[-1 if known else 0][1]
     looks.append({'tokens': tokens, **worth(tuple(counts.tolist()))})
   counts = trace[-1][1]
-  keep = masks.from_counts(modules.rank, counts)
+  keep = masks.from_counts(device_sublayers.rank, counts)
   reward = model.loss(model.params, job.text.reward, keep)
   return {
     **worth(tuple(counts.tolist())),
     'reward': float(np.exp(dense['reward'] - reward)),
-    'sparsity_achieved': job.sites.sparsity(counts),
+    'sparsity_achieved': job.sublayers.sparsity(counts),
     'counts': counts,
     'checkpoints': looks,
   }
@@ -282,9 +289,9 @@ def judge(config, job, model, modules, dense, trace) -> dict:
 
 def main(argv):
   del argv
-  workdir, again = cli.begin('ffp_jax.compare', flags.FLAGS.workdir)
-  with cli.refusing(workdir, again):
-    results = run(flags.FLAGS.config, workdir)
+  workdir, again = cli.begin_command('ffp_jax.compare', flags.FLAGS.workdir)
+  with cli.report_errors(workdir, again):
+    results = run_comparison(flags.FLAGS.config, workdir)
   print(method_comparison.summary(results))
   print(f'\nreport      {workdir / "compare.md"}')
 
@@ -295,7 +302,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      cli.parse,
+      cli.parse_flags,
       config='configs/compare.py',
       workdir='the directory of the comparison',
     ),

@@ -1,29 +1,8 @@
 """Every default, and the checks that need no model."""
 
-import contextlib
-import fcntl
-import json
-import os
-import pathlib
-import sys
-
 import ml_collections
-import numpy as np
-from absl import logging
 
-from ffp_jax.runtime import workdir as workdir_lib
-
-TEXT_BYTES = 8_000_000  # of UTF-8; what follows in a text is not read
-
-
-class RequestError(ValueError):
-  """What was asked for can't be done; one line for the user, exit code 2."""
-
-
-def refuse(problem, code=2):
-  """One line on stderr, exit code 2 unless it is no fault of the request."""
-  print(f'ffp_jax: {" ".join(str(problem).split())}', file=sys.stderr)
-  sys.exit(code)
+from ffp_jax.errors import RequestError
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -50,7 +29,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.budget.sparsity = 0.2  # removed / prunable parameters
   config.budget.round_ffn = 8
   config.budget.round_heads = 1
-  # Of the same modules, what else has to go at least, as a share; 0: nothing.
+  # Of the same sublayers, what else has to go at least, as a share; 0: nothing.
   config.budget.flops = 0.0
   config.budget.flops_context = 2048  # tokens
   config.budget.kv_cache = 0.0
@@ -69,11 +48,11 @@ def defaults() -> ml_collections.ConfigDict:
   config.search.window = 0.2  # removed units next to a cut, a share of all
   # Ridge strength with which candidates are calibrated; 0: as they are cut.
   config.search.refit = 0.1
-  config.search.lowest_ratio = 0.1
+  config.search.min_ratio = 0.1
   # How proposals meet the budget: 'project', or 'cut' from the first layer on.
   config.search.repair = 'project'
   config.search.attention_prior = 2.0  # first priority; FFN's is 0
-  config.search.remember = 1  # best candidates that are re-scored
+  config.search.finalists = 1  # best candidates that are re-scored
   config.search.remat = False  # recompute activations: less memory
   config.search.init_from = ''  # workdir of a run whose policy to start from
 
@@ -108,7 +87,7 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 # What FastForward Pruning published (arXiv 2511.18977), where it differs; the
-# curriculum is `curriculum.staircase`, for an experiment's number of episodes.
+# curriculum, which depends on the number of steps, is `curriculum.published`.
 PUBLISHED = {
   'search.candidates': 15,
   'search.antithetic': False,
@@ -125,62 +104,8 @@ PUBLISHED = {
   'policy.pathwise_weight': 0.0,
   'policy.value_weight': 0.5,
   'policy.entropy_weight': 0.01,
-  'calibration.strengths': (0.9,),
+  'calibration.strengths': (0.9,),  # of the mean diagonal, as all are here
 }
-
-
-def comparison() -> ml_collections.ConfigDict:
-  """The defaults, and those of a comparison of allocation methods."""
-  config = defaults()
-  c = config.compare = ml_collections.ConfigDict()
-  c.methods = (
-    'uniform',
-    'ffn_only',
-    'magnitude_global',
-    'wanda_global',
-    'flap',
-    'owl',
-    'depth',
-    'sensitivity',
-    'knapsack',
-    'random',
-    'evopress',
-    'eas',
-    'cmaes',
-    'amc',
-    'fastforward_published',
-    'fastforward',
-  )
-  c.sparsities = (0.2, 0.3)
-  c.seeds = (0, 1, 2)  # of the splits of the text and of the methods
-  c.tokens = 54_000  # evaluated; a backward pass counts as two forward ones
-  c.checkpoints = (0.25, 0.5, 1.0)  # shares of it, at which to look
-
-  # First priority of attention, from which the searches start: whole. AMC and
-  # FastForward start as their authors do, ours from search.attention_prior.
-  c.attention_prior = 4.0
-  s = c.settings = ml_collections.ConfigDict()
-  s.owl = dict(outlier=5.0, spread=0.08)
-  s.depth = dict(first=0.25)
-  s.sensitivity = dict(probe=0.5)
-  s.knapsack = dict(ratios=(0.3, 0.5, 0.7, 0.85))
-  s.random = dict(std=0.5, candidates=8, survivors=(2, 1), rows=(1, 4))
-  s.evopress = dict(level=0.1, offspring=8, survivors=(2, 1), rows=(1, 4))
-  s.eas = dict(population=8, parents=4, mutation=0.2, rows=8)
-  s.cmaes = dict(std=0.5, rows=2)
-  s.amc = dict(
-    hidden=300,
-    actor_rate=1e-4,
-    critic_rate=1e-3,
-    tau=0.01,
-    noise=0.5,
-    decay=0.95,
-    warmup=0.25,  # of the budget
-    memory=100,  # episodes
-    rows=4,
-  )
-  s.fastforward_published = dict(stairs=4, first_share=0.05, repair='cut')
-  return config
 
 
 _CHOICES = {
@@ -196,7 +121,7 @@ _POSITIVE = (
   'budget.round_heads',
   'budget.flops_context',
   'search.candidates',
-  'search.remember',
+  'search.finalists',
   'policy.std',
   'policy.learning_rate',
   'policy.epochs',
@@ -270,9 +195,9 @@ def _validate_search(config):
       'policy.score_weight: learns from differences between proposals; raise '
       'search.candidates to 2 or more'
     )
-  if not 0.0 <= search.lowest_ratio < 1.0:
+  if not 0.0 <= search.min_ratio < 1.0:
     raise RequestError(
-      f'search.lowest_ratio: {search.lowest_ratio} is outside [0, 1)'
+      f'search.min_ratio: {search.min_ratio} is outside [0, 1)'
     )
   if search.refit < 0:
     raise RequestError('search.refit: must be a ridge strength, or 0 for none')
@@ -310,135 +235,3 @@ def _validate_search(config):
 def refits(config) -> bool:
   """Whether candidates are scored as calibration will leave them."""
   return config.calibration.enabled and config.search.refit > 0
-
-
-def check_reachable(sites, config):
-  """Refuses a sparsity that the floors, or the lowest ratio, rule out.
-
-  Raises:
-    RequestError: with the largest sparsity within reach.
-  """
-  sparsity = config.budget.sparsity
-  if sites.limit(sparsity) < sites.kept_cost(sites.floor):
-    raise RequestError(
-      f'budget.sparsity: {sparsity} is out of reach; the floors of '
-      f'{config.budget.round_heads} group(s) and {config.budget.round_ffn} '
-      f'channels a layer leave at most {sites.sparsity(sites.floor):.4f}'
-    )
-  low = config.search.lowest_ratio
-  lowest = np.maximum(low * sites.units, sites.floor) @ sites.unit_cost
-  if lowest + sites.fixed > sites.limit(sparsity):
-    raise RequestError(
-      f'search.lowest_ratio: {low} keeps more than sparsity {sparsity} '
-      'allows; lower it'
-    )
-  lowest = np.maximum(low * sites.units, sites.floor)
-  for resource in sites.resources:
-    least = resource.kept(lowest) / resource.kept(sites.units)
-    if least > 1.0 - resource.removed:
-      raise RequestError(
-        f'budget.{resource.name}: {resource.removed} is out of reach; the '
-        f'floors and search.lowest_ratio leave at most {1.0 - least:.4f}'
-      )
-
-
-def changed_keys(config, other: dict) -> list[str]:
-  """Keys whose values differ between a config and one read from JSON."""
-  flat = [_flat(json.loads(config.to_json())), _flat(other)]
-  keys = sorted(flat[0].keys() | flat[1].keys())
-  return [key for key in keys if flat[0].get(key, ...) != flat[1].get(key, ...)]
-
-
-def _flat(tree, prefix=''):
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      out.update(_flat(value, f'{prefix}{key}.'))
-    else:
-      out[prefix + key] = value
-  return out
-
-
-# What a run may go on with another value of: no result depends on it, but for
-# the order in which numbers are summed on another mesh. The number of steps is
-# not among them: the learning rates fall over the whole search.
-_MAY_CHANGE = (
-  'checkpoint.',
-  'compare.methods',
-  'compare.sparsities',
-  'compare.seeds',
-  'mesh.',
-  'search.block',
-  'search.remat',
-)
-
-
-@contextlib.contextmanager
-def claim(workdir: pathlib.Path, config):
-  """Holds the workdir against other processes, and config.json in it.
-
-  The lock ends with the process, however that ends. A bucket has none.
-
-  Raises:
-    RequestError: the workdir can't be written, is in use, or holds a run
-      with other settings.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    local = workdir_lib.is_local(workdir)
-    lock = open(workdir / 'lock' if local else os.devnull, 'w')
-  except OSError as error:
-    raise RequestError(
-      f'workdir: cannot write to {workdir} ({error.strerror})'
-    ) from error
-  with lock:
-    if local:
-      _lock(lock, workdir)
-    _write_config(workdir, config)
-    yield
-
-
-def _lock(file, workdir):
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise RequestError(
-      f'workdir: another process is at work in {workdir}; wait for it, or use '
-      'another --workdir'
-    ) from error
-  except OSError as error:  # some network file systems
-    logging.warning('%s: cannot be locked (%s)', workdir, error.strerror)
-
-
-def _write_config(workdir, config):
-  path = workdir / 'config.json'
-  try:
-    differ = _differing(config, path) if path.exists() else ['all']
-    if differ:
-      workdir_lib.replace(path, config.to_json(indent=2) + '\n')
-  except OSError as error:
-    raise RequestError(
-      f'workdir: cannot write to {workdir} ({error.strerror})'
-    ) from error
-
-
-def _differing(config, path) -> list[str]:
-  """Keys that may differ from those in `path`, and do."""
-  try:
-    other = json.loads(path.read_text())
-  except ValueError as error:
-    raise RequestError(
-      f'workdir: {path} is not valid JSON; use another --workdir'
-    ) from error
-  if not isinstance(other, dict):
-    raise RequestError(
-      f'workdir: {path} is not a configuration; use another --workdir'
-    )
-  differ = changed_keys(config, other)
-  fixed = [key for key in differ if not key.startswith(_MAY_CHANGE)]
-  if fixed:
-    raise RequestError(
-      f'workdir: {path.parent} holds a run with other {", ".join(fixed)}; '
-      'use another --workdir or the same settings'
-    )
-  return differ

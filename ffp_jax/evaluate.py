@@ -13,10 +13,10 @@ import numpy as np
 from absl import app, flags
 
 from ffp_jax import report
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError, refuse
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import protocols, scoring
-from ffp_jax.models import families
+from ffp_jax.models import functional
 from ffp_jax.runtime import cli, sharding
 from ffp_jax.text import corpora, tokenization
 
@@ -36,29 +36,29 @@ def evaluate(
 
   Args:
     model: directory or hub id, dense or pruned.
-    source, field: text, as `corpora.read` takes it.
+    source, field: text, as `corpora.read_text` takes it.
     context: tokens a window.
-    protocol: see `protocols.arrange`.
+    protocol: see `protocols.arrange_windows`.
     stride: tokens, None for the protocol's own.
     max_windows: only the first so many times `context` tokens, None for all.
-    dtype: see `scoring.dtype_of`.
+    dtype: see `functional.resolve_dtype`.
 
   Returns:
     dict of the model, ppl, `protocols.Protocol`, dtype, seconds and
     tokens_per_second (scored).
   """
-  stride = protocols.stride(protocol, context, stride)
-  directory = hub.locate(model)
-  config = families.model_config(directory)
-  text = corpora.read(source, field=field, report=True)
-  tokens = tokenization.encode(directory, text.content)
-  tokenization.check(config, tokens.ids, context)
+  stride = protocols.resolve_stride(protocol, context, stride)
+  directory = hub.resolve_model(model)
+  config = model_config.read_model_config(directory)
+  text = corpora.read_text(source, field=field, report=True)
+  tokens = tokenization.tokenize(directory, text.content)
+  tokenization.check_tokens(config, tokens.ids, context)
   limits = [n * context for n in (max_windows, text.windows) if n]
   ids = tokens.ids[: min(limits, default=None)]
-  windows, spans = protocols.arrange(protocol, ids, context, stride)
+  windows, spans = protocols.arrange_windows(protocol, ids, context, stride)
   cut = len(ids) < len(tokens.ids)
   part = f'first {len(ids):,} tokens' if cut else 'all'
-  used = protocols.describe(
+  used = protocols.describe_protocol(
     protocol,
     text.name,
     f'{part} of {text.extent}',
@@ -67,7 +67,7 @@ def evaluate(
     stride=stride,
     bos=tokens.bos,
   )
-  dtype = scoring.dtype_of(dtype)
+  dtype = functional.resolve_dtype(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     params = weights.load_params(directory, config, dtype)
     scorer = scoring.Scorer(config)
@@ -93,10 +93,10 @@ def evaluate_tasks(
   Args:
     model: directory or hub id, dense or pruned.
     names: of the tasks.
-    fewshot, limit: see `harness.load` and `harness.score`.
+    fewshot, limit: see `harness.load_tasks` and `harness.score_tasks`.
     context: most tokens of a request, None for the model's own positions.
     batch_tokens: about so many are computed together.
-    dtype: see `scoring.dtype_of`.
+    dtype: see `functional.resolve_dtype`.
 
   Returns:
     dict of the model, whether it is pruned, tasks, harness, context, dtype
@@ -108,14 +108,14 @@ def evaluate_tasks(
     raise RequestError(
       f'--tasks needs lm_eval ({error}): pip install "lm_eval>=0.4.13,<0.5"'
     ) from error
-  directory = hub.locate(model)
-  config = families.model_config(directory)
-  tokenizer = tokenization.load(directory)
-  ends = tokenization.ends(directory, tokenizer)
+  directory = hub.resolve_model(model)
+  config = model_config.read_model_config(directory)
+  tokenizer = tokenization.load_tokenizer(directory)
+  ends = tokenization.end_ids(directory, tokenizer)
   context = context or config.max_positions
-  tokenization.check(config, (), context)
-  loaded = harness.load(names, tokenizer, fewshot)
-  dtype = scoring.dtype_of(dtype)
+  tokenization.check_tokens(config, (), context)
+  loaded = harness.load_tasks(names, tokenizer, fewshot)
+  dtype = functional.resolve_dtype(dtype)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     params = weights.load_params(directory, config, dtype)
     start = time.perf_counter()
@@ -127,7 +127,7 @@ def evaluate_tasks(
       batch_tokens=batch_tokens,
       ends=ends,
     )
-    figures = harness.score(asked, loaded, limit)
+    figures = harness.score_tasks(asked, loaded, limit)
     seconds = time.perf_counter() - start
   return {
     'model': model,
@@ -151,8 +151,8 @@ def task_rows(found: dict) -> dict[str, float]:
 
 
 def parse(argv):
-  """`cli.parse`, and what goes together."""
-  rest = cli.parse(argv)
+  """`cli.parse_flags`, and what goes together."""
+  rest = cli.parse_flags(argv)
   if flags.FLAGS.run and not flags.FLAGS.tasks:
     refuse('--run goes with --tasks')
   out = flags.FLAGS.out
@@ -190,7 +190,7 @@ def _perplexity(args):
 def _tasks(args):
   run = pathlib.Path(args.run).expanduser() if args.run else None
   if run:
-    report.read(run)  # so that nothing heavy comes to nothing
+    report.read_run(run)  # so that nothing heavy comes to nothing
   found = evaluate_tasks(
     args.model,
     args.tasks,
@@ -202,7 +202,7 @@ def _tasks(args):
   )
   if run:
     column = 'pruned' if found['pruned'] else 'dense'
-    report.add(run, 'tasks', {column: task_rows(found)})
+    report.add_measurements(run, 'tasks', {column: task_rows(found)})
   return found
 
 

@@ -16,10 +16,9 @@ from ml_collections import config_flags
 
 from ffp_jax import config as config_lib
 from ffp_jax import prune, report
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.reporting import labels, page, run_comparison
-from ffp_jax.runtime import cli
-from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.runtime import cli, storage
 
 
 def points(config, workdir, sparsities, steps: int) -> dict:
@@ -53,7 +52,9 @@ def points(config, workdir, sparsities, steps: int) -> dict:
   return found
 
 
-def run(config, workdir, sparsities, steps: int, *, again: str) -> list:
+def run_frontier(
+  config, workdir, sparsities, steps: int, *, again: str
+) -> list:
   """Runs every point that is not finished, then compares them.
 
   Args:
@@ -65,12 +66,12 @@ def run(config, workdir, sparsities, steps: int, *, again: str) -> list:
   """
   todo = points(config, workdir, sparsities, steps)
   for point in todo.values():  # the last may be out of reach: say so first
-    prune.prepare(point)
+    prune.prepare_job(point)
   for directory, point in todo.items():
-    prune.run(point, directory, command=again)
-  runs = [report.read(directory) for directory in todo]
+    prune.prune_workdir(point, directory, command=again)
+  runs = [report.read_run(directory) for directory in todo]
   found = page.page('Pruning frontier', run_comparison.compare(runs))
-  workdir_lib.replace(workdir / 'frontier.html', found)
+  storage.write_atomically(workdir / 'frontier.html', found)
   return runs
 
 
@@ -87,8 +88,8 @@ def summary(runs) -> str:
       _row(
         f'{point.allocation["sparsity_achieved"]:.2%}',
         results['params_pruned'],
-        results[labels.final(results)]['ppl'],
-        labels.ppl(results[labels.even(results)]['ppl']),
+        results[labels.final_key(results)]['ppl'],
+        labels.ppl(results[labels.uniform_key(results)]['ppl']),
       )
     )
   return '\n'.join([*rows, *labels.protocol(dense['protocol'], shorten=True)])
@@ -101,13 +102,15 @@ def _row(name, params, ppl, uniform):
 def main(argv):
   del argv
   args = flags.FLAGS
-  workdir, again = cli.begin('ffp_jax.frontier', args.workdir)
-  with cli.refusing(workdir, again):
+  workdir, again = cli.begin_command('ffp_jax.frontier', args.workdir)
+  with cli.report_errors(workdir, again):
     try:
       sparsities = [float(number) for number in args.sparsities]
     except ValueError as error:
       raise RequestError(f'--sparsities: {error}') from error
-    runs = run(args.config, workdir, sparsities, args.steps, again=again)
+    runs = run_frontier(
+      args.config, workdir, sparsities, args.steps, again=again
+    )
   print(summary(runs))
   print(f'\nmodels      {", ".join(f"{x.name}/pruned" for x in runs)}')
   print(f'report      {workdir / "frontier.html"}')
@@ -123,7 +126,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      cli.parse,
+      cli.parse_flags,
       config='a file such as configs/llama.py',
       workdir='the directory of the points',
       sparsities='numbers in rising order, such as 0.2,0.3,0.4',

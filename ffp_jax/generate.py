@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.evaluation import scoring
-from ffp_jax.models import decoding, families
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.errors import RequestError, refuse
+from ffp_jax.models import decoding, functional
 from ffp_jax.runtime import cli, sharding
 from ffp_jax.text import tokenization
 
@@ -26,14 +25,14 @@ def prepare(model: str, prompt: str, new: int):
   Raises:
     RequestError: it can't.
   """
-  directory = hub.locate(model)
-  config = families.model_config(directory)
-  tokenizer = tokenization.load(directory)
-  ids = tokenization.ids_of(tokenizer, prompt)
-  ends = tokenization.ends(directory, tokenizer)
+  directory = hub.resolve_model(model)
+  config = model_config.read_model_config(directory)
+  tokenizer = tokenization.load_tokenizer(directory)
+  ids = tokenization.token_ids(tokenizer, prompt)
+  ends = tokenization.end_ids(directory, tokenizer)
   if not ids.size:
     raise RequestError('--prompt: gives no token; say something')
-  tokenization.check(config, ids, 0)
+  tokenization.check_tokens(config, ids, 0)
   decoding.check_slots(config, len(ids) + new)
   return directory, config, tokenizer, ids, ends
 
@@ -48,12 +47,12 @@ def pieces(params, config, tokenizer, ids, *, ends, new, temperature, seed):
     ids: of the prompt, one or more.
     ends: token ids; any of them ends it.
     new: most tokens.
-    temperature, seed: see `decoding.continuations`.
+    temperature, seed: see `decoding.generate_tokens`.
 
   Yields:
     Text that follows the prompt and the text before.
   """
-  steps = decoding.continuations(
+  steps = decoding.generate_tokens(
     params,
     ids[None],
     np.array([len(ids)]),
@@ -80,18 +79,18 @@ def generate(models, prompt, *, new, temperature, seed, dtype):
     models: directories or hub ids.
     prompt: text.
     new: most new tokens.
-    temperature, seed: see `decoding.continuations`.
-    dtype: see `scoring.dtype_of`.
+    temperature, seed: see `decoding.generate_tokens`.
+    dtype: see `functional.resolve_dtype`.
 
   Raises:
     RequestError: one of them can't; nothing is printed then.
   """
   ready = [prepare(model, prompt, new) for model in models]
-  dtype = scoring.dtype_of(dtype)
+  dtype = functional.resolve_dtype(dtype)
   for model, (directory, config, tokenizer, ids, ends) in zip(
     models, ready, strict=True
   ):
-    config = decoding.unrolled(config)
+    config = decoding.unroll_layers(config)
     with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
       params = weights.load_params(directory, config, dtype)
       print(f'--- {model}\n{prompt}', end='', flush=True)
@@ -140,4 +139,4 @@ if __name__ == '__main__':
     ('auto', 'float32', 'bfloat16'),
     'auto: float32 on CPU, bfloat16 elsewhere.',
   )
-  app.run(main, flags_parser=cli.parse)
+  app.run(main, flags_parser=cli.parse_flags)

@@ -10,7 +10,7 @@ command goes on.
 from absl import app, flags
 from ml_collections import config_flags
 
-from ffp_jax.config import refuse
+from ffp_jax.errors import refuse
 from ffp_jax.runtime import cli
 from ffp_jax.runtime import workdir as workdir_lib
 
@@ -27,8 +27,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 
 
 def parse(argv):
-  """`cli.parse`, and what the flags of several processes ask for."""
-  rest = cli.parse(
+  """`cli.parse_flags`, and what the flags of several processes ask for."""
+  rest = cli.parse_flags(
     argv,
     config='a file such as configs/llama.py',
     workdir='the directory of the run',
@@ -41,20 +41,22 @@ def parse(argv):
 
 def main(argv):
   del argv
-  workdir, again = cli.begin('ffp_jax.main', _WORKDIR.value)
+  workdir, again = cli.begin_command('ffp_jax.main', _WORKDIR.value)
   # Imported here, so that a wrong flag is refused at once.
   from ffp_jax import prune, report
   from ffp_jax.runtime import sharding
 
-  with cli.refusing(workdir, again):
+  with cli.report_errors(workdir, again):
     if _COORDINATOR.value:
-      sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    results = prune.run(_CONFIG.value, workdir, command=again)
-  if not sharding.leads():
+      sharding.join_processes(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+      )
+    results = prune.prune_workdir(_CONFIG.value, workdir, command=again)
+  if not sharding.is_lead_process():
     return
   print(
     report.summary(
-      results, workdir_lib.Book(workdir).read_json('allocation.json')
+      results, workdir_lib.Workdir(workdir).read_json('allocation.json')
     )
   )
   print(f'\nmodel       {workdir / "pruned"}')

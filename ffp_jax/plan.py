@@ -17,10 +17,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ffp_jax import config as config_lib
-from ffp_jax.checkpoints import hub
-from ffp_jax.evaluation import loss, scoring
-from ffp_jax.models import families
-from ffp_jax.pruning import allocation, calibration, masks, search, sublayers
+from ffp_jax import errors
+from ffp_jax.checkpoints import hub, model_config
+from ffp_jax.evaluation import loss
+from ffp_jax.models import families, functional
+from ffp_jax.pruning import allocation, calibration, masks, search
+from ffp_jax.pruning.sublayers import find_sublayers
 from ffp_jax.runtime import cli, device_memory, sharding
 from ffp_jax.text import tokenization
 
@@ -33,13 +35,13 @@ def abstract_params(model, dtype, mesh):
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
-    sharding.of_params(shapes, mesh),
+    sharding.param_shardings(shapes, mesh),
   )
 
 
 def search_memory(config, model, params) -> device_memory.Memory:
   """Of the step of the curriculum's stage with the most rows."""
-  sites = sublayers.sites(
+  sublayers = find_sublayers(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
@@ -48,8 +50,8 @@ def search_memory(config, model, params) -> device_memory.Memory:
     lambda x: x.astype(jnp.int32),
     masks.ones(model.layers, model.groups, model.ffn),
   )
-  net, optim = search.network(config, sites)
-  apply = scoring.apply_of(model, remat=config.search.remat)
+  net, optim = search.make_policy(config, sublayers)
+  apply = functional.make_apply(model, remat=config.search.remat)
   step = search.make_step(
     net,
     optim,
@@ -57,19 +59,19 @@ def search_memory(config, model, params) -> device_memory.Memory:
     config,
     config.search.block or 1,
   )
-  first = search.prior(sites, config.search.attention_prior)
+  first = search.initial_priorities(sublayers, config.search.attention_prior)
   state = search.init(
-    jax.random.key(0), net, optim, first, remember=config.search.remember
+    jax.random.key(0), net, optim, first, size=config.search.finalists
   )
   rows = max(config.search.rows)
-  return device_memory.needs(
+  return device_memory.memory_needed(
     step,
     state,
     params,
     np.zeros((rows, config.search.context), np.int32),
     np.float32(0.0),
-    allocation.target(sites, config.budget.sparsity),
-    allocation.modules(sites, rank),
+    allocation.make_target(sublayers, config.budget.sparsity),
+    allocation.to_device(sublayers, rank),
   )
 
 
@@ -86,8 +88,8 @@ def calibration_memory(config, model, params) -> device_memory.Memory:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
 
   keep = jnp.ones(model.groups), jnp.ones(model.ffn)
-  return device_memory.needs(
-    calibration._layer,
+  return device_memory.memory_needed(
+    calibration.calibrate_layer,
     jax.tree.map(of_layer, params['stack']),
     stream,
     keep,
@@ -184,13 +186,13 @@ def main(argv):
   jax.config.update('jax_num_cpu_devices', args.devices)
   try:
     config_lib.validate(config)
-    model = families.model_config(hub.locate(config.model))
-    tokenization.check(model, (), config.text.context)
+    model = model_config.read_model_config(hub.resolve_model(config.model))
+    tokenization.check_tokens(model, (), config.text.context)
     mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype('bfloat16' if config.dtype == 'auto' else config.dtype)
     found = plan(config, model, dtype, mesh)
-  except config_lib.RequestError as error:
-    config_lib.refuse(error)
+  except errors.RequestError as error:
+    errors.refuse(error)
   print(describe(found, args.device_memory_gib, args.tflops))
 
 
@@ -206,6 +208,6 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      cli.parse, config='a file such as configs/llama2_7b.py'
+      cli.parse_flags, config='a file such as configs/llama2_7b.py'
     ),
   )

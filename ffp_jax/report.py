@@ -13,10 +13,15 @@ import shutil
 from absl import app, flags
 
 from ffp_jax import __version__
-from ffp_jax.config import RequestError, refuse
+from ffp_jax.errors import RequestError, refuse
 from ffp_jax.reporting import blocks, labels, page, run_comparison
 from ffp_jax.reporting.run_report import Run, report
-from ffp_jax.runtime.workdir import is_local, lines, plain, replace
+from ffp_jax.runtime.storage import (
+  is_local,
+  read_json_lines,
+  to_json_types,
+  write_atomically,
+)
 
 
 def summary(results: dict, allocation: dict) -> str:
@@ -26,11 +31,11 @@ def summary(results: dict, allocation: dict) -> str:
     results: what results.json holds.
     allocation: what allocation.json holds.
   """
-  results = plain(results)
+  results = to_json_types(results)
   rows = [f'{"":24}{"perplexity":>12}{"x dense":>10}']
   rows += [
     f'{name:24}{ppl:>12}{times:>10}'
-    for name, ppl, times in labels.compare(results)
+    for name, ppl, times in labels.perplexity_rows(results)
   ]
   asked, got = (allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
   dense, pruned = results['params_dense'], results['params_pruned']
@@ -57,7 +62,7 @@ def versions() -> dict[str, str]:
   return {'python': python, **packages, 'ffp_jax': __version__}
 
 
-def read(workdir: pathlib.Path) -> Run:
+def read_run(workdir: pathlib.Path) -> Run:
   """What a finished run left in its directory.
 
   Raises:
@@ -79,11 +84,11 @@ def read(workdir: pathlib.Path) -> Run:
       'it is not from this version of ffp_jax'
     )
   path = workdir / 'metrics.jsonl'
-  metrics = lines(path) if path.exists() else []
+  metrics = read_json_lines(path) if path.exists() else []
   return Run(str(workdir), config, allocation, results, metrics)
 
 
-def write(workdir: pathlib.Path):
+def write_report(workdir: pathlib.Path):
   """Writes report.html, report.md and its plots, and tb, of a finished run.
 
   Without search steps there is no plot_search.png. TensorBoard's scalars are
@@ -96,16 +101,18 @@ def write(workdir: pathlib.Path):
   Raises:
     RequestError: see `read`.
   """
-  run = read(workdir)
+  run = read_run(workdir)
   found = list(report(run))
   blocks.write_markdown(workdir / 'report.md', found)
   title = f'Pruning {run.config["model"]}'
-  replace(workdir / 'report.html', page.page(title, found))
+  write_atomically(workdir / 'report.html', page.page(title, found))
   if is_local(workdir) and importlib.util.find_spec('tensorboardX'):
     _write_scalars(workdir / 'tb', run.metrics)
 
 
-def add(workdir: pathlib.Path, section: str, columns: dict[str, dict]):
+def add_measurements(
+  workdir: pathlib.Path, section: str, columns: dict[str, dict]
+):
   """Adds what was measured of a finished run's models, and redraws its report.
 
   Args:
@@ -117,14 +124,14 @@ def add(workdir: pathlib.Path, section: str, columns: dict[str, dict]):
   Raises:
     RequestError: see `read`.
   """
-  results = read(workdir).results
+  results = read_run(workdir).results
   rows = results.setdefault(section, {})
   for column, figures in columns.items():
     for name, value in figures.items():
       rows.setdefault(name, {})[column] = value
-  text = json.dumps(plain(results), indent=2) + '\n'
-  replace(workdir / 'results.json', text)
-  write(workdir)
+  text = json.dumps(to_json_types(results), indent=2) + '\n'
+  write_atomically(workdir / 'results.json', text)
+  write_report(workdir)
 
 
 def _write_scalars(directory, metrics):
@@ -161,11 +168,13 @@ def main(argv):
   try:
     if len(workdirs) == 1:
       out = workdirs[0] / 'report.html'
-      write(workdirs[0])
+      write_report(workdirs[0])
     else:
       out = pathlib.Path(flags.FLAGS.out)
-      found = run_comparison.compare([read(workdir) for workdir in workdirs])
-      replace(out, page.page('Pruning runs compared', found))
+      found = run_comparison.compare(
+        [read_run(workdir) for workdir in workdirs]
+      )
+      write_atomically(out, page.page('Pruning runs compared', found))
   except (RequestError, OSError) as error:
     refuse(error)
   print(out)

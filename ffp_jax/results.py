@@ -12,16 +12,16 @@ def allocation(config, job, best) -> dict:
 
   Args:
     config: of the run.
-    job: its `prune.Job`.
+    job: its `prune.PruningJob`.
     best: the `prune.Finalist` that was pruned to.
   """
   attention, ffn = np.split(best.counts, 2)
-  units = job.sites.units
+  units = job.sublayers.units
   total = families.param_count(job.model)
-  removed = job.sites.total - job.sites.kept_cost(best.counts)
+  removed = job.sublayers.total - job.sublayers.kept_cost(best.counts)
   return {
     'sparsity_target': config.budget.sparsity,
-    'sparsity_achieved': job.sites.sparsity(best.counts),
+    'sparsity_achieved': job.sublayers.sparsity(best.counts),
     'params_dense': total,
     'params_pruned': total - removed,
     'budgets': [
@@ -30,7 +30,7 @@ def allocation(config, job, best) -> dict:
         'removed_target': resource.removed,
         'removed': 1.0 - resource.kept(best.counts) / resource.kept(units),
       }
-      for resource in job.sites.resources
+      for resource in job.sublayers.resources
     ],
     'layers': [
       {
@@ -73,7 +73,7 @@ def sizes(job, found, size) -> dict:
   return {
     'params_dense': before,
     'params_pruned': after,
-    'params_prunable': job.sites.total,
+    'params_prunable': job.sublayers.total,
     'params_removed': before - after,
     'bytes_dense': before * job.dtype.itemsize,
     'bytes_pruned': size,

@@ -9,8 +9,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import baselines
-from ffp_jax import config as config_lib
 from ffp_jax.baselines import amc, sensitivity
+from ffp_jax.baselines import settings as settings_lib
 from ffp_jax.baselines.problem import Inputs, OutOfTokens, Problem
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import allocation, masks, sublayers
@@ -27,7 +27,7 @@ _MODEL = ModelConfig(
   head_size=_H,
   ffn=_F,
 )
-_SITES = sublayers.sites(_MODEL, round_heads=1, round_ffn=2)
+_SITES = sublayers.find_sublayers(_MODEL, round_heads=1, round_ffn=2)
 # What removing the whole of a module would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 _SPARSITY = 0.4
@@ -91,24 +91,24 @@ def _arrays():
 def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
   rank, weights, inputs = _arrays()
   return Problem(
-    sites=_SITES,
-    modules=allocation.modules(_SITES, rank),
+    sublayers=_SITES,
+    device_sublayers=allocation.to_device(_SITES, rank),
     sparsity=sparsity,
-    low=0.1,
+    min_ratio=0.1,
     start_S=np.zeros(2 * _L),
     rows_RxT=np.arange(_ROWS * _CONTEXT).reshape(_ROWS, _CONTEXT),
     nll=nll,
     params={},
     weights=weights,
-    measure=lambda: inputs,
-    mend=lambda: (nll, {}),
+    input_moments=lambda: inputs,
+    refit_model=lambda: (nll, {}),
     measure_tokens=100,
     tokens=tokens,
   )
 
 
 def _config():
-  config = config_lib.comparison()
+  config = settings_lib.comparison()
   config.search.context = _CONTEXT
   config.search.candidates = 4
   config.policy.hidden = (8,)

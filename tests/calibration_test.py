@@ -36,9 +36,9 @@ _OPT_POST_NORM = dataclasses.replace(
 _CONFIGS = {'llama': _LLAMA, 'opt_post_norm': _OPT_POST_NORM}
 _STRENGTHS = (0.1, 0.01, 1.0)
 # Jitted, or their loops would be compiled anew at every call.
-_RIDGE = jax.jit(calibration.ridge)
-_CHOOSE = jax.jit(calibration.choose)
-_ERROR = jax.jit(calibration.error)
+_RIDGE = jax.jit(calibration.ridge_regression)
+_CHOOSE = jax.jit(calibration.select_strength)
+_ERROR = jax.jit(calibration.squared_error)
 
 
 def setUpModule():

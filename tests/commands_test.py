@@ -12,7 +12,7 @@ import tempfile
 
 from absl.testing import absltest, parameterized
 
-from ffp_jax import config
+from ffp_jax.baselines import settings
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def _documented():
 
 class DocumentationTest(absltest.TestCase):
   def test_modules_and_flags_exist(self):
-    keys = config.comparison()
+    keys = settings.comparison()
     count = 0
     for where, module, rest in _documented():
       path = _ROOT / module.replace('.', '/')

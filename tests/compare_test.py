@@ -10,11 +10,14 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import baselines, compare, config, prune
+from ffp_jax import baselines, compare, config, errors, prune
+from ffp_jax.baselines import settings as settings_lib
+from ffp_jax.checkpoints import model_config
 from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
 from ffp_jax.pruning import masks, sublayers
 from ffp_jax.reporting import method_comparison
+from ffp_jax.runtime import workdir
+from ffp_jax.runtime import workdir as workdir_lib
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -39,7 +42,7 @@ def _inputs():
 
 
 def _config(**overrides):
-  out = config.comparison()
+  out = settings_lib.comparison()
   changes = tiny_run.config().to_dict()
   changes['compare'] = {
     'methods': _METHODS,
@@ -56,7 +59,7 @@ def _config(**overrides):
 def _finished():
   """(workdir, results) of a comparison that nothing disturbed."""
   workdir = pathlib.Path(_FOLDER.name) / 'finished'
-  return workdir, compare.run(_config(), workdir)
+  return workdir, compare.run_comparison(_config(), workdir)
 
 
 def _same(run):
@@ -73,8 +76,8 @@ class RunTest(parameterized.TestCase):
   def test_every_method_meets_both_budgets(self):
     _, results = _finished()
     self.assertEqual([run['method'] for run in results['runs']], [*_METHODS])
-    model = families.model_config(pathlib.Path(_inputs()['model']))
-    found = sublayers.sites(model, round_heads=1, round_ffn=2)
+    model = model_config.read_model_config(pathlib.Path(_inputs()['model']))
+    found = sublayers.find_sublayers(model, round_heads=1, round_ffn=2)
     for run in results['runs']:
       slack = found.limit(0.25) - found.kept_cost(run['counts'])
       self.assertBetween(slack, 0, (found.step * found.unit_cost).min() - 1)
@@ -95,16 +98,16 @@ class RunTest(parameterized.TestCase):
 
   def test_refit_candidates_are_scored_calibrated(self):
     one = _config(**{'budget.sparsity': 0.25})
-    job = prune.prepare(one)
-    model = compare.model_of(one, job)
-    modules = prune.rank_units(one, job, model.params)
-    scored = prune.refit(one, job, model.params, modules)
+    job = prune.prepare_job(one)
+    model = compare.load_shared_model(one, job)
+    device_sublayers = prune.rank_units(one, job, model.params)
+    scored = prune.refit(one, job, model.params, device_sublayers)
     problem = compare.problem_of(
-      one, job, model, modules, lambda _: scored.params
+      one, job, model, device_sublayers, lambda _: scored.params
     )
     counts, rows = problem.project(problem.start_S), problem.rows_RxT[:2]
     found = problem.refit().losses([counts], rows)[0]
-    keep = masks.from_counts(modules.rank, counts)
+    keep = masks.from_counts(device_sublayers.rank, counts)
     expected = scoring.Scorer(scored.model).each(scored.params, rows, keep)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     cut = problem.losses([counts], rows)[0]
@@ -113,13 +116,13 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(*baselines.ABLATIONS)
   def test_an_ablation_changes_what_it_says(self, name):
-    cell = compare.cell_of(_config(), 0, 0.25, name)
+    cell = compare.cell_config(_config(), 0, 0.25, name)
     config.validate(cell)
-    changed = config.changed_keys(cell, json.loads(_config().to_json()))
+    changed = workdir.changed_keys(cell, json.loads(_config().to_json()))
     self.assertContainsSubset(baselines.ABLATIONS[name], {*changed})
-    plain = compare.cell_of(_config(), 0, 0.25)
+    plain = compare.cell_config(_config(), 0, 0.25)
     self.assertCountEqual(
-      config.changed_keys(cell, json.loads(plain.to_json())),
+      workdir_lib.changed_keys(cell, json.loads(plain.to_json())),
       baselines.ABLATIONS[name],
     )
 
@@ -134,10 +137,10 @@ class RunTest(parameterized.TestCase):
 
   def test_uniform_is_that_of_a_run(self):
     one = _config(**{'budget.sparsity': 0.25})
-    job = prune.prepare(one)
-    params, loss, *_ = compare.model_of(one, job)
-    modules = prune.rank_units(one, job, params)
-    keep = {'uniform': prune.uniform(one, job, modules)}
+    job = prune.prepare_job(one)
+    params, loss, *_ = compare.load_shared_model(one, job)
+    device_sublayers = prune.rank_units(one, job, params)
+    keep = {'uniform': prune.uniform(one, job, device_sublayers)}
     repaired = prune.calibrate(one, job, params, keep)
     run = _finished()[1]['runs'][0]
     for name, weights in (
@@ -169,14 +172,14 @@ class RunTest(parameterized.TestCase):
     methods = {**baselines.METHODS, 'evopress': crash}
     with mock.patch.object(baselines, 'METHODS', methods):
       with self.assertRaises(KeyboardInterrupt):
-        compare.run(_config(), self.workdir)
+        compare.run_comparison(_config(), self.workdir)
     left = json.loads((self.workdir / 'compare.json').read_text())
     self.assertLen(left['runs'], 3)
     untouched = {name: crash for name in _METHODS[:3]}
     with mock.patch.object(
       baselines, 'METHODS', {**baselines.METHODS, **untouched}
     ):
-      results = compare.run(_config(), self.workdir)
+      results = compare.run_comparison(_config(), self.workdir)
     self.assertEqual(
       list(map(_same, results['runs'])),
       list(map(_same, _finished()[1]['runs'])),
@@ -184,16 +187,18 @@ class RunTest(parameterized.TestCase):
 
   def test_more_is_added(self):
     few = {'compare.methods': ('uniform',)}
-    compare.run(_config(**few), self.workdir)
+    compare.run_comparison(_config(**few), self.workdir)
     more = few | {'compare.seeds': (0, 1), 'compare.sparsities': (0.25, 0.4)}
-    results = compare.run(_config(**more), self.workdir)
+    results = compare.run_comparison(_config(**more), self.workdir)
     self.assertCountEqual(
       [(run['sparsity'], run['seed']) for run in results['runs']],
       [(0.25, 0), (0.25, 1), (0.4, 0), (0.4, 1)],
     )
     self.assertIn('±', (self.workdir / 'compare.md').read_text())
-    with self.assertRaisesRegex(config.RequestError, 'compare.tokens'):
-      compare.run(_config(**more, **{'compare.tokens': 999}), self.workdir)
+    with self.assertRaisesRegex(errors.RequestError, 'compare.tokens'):
+      compare.run_comparison(
+        _config(**more, **{'compare.tokens': 999}), self.workdir
+      )
 
   @parameterized.parameters(
     ({'compare.methods': ('uniform', 'none')}, "'none'"),
@@ -205,8 +210,8 @@ class RunTest(parameterized.TestCase):
     ({'compare.sparsities': (0.2, 0.97)}, 'sparsity'),
   )
   def test_refused(self, changes, word):
-    with self.assertRaisesRegex(config.RequestError, word):
-      compare.run(_config(**changes), self.workdir)
+    with self.assertRaisesRegex(errors.RequestError, word):
+      compare.run_comparison(_config(**changes), self.workdir)
     self.assertFalse(self.workdir.exists())
 
 

@@ -12,10 +12,13 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from ffp_jax import config as config_lib
-from ffp_jax.config import RequestError
+from ffp_jax.baselines import settings
+from ffp_jax.checkpoints import model_config
+from ffp_jax.errors import RequestError
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import sublayers
+from ffp_jax.pruning.sublayers import check_reachable, find_sublayers
+from ffp_jax.runtime.workdir import changed_keys, claim
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 _NAMES = tuple(sorted(path.stem for path in _CONFIGS.glob('*.py')))
@@ -77,7 +80,7 @@ class ValidateTest(_TestCase):
     'budget.round_heads',
     'search.context',
     'search.candidates',
-    'search.remember',
+    'search.finalists',
     'policy.std',
     'policy.learning_rate',
     'policy.epochs',
@@ -137,8 +140,8 @@ class ValidateTest(_TestCase):
     ('search.steps', (-1, 5)),
     ('search.sparsity_shares', (6.0, 1.0)),
     ('search.sparsity_shares', (-0.5, 1.0)),
-    ('search.lowest_ratio', -0.1),
-    ('search.lowest_ratio', float('nan')),
+    ('search.min_ratio', -0.1),
+    ('search.min_ratio', float('nan')),
     ('calibration.strengths', (0.1, -1.0)),
   )
   def test_values_that_would_fail_later(self, key, value):
@@ -158,7 +161,7 @@ _TINY = ModelConfig(
 
 
 def _sites(config, model=_TINY):
-  return sublayers.sites(
+  return find_sublayers(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
@@ -169,43 +172,43 @@ class ReachableTest(_TestCase):
   def test_reachable(self):
     for sparsity in (0.0, 0.2, 0.6):
       config = _with(**{'budget.sparsity': sparsity})
-      config_lib.check_reachable(_sites(config), config)
+      check_reachable(_sites(config), config)
 
   def test_floors_leave_too_much(self):
     # One group of two, 8 channels of 48.
-    config = _with(**{'budget.sparsity': 0.8, 'search.lowest_ratio': 0.01})
+    config = _with(**{'budget.sparsity': 0.8, 'search.min_ratio': 0.01})
     largest = (3 * 1536 + 3 * 40 * 96) / (6 * 1536 + 3 * 48 * 96)
     with self.refused('budget.sparsity: 0.8 is out of reach'):
-      config_lib.check_reachable(_sites(config), config)
+      check_reachable(_sites(config), config)
     with self.assertRaisesRegex(RequestError, f'{largest:.4f}'):
-      config_lib.check_reachable(_sites(config), config)
+      check_reachable(_sites(config), config)
 
   def test_exactly_within_reach(self):
-    config = _with(**{'search.lowest_ratio': 0.0})
-    sites = _sites(config)
+    config = _with(**{'search.min_ratio': 0.0})
+    sublayers = _sites(config)
     # Half of attention, and all channels but 8 of 48.
-    removable = sites.sparsity(sites.floor)
+    removable = sublayers.sparsity(sublayers.floor)
     config.budget.sparsity = removable
-    config_lib.check_reachable(sites, config)
+    check_reachable(sublayers, config)
     config.budget.sparsity = removable + 1e-3
     with self.refused('budget.sparsity: '):
-      config_lib.check_reachable(sites, config)
+      check_reachable(sublayers, config)
 
   def test_coarse_rounding(self):
     config = _with(**{'budget.round_ffn': 48, 'budget.round_heads': 2})
     with self.refused('budget.sparsity: 0.2 is out of reach'):
-      config_lib.check_reachable(_sites(config), config)
+      check_reachable(_sites(config), config)
 
   def test_lowest_ratio(self):
-    config = _with(**{'budget.sparsity': 0.5, 'search.lowest_ratio': 0.51})
-    with self.refused('search.lowest_ratio: 0.51'):
-      config_lib.check_reachable(_sites(config), config)
-    config.search.lowest_ratio = 0.49
-    config_lib.check_reachable(_sites(config), config)
+    config = _with(**{'budget.sparsity': 0.5, 'search.min_ratio': 0.51})
+    with self.refused('search.min_ratio: 0.51'):
+      check_reachable(_sites(config), config)
+    config.search.min_ratio = 0.49
+    check_reachable(_sites(config), config)
 
 
 def _claim(workdir, config):
-  with config_lib.claim(workdir, config):
+  with claim(workdir, config):
     pass
 
 
@@ -219,7 +222,7 @@ class ClaimTest(_TestCase):
     config = _with(seed=3)
     _claim(self.workdir, config)
     text = (self.workdir / 'config.json').read_text()
-    self.assertEqual(config_lib.changed_keys(config, json.loads(text)), [])
+    self.assertEqual(changed_keys(config, json.loads(text)), [])
     self.assertEqual(json.loads(text), json.loads(config.to_json()))
     self.assertEqual(json.loads(text)['seed'], 3)
 
@@ -255,7 +258,7 @@ class ClaimTest(_TestCase):
     self.assertEqual(written, json.loads(other.to_json()))
 
   def test_one_at_a_time(self):
-    with config_lib.claim(self.workdir, _with()):
+    with claim(self.workdir, _with()):
       with self.refused(
         f'workdir: another process is at work in {self.workdir}'
       ):
@@ -274,20 +277,20 @@ class ClaimTest(_TestCase):
     # Under a regular file: for root, permissions forbid nothing.
     self.workdir.parent.parent.mkdir(exist_ok=True)
     self.workdir.parent.write_text('a file')
-    for workdir in (self.workdir, self.workdir.parent):
-      with self.refused(f'workdir: cannot write to {workdir}'):
-        _claim(workdir, _with())
+    for path in (self.workdir, self.workdir.parent):
+      with self.refused(f'workdir: cannot write to {path}'):
+        _claim(path, _with())
     self.assertEqual(self.workdir.parent.read_text(), 'a file')
 
   def test_changed_keys(self):
     config = _with()
     old = json.loads(config.to_json())
-    self.assertEqual(config_lib.changed_keys(config, old), [])
+    self.assertEqual(changed_keys(config, old), [])
     old['search']['steps'] = [5, 99]
     old['search']['gone'] = 1
     del old['policy']['std']
     self.assertEqual(
-      config_lib.changed_keys(config, old),
+      changed_keys(config, old),
       ['policy.std', 'search.gone', 'search.steps'],
     )
 
@@ -393,7 +396,7 @@ def _model(name):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_text(json.dumps(_HUB[name]))
-    return families.model_config(path)
+    return model_config.read_model_config(path)
 
 
 class FilesTest(_TestCase):
@@ -402,7 +405,7 @@ class FilesTest(_TestCase):
     config = _load(name)
     config_lib.validate(config)
     compares = 'compare' in config
-    whole = config_lib.comparison() if compares else config_lib.defaults()
+    whole = settings.comparison() if compares else config_lib.defaults()
     self.assertEqual(_types(config), _types(whole))
 
   @parameterized.parameters(*_NAMES)
@@ -421,7 +424,7 @@ class FilesTest(_TestCase):
 
   def test_llama_is_the_defaults(self):
     other = json.loads(config_lib.defaults().to_json())
-    self.assertEqual(config_lib.changed_keys(_load('llama'), other), [])
+    self.assertEqual(changed_keys(_load('llama'), other), [])
 
   @parameterized.parameters(*_FACTS)
   def test_architectures(self, name):
@@ -430,16 +433,16 @@ class FilesTest(_TestCase):
     self.assertEqual(config.model, hub)
     self.assertEqual(families.param_count(model), total)
     self.assertEqual(model.window, window)
-    sites = _sites(config, model)
+    sublayers = _sites(config, model)
     L = model.layers
-    self.assertEqual(sites.total, prunable)
-    self.assertEqual(sites.fixed, fixed)
-    np.testing.assert_array_equal(sites.units, np.repeat(units, L))
-    np.testing.assert_array_equal(sites.unit_cost, np.repeat(costs, L))
+    self.assertEqual(sublayers.total, prunable)
+    self.assertEqual(sublayers.fixed, fixed)
+    np.testing.assert_array_equal(sublayers.units, np.repeat(units, L))
+    np.testing.assert_array_equal(sublayers.unit_cost, np.repeat(costs, L))
     # Rounding leaves no remainder and half the model may go.
-    np.testing.assert_array_equal(sites.units % sites.step, 0)
-    self.assertGreater(sites.sparsity(sites.floor), 0.5)
-    config_lib.check_reachable(sites, config)
+    np.testing.assert_array_equal(sublayers.units % sublayers.step, 0)
+    self.assertGreater(sublayers.sparsity(sublayers.floor), 0.5)
+    check_reachable(sublayers, config)
     # Every window is within what the model was trained for.
     self.assertLessEqual(config.text.context, model.max_positions)
 

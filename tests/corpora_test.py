@@ -14,7 +14,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.runtime import wheels
 from ffp_jax.text import corpora
 
@@ -34,7 +34,7 @@ class _TestCase(parameterized.TestCase):
   def assert_refused(self, source, *words):
     """RequestError of one line, with every word in it."""
     with self.assertRaises(RequestError) as caught:
-      corpora.read(source)
+      corpora.read_text(source)
     message = str(caught.exception)
     self.assertStartsWith(message, 'data: ')
     self.assertNotIn('\n', message)
@@ -44,17 +44,17 @@ class _TestCase(parameterized.TestCase):
 
 class BuiltInTest(_TestCase):
   def test_pydoc(self):
-    text = corpora.read('pydoc')
+    text = corpora.read_text('pydoc')
     self.assertGreater(len(text.content), 100_000)
-    self.assertEqual(corpora.read('pydoc'), text)
+    self.assertEqual(corpora.read_text('pydoc'), text)
     self.assertIn('The "yield" statement', text.content)
     self.assertEqual(text[1:], ('pydoc', 'the text', None))
 
   def test_pydoc_is_the_same_in_another_process(self):
     # Hashes of strings differ there; the order of topics must not.
     code = (
-      'import hashlib; from ffp_jax import corpora; '
-      'text = corpora.read("pydoc").content; '
+      'import hashlib; from ffp_jax.text import corpora; '
+      'text = corpora.read_text("pydoc").content; '
       'print(hashlib.sha256(text.encode()).hexdigest())'
     )
     root = pathlib.Path(__file__).parents[1]
@@ -75,7 +75,7 @@ class BuiltInTest(_TestCase):
 class FilesTest(_TestCase):
   def test_documents_are_joined_by_blank_lines(self):
     path = self.file('a.jsonl', '{"text": "a\\n"}\n{"text": ""}\n{"text": "b"}')
-    text = corpora.read(path)
+    text = corpora.read_text(path)
     self.assertEqual(text, ('a\n\n\n\n\nb', path, 'the text', None))
 
   def test_directory(self):
@@ -87,14 +87,14 @@ class FilesTest(_TestCase):
     self.file('d.MD', 'd')
     for about in ('README.md', 'state.json', 'dataset_info.json', 'x.html'):
       self.file(about, 'no')
-    text = corpora.read(str(self.folder))
+    text = corpora.read_text(str(self.folder))
     self.assertEqual(text.content, 'a\n\nb\n\nb1\n\nb2\n\nc1\nc2\n\nd')
     self.assertEqual(text.name, str(self.folder))
 
   def test_field(self):
     path = self.file('a.jsonl', '{"text": "a", "data": {"body": "b"}}')
-    self.assertEqual(corpora.read(path, field='data.body').content, 'b')
-    self.assertEqual(corpora.read(path).content, 'a')
+    self.assertEqual(corpora.read_text(path, field='data.body').content, 'b')
+    self.assertEqual(corpora.read_text(path).content, 'a')
 
   def test_null_is_left_out_and_counted_in_one_line(self):
     path = self.file('a.jsonl', '{"text": "a"}\n{"text": null}\n' * 2)
@@ -103,7 +103,7 @@ class FilesTest(_TestCase):
       (path, 'a\n\na', 2), (str(self.folder), 'a\n\na\n\nb', 3),
     ):  # fmt: skip
       with self.assertLogs('absl', 'WARNING') as logs:
-        self.assertEqual(corpora.read(source).content, content)
+        self.assertEqual(corpora.read_text(source).content, content)
       self.assertLen(logs.output, 1)
       self.assertIn(
         f'{source}: documents that are null: {count}', logs.output[0]
@@ -115,12 +115,12 @@ class FilesTest(_TestCase):
 
   def test_words_without_end(self):
     path = self.file('a.md', 'x' * 2_000_000)
-    self.assertLen(corpora.read(path).content, 2_000_000)
+    self.assertLen(corpora.read_text(path).content, 2_000_000)
 
   def test_home(self):
     self.file('a.txt', 'a')
     with mock.patch.dict(os.environ, {'HOME': str(self.folder)}):
-      self.assertEqual(corpora.read('~/a.txt').content, 'a')
+      self.assertEqual(corpora.read_text('~/a.txt').content, 'a')
 
   def test_a_corpus_name_is_never_a_directory(self):
     (self.folder / 'c4').mkdir()
@@ -128,7 +128,7 @@ class FilesTest(_TestCase):
     before = pathlib.Path.cwd()
     os.chdir(self.folder)
     self.addCleanup(os.chdir, before)
-    self.assertEqual(corpora.read('./c4').content, 'a')
+    self.assertEqual(corpora.read_text('./c4').content, 'a')
     self.assert_refused('c4:test', "no split 'test', only train, validation")
 
   @parameterized.parameters('', ' \n\t\n', '\ufeff')
@@ -192,7 +192,7 @@ class MixtureTest(_TestCase):
 
   def test_shares_hold_in_every_stretch(self):
     source = f'{self.plain}:0.6,{self.lines}:0.2,pydoc:0.2'
-    text = corpora.read(source, limit=200_000)
+    text = corpora.read_text(source, limit=200_000)
     self.assertEqual(text[1:], (source, 'the first 0.2 MB', None))
     self.assertLen(text.content.encode(), 200_000)
     for begin in range(0, 200_000, 50_000):
@@ -203,9 +203,9 @@ class MixtureTest(_TestCase):
       self.assertBetween(share, 0.1, 0.3)
 
   def test_every_source_keeps_its_order_and_content(self):
-    pydoc, plain = corpora.read('pydoc').content, 'qqqq qq\n' * 20_000
+    pydoc, plain = corpora.read_text('pydoc').content, 'qqqq qq\n' * 20_000
     path = self.file('c.txt', plain)
-    mixed = corpora.read(f'pydoc:0.5,{path}:0.5').content
+    mixed = corpora.read_text(f'pydoc:0.5,{path}:0.5').content
     ours = re.sub(r'(qqqq qq\s*)+', '', mixed)
     self.assertGreater(len(ours), 100_000)
     squeezed = ''.join(ours.split())
@@ -214,7 +214,7 @@ class MixtureTest(_TestCase):
   def test_it_ends_with_the_first_that_does_and_says_so_once(self):
     short = self.file('c.txt', 'ccc cccc\n' * 5_000)
     with self.assertLogs('absl', 'WARNING') as logs:
-      text = corpora.read(f'{short}:1,{self.lines}:3')
+      text = corpora.read_text(f'{short}:1,{self.lines}:3')
     self.assertLen(logs.output, 1)
     self.assertIn(f'{short}: ends after 44,9', logs.output[0])
     self.assertEqual(text.content.count('ccc cccc'), 5_000)
@@ -224,25 +224,28 @@ class MixtureTest(_TestCase):
     self.assertIn('bbb', text.content[-12_000:])
 
   def test_one_text_with_a_weight_is_that_text(self):
-    self.assertEqual(corpora.read('pydoc:0.2'), corpora.read('pydoc'))
+    self.assertEqual(corpora.read_text('pydoc:0.2'), corpora.read_text('pydoc'))
     self.assertEqual(
-      corpora.read(f'{self.lines}:2,pydoc:0'), corpora.read(self.lines)
+      corpora.read_text(f'{self.lines}:2,pydoc:0'),
+      corpora.read_text(self.lines),
     )
 
   def test_a_path_with_commas_and_colons(self):
     odd = self.file('a:0.5,pydoc:0.5.txt', 'odd')
-    self.assertEqual(corpora.read(odd).content, 'odd')
+    self.assertEqual(corpora.read_text(odd).content, 'odd')
     for name in ('a:7', 'b,c'):
       (self.folder / name).mkdir()
       self.file(f'{name}/x.txt', 'odd')
-      self.assertEqual(corpora.read(str(self.folder / name)).content, 'odd')
-    mixed = corpora.read(f'{self.folder / "a:7"}:0.5,{self.lines}:0.5')
+      self.assertEqual(
+        corpora.read_text(str(self.folder / name)).content, 'odd'
+      )
+    mixed = corpora.read_text(f'{self.folder / "a:7"}:0.5,{self.lines}:0.5')
     self.assertStartsWith(mixed.content, 'odd\n\nbbb')
 
   def test_null_documents(self):
     null = self.file('n.jsonl', '{"text": null}\n{"text": "n"}\n' * 3)
     with self.assertLogs('absl', 'WARNING') as logs:
-      text = corpora.read(f'{null},{self.lines}')
+      text = corpora.read_text(f'{null},{self.lines}')
     self.assertIn('n\n\nn\n\nn', text.content)
     self.assertIn('documents that are null: 3', logs.output[-1])
 
@@ -288,7 +291,7 @@ class CutTest(_TestCase):
     whole = '\n\n'.join(self.documents)
     size = len(whole.encode())
     for limit in range(40, size + 5):
-      got = corpora.read(str(path), limit=limit)
+      got = corpora.read_text(str(path), limit=limit)
       self.assertEqual(
         got.content, whole.encode()[:limit].decode(errors='ignore')
       )
@@ -298,13 +301,13 @@ class CutTest(_TestCase):
   def test_says_so(self):
     path = self.file('a.txt', 'some words ' * 200_000)
     with self.assertLogs('absl', 'WARNING') as logs:
-      text = corpora.read(path, limit=1_500_000)
+      text = corpora.read_text(path, limit=1_500_000)
     self.assertEqual(text.extent, 'the first 1.5 MB')
     self.assertLen(logs.output, 1)
     for word in (path, '1,500,000 bytes'):
       self.assertIn(word, logs.output[0])
     with self.assertNoLogs('absl', 'WARNING'):
-      corpora.read(path)
+      corpora.read_text(path)
 
 
 class HubTest(_TestCase):
@@ -339,7 +342,7 @@ class HubTest(_TestCase):
     ('wikitext2:validation', 'validation'),
   )  # fmt: skip
   def test_wikitext2(self, source, split):
-    text = corpora.read(source)
+    text = corpora.read_text(source)
     file = f'{split}-00000-of-00001.parquet'
     # Empty rows count.
     self.assertEqual(text.content, '\n\n'.join([file, *_ROWS]))
@@ -350,7 +353,7 @@ class HubTest(_TestCase):
 
   @parameterized.parameters(('ptb', 'train'), ('ptb:test', 'test'))
   def test_ptb(self, source, split):
-    text = corpora.read(source)
+    text = corpora.read_text(source)
     self.assertEqual(text.content, ' '.join([split, *_ROWS]))
     self.assertEqual(text[1:], (f'ptb:{split}', 'the text', None))
     file = f'penn_treebank/{split}/0000.parquet'
@@ -360,7 +363,7 @@ class HubTest(_TestCase):
     )
 
   def test_c4(self):
-    train, validation = (corpora.read(x) for x in ('c4', 'c4:validation'))
+    train, validation = (corpora.read_text(x) for x in ('c4', 'c4:validation'))
     every = [f'd{i}\n' for i in range(1500)]
     self.assertEqual(train.content, ' '.join(every))
     self.assertEqual(train[1:], ('c4:train', 'the text', None))
@@ -378,19 +381,19 @@ class HubTest(_TestCase):
     ('wikitext2', 'test'), ('ptb', 'test'), ('c4', 'validation')
   )
   def test_the_split_that_papers_report(self, name, split):
-    text = corpora.read(name, report=True)
+    text = corpora.read_text(name, report=True)
     self.assertEqual(text.name, f'{name}:{split}')
-    self.assertEqual(text, corpora.read(f'{name}:{split}'))
+    self.assertEqual(text, corpora.read_text(f'{name}:{split}'))
     self.assertEqual(
-      corpora.read(f'{name}:train', report=True), corpora.read(name)
+      corpora.read_text(f'{name}:train', report=True), corpora.read_text(name)
     )
 
   def test_cut(self):
-    text = corpora.read('ptb', limit=12)
+    text = corpora.read_text('ptb', limit=12)
     self.assertEqual(text.content, 'train   = A ')
 
   def test_mixture(self):
-    text = corpora.read('wikitext2:test:0.25,c4:0.75')
+    text = corpora.read_text('wikitext2:test:0.25,c4:0.75')
     self.assertEqual(text.name, 'wikitext2:test:0.25,c4:train:0.75')
     # Rows of WikiText-2 stay together, as do documents of C4.
     self.assertIn('\n\n'.join(_ROWS).strip('\n'), text.content)

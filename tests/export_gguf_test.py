@@ -20,6 +20,7 @@ from ffp_jax.checkpoints import (
   gguf_model,
   gguf_tokenizer,
   hub,
+  model_config,
   weights,
 )
 from ffp_jax.checkpoints import model as model_lib
@@ -140,7 +141,7 @@ class _LlamaCpp:
 
 def _log_probs(directory: pathlib.Path) -> np.ndarray:
   """Ours, of what follows each of _PROMPTS."""
-  config = families.model_config(directory)
+  config = model_config.read_model_config(directory)
   params = weights.load_params(directory, config, np.float32)
   # Of one length, to compile once: what comes later changes nothing.
   longest = max(map(len, _PROMPTS))
@@ -166,7 +167,7 @@ class _TestCase(testing.CheckpointTestCase):
     """A pruned model directory; by default no two layers are alike."""
     folder = self.folder()
     tiny_run.write_model(folder / 'dense', **_GROUPED | changes)
-    config = families.model_config(folder / 'dense')
+    config = model_config.read_model_config(folder / 'dense')
     params = weights.load_params(folder / 'dense', config, np.float32)
     masks = testing.masks_of(config, groups, ffn)
     small = export.slice_params(params, config, masks)
@@ -198,7 +199,7 @@ class RuntimeTest(_TestCase):
     self.assertGreater(ours.std(), 0.3)  # nothing like uniform
     np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
     np.testing.assert_allclose(
-      _log_probs(hub.locate(str(path))), ours, atol=5e-5
+      _log_probs(hub.resolve_model(str(path))), ours, atol=5e-5
     )
 
   @parameterized.product(pruned=(True, False), family=('llama', 'qwen3'))
@@ -211,8 +212,8 @@ class RuntimeTest(_TestCase):
     self.assertEqual(gguf_model.field(reader, 'general.architecture'), family)
     ours = _log_probs(model)
     np.testing.assert_allclose(self.theirs(path), ours, atol=2e-4)
-    again = hub.locate(str(path))
-    self.assertFalse(families.model_config(again).sliced)
+    again = hub.resolve_model(str(path))
+    self.assertFalse(model_config.read_model_config(again).sliced)
     np.testing.assert_allclose(_log_probs(again), ours, atol=5e-5)
 
   @parameterized.parameters(
@@ -222,7 +223,7 @@ class RuntimeTest(_TestCase):
     model = self.pruned(ffn=(47, 32, 18))
     path = self.exported(model, dtype)
     ours, theirs = _log_probs(model), self.theirs(path)
-    again = _log_probs(hub.locate(str(path)))
+    again = _log_probs(hub.resolve_model(str(path)))
     self.assertBetween(np.abs(theirs - ours).mean(), 1e-5, bound)
     # llama.cpp rounds what enters a matrix too.
     self.assertLess(np.abs(theirs - again).mean(), bound)
@@ -239,7 +240,7 @@ class SizeTest(_TestCase):
   @parameterized.parameters(('float32', 4), ('float16', 2), ('bfloat16', 2))
   def test_parameters_times_dtype(self, dtype, size):
     model = self.pruned()
-    config = families.model_config(model)
+    config = model_config.read_model_config(model)
     path = self.exported(model, dtype)
     reader = gguf.GGUFReader(path)
     data = sum(int(tensor.n_bytes) for tensor in reader.tensors)
@@ -290,7 +291,7 @@ class TokenizerTest(_TestCase):
   def check(self, model):
     runtime = _LlamaCpp(self.exported(model))
     for text in _TEXTS:
-      ids = tokenization.encode(model, text).ids.tolist()
+      ids = tokenization.tokenize(model, text).ids.tolist()
       self.assertEqual(runtime.tokens(text), ids, text)
 
   def edit_tokenizer(self, model, change):
@@ -318,13 +319,13 @@ class TokenizerTest(_TestCase):
     path = self.exported(model)
     reader = gguf.GGUFReader(path)
     self.assertEqual(gguf_model.field(reader, 'tokenizer.ggml.pre'), pre)
-    runtime, again = _LlamaCpp(path), hub.locate(str(path))
+    runtime, again = _LlamaCpp(path), hub.resolve_model(str(path))
     source = random.Random(0)
     texts = [''.join(source.choices(_MIXED, k=12)) for _ in range(60)]
     for text in (*_TEXTS, *texts):
-      ids = tokenization.encode(again, text).ids.tolist()
+      ids = tokenization.tokenize(again, text).ids.tolist()
       self.assertEqual(runtime.tokens(text), ids, text)
-      ids = tokenization.encode(model, text).ids.tolist()
+      ids = tokenization.tokenize(model, text).ids.tolist()
       self.assertEqual(runtime.tokens(text), ids, text)
 
   def _pairs(self):
@@ -410,8 +411,8 @@ class TokenizerTest(_TestCase):
 
   def test_scores_that_are_shared(self):
     source = self._gguf_of_shared_scores()
-    dense = hub.locate(str(source))
-    config = families.model_config(dense)
+    dense = hub.resolve_model(str(source))
+    config = model_config.read_model_config(dense)
     params = weights.load_params(dense, config, np.float32)
     small = export.slice_params(
       params, config, testing.masks_of(config, (3, 2, 1), (9, 8, 7))
@@ -425,7 +426,7 @@ class TokenizerTest(_TestCase):
       path = self.exported(model)
       again = _LlamaCpp(path)
       for text, ids in want.items():
-        self.assertEqual(tokenization.encode(model, text).ids.tolist(), ids)
+        self.assertEqual(tokenization.tokenize(model, text).ids.tolist(), ids)
         self.assertEqual(again.tokens(text), ids, text)
       if scores:  # and without them, from the merges alone
         found = gguf_model.field(gguf.GGUFReader(path), 'tokenizer.ggml.scores')
@@ -598,7 +599,7 @@ class RefusedTest(_TestCase):
     tiny_run.write_model(model, **changes)
     with self.assertLogs(level='WARNING') as logs:
       logging.warning('first')
-      gguf_file.warn(model, families.model_config(model))
+      gguf_file.warn(model, model_config.read_model_config(model))
     self.assertLen(logs.output, 1 + bool(word))
     if word:
       self.assertIn(word, logs.output[1])
@@ -614,7 +615,7 @@ class RefusedTest(_TestCase):
       self.assertRaises(InterruptedError),
       self.assertLogs(level='WARNING') as logs,
     ):
-      prune.run(config, self.folder() / 'run', command='')
+      prune.prune_workdir(config, self.folder() / 'run', command='')
     (line,) = [x for x in logs.output if 'gguf' in x]
     self.assertIn('Qwen3', line)
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export
-from ffp_jax.checkpoints import weights
+from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.export import slicing
 from ffp_jax.models import families
 from ffp_jax.models.decoder import Decoder, Masks
@@ -73,7 +73,7 @@ def _source(name):
   """(dense directory, its config, its parameters)."""
   folder = pathlib.Path(_DENSE.name) / name
   tiny_run.write_model(folder, **_CASES[name])
-  config = families.model_config(folder)
+  config = model_config.read_model_config(folder)
   params = weights.load_params(folder, config, np.float32)
   # NumPy's slices need no compiling.
   return folder, config, jax.tree.map(np.asarray, params)
@@ -117,7 +117,7 @@ class SliceTest(parameterized.TestCase):
 
     out = _folder(self) / 'out'
     export.save(small, small_config, source, out)
-    read_config = families.model_config(out)
+    read_config = model_config.read_model_config(out)
     self.assertEqual(read_config, small_config)
     read = weights.load_params(out, read_config, np.float32)
     np.testing.assert_array_equal(_logits(read_config, read), sliced)
@@ -173,7 +173,7 @@ class SizeTest(parameterized.TestCase):
     small, small_config = _sliced(name)
     self.assertEqual(families.param_count(config), _size(params))
     self.assertEqual(families.param_count(small_config), _size(small))
-    table = sublayers.sites(config, round_heads=1, round_ffn=1)
+    table = sublayers.find_sublayers(config, round_heads=1, round_ffn=1)
     counts = [*small_config.kept_groups, *small_config.kept_ffn]
     removed = table.total - table.kept_cost(counts)
     self.assertGreater(removed, 0)

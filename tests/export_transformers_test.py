@@ -11,7 +11,7 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export
-from ffp_jax.checkpoints import hub, weights
+from ffp_jax.checkpoints import hub, model_config, weights
 from ffp_jax.export import formats
 from ffp_jax.models import families
 from ffp_jax.models.decoder import Decoder
@@ -52,7 +52,7 @@ def _pruned(name) -> pathlib.Path:
   folder = pathlib.Path(_FOLDER.name) / name
   if not folder.exists():
     tiny_run.write_model(folder / 'dense', **_CASES[name])
-    config = families.model_config(folder / 'dense')
+    config = model_config.read_model_config(folder / 'dense')
     params = weights.load_params(folder / 'dense', config, np.float32)
     masks = testing.masks_of(config, _GROUPS, _FFN)
     small = export.slice_params(params, config, masks)
@@ -65,7 +65,7 @@ def _tokens():
 
 
 def _ours(directory) -> np.ndarray:
-  config = families.model_config(directory)
+  config = model_config.read_model_config(directory)
   params = weights.load_params(directory, config, np.float32)
   return np.asarray(
     jax.jit(Decoder(config).apply)({'params': params}, _tokens())
@@ -102,7 +102,7 @@ class CompactTest(_TestCase):
     loaded = _load(out, trust_remote_code=True)
     self.assertEqual(
       [p.shape[0] for n, p in loaded.named_parameters() if 'k_proj.w' in n],
-      [k * families.model_config(source).head_size for k in _GROUPS],
+      [k * model_config.read_model_config(source).head_size for k in _GROUPS],
     )
     self.assert_close(_theirs(loaded), want)
     self.assert_close(_ours(out), want)
@@ -143,7 +143,7 @@ class CompactTest(_TestCase):
   def test_size(self, dtype, size):
     source = _pruned('llama')
     out = self.exported(source, 'hf', dtype)
-    data = families.param_count(families.model_config(source)) * size
+    data = families.param_count(model_config.read_model_config(source)) * size
     file = (out / 'model.safetensors').stat().st_size
     self.assertBetween(file - data, 0, _HEADER)
     description = json.loads((out / 'config.json').read_text())
@@ -169,7 +169,7 @@ class CardTest(_TestCase):
     folder = self.folder()
     source = _pruned('llama')
     (folder / 'pruned').symlink_to(source)
-    count = families.param_count(families.model_config(source))
+    count = families.param_count(model_config.read_model_config(source))
     results = {
       'dense': {'ppl': 12.345},
       'calibrated': {'ppl': 23.456},
@@ -206,7 +206,9 @@ class DenseTest(_TestCase):
     out = self.exported(source, 'hf_dense')
     want = _ours(source)
     dense = source.with_name('dense')
-    self.assertEqual(families.model_config(out), families.model_config(dense))
+    self.assertEqual(
+      model_config.read_model_config(out), model_config.read_model_config(dense)
+    )
     file, of_dense = (
       (path / 'model.safetensors').stat().st_size for path in (out, dense)
     )
@@ -222,8 +224,8 @@ class OrbaxTest(_TestCase):
     source = _pruned('llama')
     source = source if pruned else source.with_name('dense')
     out = self.exported(source, 'orbax')
-    config = families.model_config(source)
-    self.assertEqual(families.model_config(out), config)
+    config = model_config.read_model_config(source)
+    self.assertEqual(model_config.read_model_config(out), config)
     want = weights.load_params(source, config, np.float32)
     self.assert_trees_equal(weights.load_params(out, config, np.float32), want)
 
@@ -276,7 +278,7 @@ class TiedTest(_TestCase):
   )
   def test_pruned(self, name, other_head, format):
     dense = self.dense(name, other_head=other_head)
-    config = families.model_config(dense)
+    config = model_config.read_model_config(dense)
     self.assertEqual(config.tied, not other_head)
     params = weights.load_params(dense, config, np.float32)
     whole = (config.groups,) * 3, (config.ffn,) * 3
@@ -303,8 +305,8 @@ class TiedTest(_TestCase):
     self.assertEqual('output.weight' in names, other_head)
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder())
     with home:
-      again = hub.locate(str(out))
-    self.assertEqual(families.model_config(again).tied, not other_head)
+      again = hub.resolve_model(str(out))
+    self.assertEqual(model_config.read_model_config(again).tied, not other_head)
     self.assert_close(_ours(again), _theirs(_load(dense)))
 
   @parameterized.parameters('float64', 'sparse')

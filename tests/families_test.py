@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
+from ffp_jax.checkpoints import model_config
 from ffp_jax.models import families, rope
 from tests import testing
 from tests.testing import CheckpointTestCase as _TestCase
@@ -193,7 +194,7 @@ class ConfigTest(_TestCase):
       x['rope_scaling'] = None
 
     self.edit(folder / 'config.json', older)
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     self.assertEqual(config.rope_theta, 1234.0)
     self.assertIsInstance(config.rope_theta, float)
 
@@ -202,7 +203,7 @@ class ConfigTest(_TestCase):
     description, expected, total = _HUB[name]
     folder = self.folder()
     (folder / 'config.json').write_text(json.dumps(description))
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     found = {key: getattr(config, key) for key in expected}
     self.assertEqual(found, expected)
     self.assertEqual(families.param_count(config), total)
@@ -222,7 +223,9 @@ class ConfigTest(_TestCase):
       x['rope_scaling'][kind_key] = x['rope_scaling'].pop('rope_type')
 
     self.edit(folder / 'config.json', older)
-    self.assertEqual(families.model_config(folder), testing.pair(name).config)
+    self.assertEqual(
+      model_config.read_model_config(folder), testing.pair(name).config
+    )
 
   def test_param_shapes_allocate_nothing_and_agree(self):
     pair = testing.pair('opt_pre_norm')
@@ -259,7 +262,9 @@ class OtherToolsTest(_TestCase):
     pair = testing.pair('llama_grouped')
     self.assert_trees_equal(self.load(folder), pair.params)
     # The zeros do not survive calibration, so nothing may claim them.
-    self.assertNotIn('quantization_config', families.read_json(folder))
+    self.assertNotIn(
+      'quantization_config', model_config.read_config_json(folder)
+    )
 
   @parameterized.parameters('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32')
   def test_json_of_any_encoding(self, encoding):
@@ -267,7 +272,7 @@ class OtherToolsTest(_TestCase):
     for path in folder.glob('*.json'):
       path.write_bytes(path.read_text().encode(encoding))
     pair = testing.pair('llama_grouped')
-    self.assertEqual(families.model_config(folder), pair.config)
+    self.assertEqual(model_config.read_model_config(folder), pair.config)
     self.assert_trees_equal(self.load(folder), pair.params)
 
 
@@ -280,7 +285,7 @@ class ConfigErrorTest(_TestCase):
   def test_no_config(self):
     folder = self.folder()
     self.assert_refused(
-      lambda: families.model_config(folder), str(folder), 'config.json'
+      lambda: model_config.read_model_config(folder), str(folder), 'config.json'
     )
 
   @parameterized.parameters(
@@ -290,14 +295,16 @@ class ConfigErrorTest(_TestCase):
     folder = self.folder()
     (folder / 'config.json').write_text(text)
     self.assert_refused(
-      lambda: families.model_config(folder), str(folder / 'config.json')
+      lambda: model_config.read_model_config(folder),
+      str(folder / 'config.json'),
     )
 
   def test_not_text(self):
     folder = self.folder()
     (folder / 'config.json').write_bytes(b'\xff\xfe\x00\xd8')
     self.assert_refused(
-      lambda: families.model_config(folder), str(folder / 'config.json')
+      lambda: model_config.read_model_config(folder),
+      str(folder / 'config.json'),
     )
 
   @parameterized.parameters(
@@ -340,7 +347,7 @@ class ConfigErrorTest(_TestCase):
     folder = self.folder()
     (folder / 'adapter_config.json').write_text('{}')
     self.assert_refused(
-      lambda: families.model_config(folder), 'merge_and_unload'
+      lambda: model_config.read_model_config(folder), 'merge_and_unload'
     )
 
   def test_weights_under_another_name(self):

@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 
 from ffp_jax.reporting.run_report import Run
-from ffp_jax.runtime.workdir import Book, plain
+from ffp_jax.runtime.storage import to_json_types
+from ffp_jax.runtime.workdir import Workdir
 
 
 def config(**changes):
@@ -94,7 +95,7 @@ def line(step, **changes):
 
 
 def run(name='runs/a', *, lines=6, settings=None, **changes) -> Run:
-  """A run as `report.read` gives it.
+  """A run as `report.read_run` gives it.
 
   Args:
     name: of its directory.
@@ -107,7 +108,7 @@ def run(name='runs/a', *, lines=6, settings=None, **changes) -> Run:
   return Run(
     name,
     config(**(settings or {})),
-    *(plain(x) for x in (allocation(), results(**changes), lines)),
+    *(to_json_types(x) for x in (allocation(), results(**changes), lines)),
   )
 
 
@@ -123,9 +124,9 @@ def uncalibrated(results: dict) -> dict:
 
 def write(workdir: pathlib.Path, run: Run):
   """Writes the files that the report reads."""
-  book = Book(workdir)
+  files = Workdir(workdir)
   for name in ('config', 'allocation', 'results'):
-    book.write_json(f'{name}.json', getattr(run, name))
+    files.write_json(f'{name}.json', getattr(run, name))
   (workdir / 'metrics.jsonl').touch()
   for values in run.metrics:
-    book.append(values)
+    files.append(values)

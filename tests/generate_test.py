@@ -13,10 +13,9 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export, generate
-from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
-from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.errors import RequestError
+from ffp_jax.models import functional
 from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
@@ -37,7 +36,7 @@ def _models() -> tuple[str, str]:
   folder = pathlib.Path(_FOLDER.name)
   dense, pruned = folder / 'dense', folder / 'pruned'
   tiny_run.write_model(dense)
-  config = families.model_config(dense)
+  config = model_config.read_model_config(dense)
   params = weights.load_params(dense, config, np.float32)
   small = export.slice_params(params, config, testing.random_masks(config))
   export.save(*small, dense, pruned)
@@ -56,10 +55,10 @@ class GenerateTest(parameterized.TestCase):
   def naive(self, model, prompt, count):
     """The likeliest tokens, by forwards without a cache."""
     directory = pathlib.Path(model)
-    config = families.model_config(directory)
+    config = model_config.read_model_config(directory)
     params = weights.load_params(directory, config, np.float32)
-    apply = jax.jit(scoring.apply_of(config))
-    tokenizer = tokenization.load(directory)
+    apply = jax.jit(functional.make_apply(config))
+    tokenizer = tokenization.load_tokenizer(directory)
     ids = tokenizer(prompt)['input_ids']
     for _ in range(count):
       # What follows a token doesn't reach it, and one length compiles once.
@@ -94,13 +93,13 @@ class GenerateTest(parameterized.TestCase):
     self.assertNotEqual(first, other)
 
   def test_end_of_sequence(self):
-    tokenizer = tokenization.load(pathlib.Path(_models()[0]))
+    tokenizer = tokenization.load_tokenizer(pathlib.Path(_models()[0]))
     ids = np.array(tokenizer('the way')['input_ids'])
     spoken = tokenizer('ab!cd')['input_ids']
     for ends in {spoken[2]}, {spoken[2], spoken[4]}, {spoken[4], spoken[2], 0}:
       steps = iter([np.array([[token]]) for token in spoken])
       with mock.patch.object(
-        generate.decode, 'continuations', return_value=steps
+        generate.decoding, 'continuations', return_value=steps
       ):
         said = generate.pieces(
           None, None, tokenizer, ids, ends=ends, new=9, temperature=0.0, seed=0
@@ -112,7 +111,7 @@ class GenerateTest(parameterized.TestCase):
     folder = tempfile.TemporaryDirectory()
     path = pathlib.Path(self.enterContext(folder)) / 'model'
     shutil.copytree(_models()[0], path)
-    tokenizer = tokenization.load(path)
+    tokenizer = tokenization.load_tokenizer(path)
     prompt = tokenizer('the way of', return_tensors='pt')
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     free = model.generate(**prompt, max_new_tokens=12, do_sample=False)
@@ -134,13 +133,13 @@ class GenerateTest(parameterized.TestCase):
     self.assertGreater(len(got), len(expected) - 3)
 
   def test_characters_of_several_tokens(self):
-    tokenizer = tokenization.load(pathlib.Path(_models()[0]))
+    tokenizer = tokenization.load_tokenizer(pathlib.Path(_models()[0]))
     ids = np.array(tokenizer('the way')['input_ids'])
     spoken = tokenizer('a\N{SNOWMAN}b')['input_ids']
     self.assertGreater(len(spoken), 3)
     steps = iter([np.array([[token]]) for token in spoken])
     with mock.patch.object(
-      generate.decode, 'continuations', return_value=steps
+      generate.decoding, 'continuations', return_value=steps
     ):
       said = generate.pieces(
         None, None, tokenizer, ids, ends=(), new=9, temperature=0.0, seed=0

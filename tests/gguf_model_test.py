@@ -10,7 +10,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax.checkpoints import gguf_model, hub, weights
+from ffp_jax.checkpoints import gguf_model, hub, model_config, weights
 from ffp_jax.models import families
 from ffp_jax.text import tokenization
 from tests.testing import CheckpointTestCase
@@ -159,7 +159,7 @@ class _TestCase(CheckpointTestCase):
     """What the same model gives through safetensors."""
     folder = self.folder()
     model.save_pretrained(folder)
-    return families.model_config(folder), self.load(folder)
+    return model_config.read_model_config(folder), self.load(folder)
 
 
 class WeightsTest(_TestCase):
@@ -174,15 +174,15 @@ class WeightsTest(_TestCase):
     config, params = self.reference(model)
     for piece in (1 << 20, 100):
       with mock.patch.object(weights, '_PIECE', piece):
-        folder = hub.locate(str(self.written(model)))
-        self.assertEqual(families.model_config(folder), config)
+        folder = hub.resolve_model(str(self.written(model)))
+        self.assertEqual(model_config.read_model_config(folder), config)
         self.assert_trees_equal(self.load(folder), params)
 
   def test_biases_are_permuted_too(self):
     model = _model(attention_bias=True, mlp_bias=True)
     config, params = self.reference(model)
-    folder = hub.locate(str(self.written(model)))
-    self.assertEqual(families.model_config(folder), config)
+    folder = hub.resolve_model(str(self.written(model)))
+    self.assertEqual(model_config.read_model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
 
   @parameterized.parameters(
@@ -194,7 +194,7 @@ class WeightsTest(_TestCase):
   def test_qwen_is_not_permuted(self, kind, changes):
     model = _model(kind, **changes)
     config, params = self.reference(model)
-    folder = hub.locate(
+    folder = hub.resolve_model(
       str(
         self.written(
           model,
@@ -208,7 +208,7 @@ class WeightsTest(_TestCase):
         )
       )
     )
-    self.assertEqual(families.model_config(folder), config)
+    self.assertEqual(model_config.read_model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
 
   @parameterized.parameters(
@@ -225,7 +225,7 @@ class WeightsTest(_TestCase):
     path = self.written(
       _model(kind[arch]), arch=arch, extra={name: np.ones(4, np.float32)}
     )
-    folder = hub.locate(str(path))
+    folder = hub.resolve_model(str(path))
     self.assert_refused(lambda: self.load(folder), name)
 
   @parameterized.parameters(
@@ -240,7 +240,7 @@ class WeightsTest(_TestCase):
     model = _model()
     _, want = self.reference(model)
     path = self.written(model, {'proj.weight': kind, 'tokens.weight': kind})
-    got = self.load(hub.locate(str(path)))
+    got = self.load(hub.resolve_model(str(path)))
 
     def close(a, b):
       error = np.abs(np.asarray(a) - np.asarray(b)).max()
@@ -274,7 +274,7 @@ class WeightsTest(_TestCase):
   def test_on_eight_devices(self):
     model = _model()
     config, want = self.reference(model)
-    folder = hub.locate(str(self.written(model)))
+    folder = hub.resolve_model(str(self.written(model)))
     mesh = jax.make_mesh((2, 4), ('a', 'b'))
 
     def sharding(x):
@@ -296,7 +296,7 @@ class WeightsTest(_TestCase):
     state[key] = state[key].to(torch.int8)
     with mock.patch.object(model, 'state_dict', return_value=state):
       path = self.written(model)
-    folder = hub.locate(str(path))
+    folder = hub.resolve_model(str(path))
     self.assert_refused(lambda: self.load(folder), key, 'I8')
 
 
@@ -356,7 +356,9 @@ class ConfigTest(_TestCase):
   def test_factors_of_another_scaling(self):
     factors = np.linspace(1, 3, 16, dtype=np.float32)
     path = self.written(extra={'rope_freqs.weight': factors})
-    self.assert_refused(lambda: hub.locate(str(path)), str(path), 'rope_freqs')
+    self.assert_refused(
+      lambda: hub.resolve_model(str(path)), str(path), 'rope_freqs'
+    )
 
   def test_factors_of_one(self):
     config = self.read(extra={'rope_freqs.weight': np.ones(16, np.float32)})
@@ -373,7 +375,7 @@ class ConfigTest(_TestCase):
   )
   def test_refused(self, kwargs, word):
     path = self.written(**kwargs)
-    self.assert_refused(lambda: hub.locate(str(path)), str(path), word)
+    self.assert_refused(lambda: hub.resolve_model(str(path)), str(path), word)
     self.assertEmpty(list(self.home.glob('.cache/ffp_jax/gguf/*')))
 
   @parameterized.parameters(0, 3, 30, 0.1, 0.5, -1)
@@ -382,41 +384,43 @@ class ConfigTest(_TestCase):
     content = path.read_bytes()
     size = int(size * len(content)) if isinstance(size, float) else size
     path.write_bytes(content[:size])
-    self.assert_refused(lambda: hub.locate(str(path)), str(path))
+    self.assert_refused(lambda: hub.resolve_model(str(path)), str(path))
 
 
 class PlaceTest(_TestCase):
   def test_one_file_in_a_directory(self):
     path = self.written()
-    folder = hub.locate(str(path.parent))
-    self.assertEqual(folder, hub.locate(str(path)))
+    folder = hub.resolve_model(str(path.parent))
+    self.assertEqual(folder, hub.resolve_model(str(path)))
     self.assertNotEqual(folder, path.parent)
     self.assertEqual((folder / 'model.gguf').resolve(), path.resolve())
-    self.assertEqual(hub.locate(str(folder)), folder)
+    self.assertEqual(hub.resolve_model(str(folder)), folder)
     self.assertEqual([x.name for x in path.parent.iterdir()], [path.name])
 
   def test_made_once_and_again_when_the_file_changes(self):
     path = self.written()
-    folder = hub.locate(str(path))
+    folder = hub.resolve_model(str(path))
     with mock.patch.object(hub, '_describe', side_effect=AssertionError):
-      self.assertEqual(hub.locate(str(path)), folder)
+      self.assertEqual(hub.resolve_model(str(path)), folder)
     path.write_bytes(self.written(_model(rms_norm_eps=1e-3)).read_bytes())
-    other = hub.locate(str(path))
+    other = hub.resolve_model(str(path))
     self.assertNotEqual(other, folder)
-    self.assertEqual(families.model_config(other).norm_eps, 1e-3)
+    self.assertEqual(model_config.read_model_config(other).norm_eps, 1e-3)
 
   def test_two_files_in_a_directory(self):
     path = self.written()
     (path.parent / 'b.gguf').write_bytes(path.read_bytes())
-    self.assert_refused(lambda: hub.locate(str(path.parent)), '2 .gguf')
+    self.assert_refused(lambda: hub.resolve_model(str(path.parent)), '2 .gguf')
 
   def test_missing(self):
-    self.assert_refused(lambda: hub.locate('no/such.gguf'), 'no/such.gguf')
+    self.assert_refused(
+      lambda: hub.resolve_model('no/such.gguf'), 'no/such.gguf'
+    )
 
   def test_nothing_needs_torch(self):
     path = self.written()
     with mock.patch.dict(sys.modules, torch=None):
-      self.load(hub.locate(str(path)))
+      self.load(hub.resolve_model(str(path)))
 
 
 class TokenizerTest(_TestCase):
@@ -425,7 +429,9 @@ class TokenizerTest(_TestCase):
   def both(self, vocabulary):
     path = self.written(vocabulary=vocabulary)
     load = transformers.AutoTokenizer.from_pretrained
-    return load(hub.locate(str(path))), load(path.parent, gguf_file=path.name)
+    return load(hub.resolve_model(str(path))), load(
+      path.parent, gguf_file=path.name
+    )
 
   @parameterized.parameters('gpt-2', 'llama-bpe', 'tekken')
   def test_byte_level(self, pre):
@@ -454,7 +460,9 @@ class TokenizerTest(_TestCase):
         writer.add_add_bos_token(said)
 
     path = self.written(vocabulary=vocabulary)
-    ours = transformers.AutoTokenizer.from_pretrained(hub.locate(str(path)))
+    ours = transformers.AutoTokenizer.from_pretrained(
+      hub.resolve_model(str(path))
+    )
     self.assertEqual(ours('abc')['input_ids'], [69] * expected + [68])
 
   def test_qwen2_with_another_cut(self):
@@ -467,7 +475,7 @@ class TokenizerTest(_TestCase):
 
     model = _model(transformers.Qwen2Config)
     path = self.written(model, arch='qwen2', vocabulary=vocabulary)
-    ours = tokenization.load(hub.locate(str(path)))
+    ours = tokenization.load_tokenizer(hub.resolve_model(str(path)))
     self.assertEqual(ours('11')['input_ids'], [67])  # Qwen2's cuts digits
     self.assertEqual(len(ours), 70)  # and adds a token of its own
 
@@ -478,7 +486,7 @@ class TokenizerTest(_TestCase):
       writer.add_add_eos_token(True)
 
     path = self.written(vocabulary=vocabulary)
-    ours = tokenization.load(hub.locate(str(path)))
+    ours = tokenization.load_tokenizer(hub.resolve_model(str(path)))
     self.assertEqual(ours('ab!')['input_ids'][-1], 68)
 
   def test_templates(self):
@@ -492,16 +500,16 @@ class TokenizerTest(_TestCase):
       )
 
     with self.assertLogs(level='WARNING') as logs:
-      folder = hub.locate(str(self.written(vocabulary=vocabulary)))
+      folder = hub.resolve_model(str(self.written(vocabulary=vocabulary)))
     self.assertIn('tool_use', logs.output[0])
-    self.assertEqual(tokenization.load(folder).chat_template, 'plain')
+    self.assertEqual(tokenization.load_tokenizer(folder).chat_template, 'plain')
 
   def test_sentencepiece_without_ids_of_special_tokens(self):
     def vocabulary(writer):
       self.sentencepiece(writer, ids=False)
 
-    ours = tokenization.load(
-      hub.locate(str(self.written(vocabulary=vocabulary)))
+    ours = tokenization.load_tokenizer(
+      hub.resolve_model(str(self.written(vocabulary=vocabulary)))
     )
     self.assertEqual(ours('a')['input_ids'][0], 1)
     self.assertEqual([ours.eos_token_id, ours.unk_token_id], [2, 0])
@@ -515,7 +523,9 @@ class TokenizerTest(_TestCase):
       writer.add_token_merges(['1 2', 'x 1'])
 
     path = self.written(vocabulary=vocabulary)
-    ours = transformers.AutoTokenizer.from_pretrained(hub.locate(str(path)))
+    ours = transformers.AutoTokenizer.from_pretrained(
+      hub.resolve_model(str(path))
+    )
     self.assertLen(ours('112')['input_ids'], 3)
 
   def sentencepiece(self, writer, ids=True):
@@ -558,7 +568,9 @@ class TokenizerTest(_TestCase):
       writer.add_token_merges(_tokens()[1])
 
     path = self.written(vocabulary=vocabulary)
-    self.assert_refused(lambda: hub.locate(str(path)), str(path), repr(word))
+    self.assert_refused(
+      lambda: hub.resolve_model(str(path)), str(path), repr(word)
+    )
 
   def test_damaged(self):
     def vocabulary(writer):
@@ -568,7 +580,9 @@ class TokenizerTest(_TestCase):
       writer.add_token_merges(['no such'])
 
     path = self.written(vocabulary=vocabulary)
-    self.assert_refused(lambda: hub.locate(str(path)), str(path), 'tokenizer')
+    self.assert_refused(
+      lambda: hub.resolve_model(str(path)), str(path), 'tokenizer'
+    )
 
 
 if __name__ == '__main__':

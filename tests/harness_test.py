@@ -14,10 +14,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ffp_jax import evaluate, export
-from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import harness
-from ffp_jax.models import families
 from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
@@ -123,13 +122,13 @@ def _task(name) -> str:
 
 
 def _tokenizer():
-  return tokenization.load(_folder() / 'model')
+  return tokenization.load_tokenizer(_folder() / 'model')
 
 
 @functools.cache
 def _ours(batch_tokens=200) -> harness.JaxLM:
   directory = _folder() / 'model'
-  config = families.model_config(directory)
+  config = model_config.read_model_config(directory)
   params = weights.load_params(directory, config, np.float32)
   return harness.JaxLM(
     params,
@@ -160,8 +159,8 @@ class AgainstTorchTest(parameterized.TestCase):
     ('choice', None), ('choice', 2), ('rolling', None), ('writing', 2)
   )
   def test_task(self, name, fewshot):
-    loaded = harness.load([_task(name)], _tokenizer(), fewshot)
-    ours = harness.score(_ours(), loaded, None)[name]
+    loaded = harness.load_tasks([_task(name)], _tokenizer(), fewshot)
+    ours = harness.score_tasks(_ours(), loaded, None)[name]
     theirs = lm_eval.simple_evaluate(
       _theirs(),
       tasks=[_task(name)],
@@ -264,7 +263,7 @@ class JaxLMTest(parameterized.TestCase):
 
   def test_sliced(self):
     dense = _ours()
-    config = families.model_config(_folder() / 'model')
+    config = model_config.read_model_config(_folder() / 'model')
     masks = testing.random_masks(config)
     params = weights.load_params(_folder() / 'model', config, np.float32)
     small, config = export.slice_params(params, config, masks)
@@ -319,8 +318,8 @@ class EvaluateTest(absltest.TestCase):
   def test_tasks(self):
     found = self.evaluated()
     for name in 'choice', 'writing':
-      loaded = harness.load([_task(name)], _tokenizer())
-      ours = harness.score(_ours(), loaded, None)[name]
+      loaded = harness.load_tasks([_task(name)], _tokenizer())
+      ours = harness.score_tasks(_ours(), loaded, None)[name]
       self.assertEqual(found['tasks'][name].keys(), ours.keys())
       for key, value in ours.items():
         self.assertAlmostEqual(found['tasks'][name][key], value, places=5)
@@ -352,7 +351,7 @@ class BatchesTest(parameterized.TestCase):
   def test_every_row_once_in_few_shapes(self):
     source = np.random.default_rng(0)
     rows = [[1 + i] * n for i, n in enumerate(source.integers(1, 300, 100))]
-    made = list(harness.batches(rows, most=300, tokens=1000, extra=10))
+    made = list(harness.make_batches(rows, most=300, tokens=1000, extra=10))
     seen = {}
     for batch in made:
       for row, i in enumerate(batch.index):
@@ -365,25 +364,25 @@ class BatchesTest(parameterized.TestCase):
     self.assertEqual(made[0].tokens.shape, (3, 300))
 
   def test_a_row_longer_than_a_batch(self):
-    (batch,) = harness.batches([[1] * 50], most=64, tokens=10)
+    (batch,) = harness.make_batches([[1] * 50], most=64, tokens=10)
     self.assertEqual(batch.tokens.shape, (1, 64))
 
 
 class LoadTest(absltest.TestCase):
   def test_no_such_task(self):
     with self.assertRaisesRegex(RequestError, r'\Atasks: cannot load a.yaml'):
-      harness.load(['a.yaml'], _tokenizer())
+      harness.load_tasks(['a.yaml'], _tokenizer())
 
   def test_no_end_of_sequence(self):
     tokenizer = _tokenizer()
     tokenizer.eos_token = None
     with self.assertRaisesRegex(RequestError, 'end-of-sequence'):
-      harness.load([_task('choice')], tokenizer)
+      harness.load_tasks([_task('choice')], tokenizer)
 
   def test_examples_are_the_same_each_time(self):
     prompts = []
     for _ in range(2):
-      loaded = harness.load([_task('choice')], _tokenizer(), 3)
+      loaded = harness.load_tasks([_task('choice')], _tokenizer(), 3)
       task = loaded['tasks']['choice']
       task.build_all_requests(limit=2)
       prompts.append([x.args for x in task.instances])

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from huggingface_hub import constants, errors
 
 from ffp_jax.checkpoints import hub
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from tests import tiny_run
 
 _PLAIN = ['config.json', 'merges.txt', 'tokenizer.json', 'tokenizer.model']
@@ -35,7 +35,7 @@ class _TestCase(parameterized.TestCase):
 class LocateTest(_TestCase):
   def test_directory(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    self.assertEqual(hub.locate(str(folder)), folder)
+    self.assertEqual(hub.resolve_model(str(folder)), folder)
 
   @parameterized.parameters('utf-8-sig', 'utf-16')
   def test_byte_order_marks(self, encoding):
@@ -52,10 +52,10 @@ class LocateTest(_TestCase):
       path.write_bytes(path.read_text().encode(encoding))
     self.assertLen(texts, 3)
     with mock.patch.object(pathlib.Path, 'home', return_value=home):
-      found = hub.locate(str(folder / 'model'))
-      self.assertEqual(hub.locate(str(folder / 'model')), found)
+      found = hub.resolve_model(str(folder / 'model'))
+      self.assertEqual(hub.resolve_model(str(folder / 'model')), found)
       (folder / 'model' / 'config.json').write_text('{}')
-      self.assertNotEqual(hub.locate(str(folder / 'model')), found)
+      self.assertNotEqual(hub.resolve_model(str(folder / 'model')), found)
     for name, content in texts.items():
       self.assertEqual(json.loads((found / name).read_text()), content)
     weights = 'model.safetensors'
@@ -68,7 +68,7 @@ class LocateTest(_TestCase):
     (folder / 'config.json').write_bytes(b'\xff\xfe\x00\xd8')
     with mock.patch.object(pathlib.Path, 'home', return_value=folder / 'home'):
       self.assert_refused(
-        lambda: hub.locate(str(folder)), str(folder / 'config.json')
+        lambda: hub.resolve_model(str(folder)), str(folder / 'config.json')
       )
 
   @parameterized.parameters(
@@ -77,7 +77,7 @@ class LocateTest(_TestCase):
   )  # fmt: skip
   def test_no_such_directory(self, model):
     with mock.patch.object(huggingface_hub, 'list_repo_files') as listing:
-      self.assert_refused(lambda: hub.locate(model), repr(model))
+      self.assert_refused(lambda: hub.resolve_model(model), repr(model))
     listing.assert_not_called()
 
   @parameterized.parameters(
@@ -86,7 +86,7 @@ class LocateTest(_TestCase):
   def test_hub_id_offline(self, model):
     with mock.patch.object(constants, 'HF_HUB_OFFLINE', True):
       self.assert_refused(
-        lambda: hub.locate(model), repr(model.partition('@')[0])
+        lambda: hub.resolve_model(model), repr(model.partition('@')[0])
       )
 
 
@@ -103,7 +103,7 @@ class HubTest(_TestCase):
         if isinstance(value, Exception):
           call.side_effect = value
         call.return_value = value
-      path = hub.locate(model)
+      path = hub.resolve_model(model)
     self.assertEqual(listing.call_args.args, ('org/name',))
     self.assertEqual(download.call_args.args, ('org/name',))
     revision = download.call_args.kwargs['revision']

@@ -6,7 +6,7 @@ from unittest import mock
 from absl.testing import absltest
 
 from ffp_jax.benchmarks import inference
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from tests import tiny_run
 
 _SETTINGS = {

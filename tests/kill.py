@@ -38,7 +38,7 @@ def _work(config, workdir, log):
   os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
   logging.set_verbosity(logging.INFO)
   logging.use_absl_handler()
-  prune.run(config, workdir, command='')
+  prune.prune_workdir(config, workdir, command='')
 
 
 def launch(config, workdir: pathlib.Path):

@@ -108,7 +108,7 @@ class AnswersTest(parameterized.TestCase):
 class SequencesTest(absltest.TestCase):
   def sequences(self, requests, **changes):
     settings = {'most': _MOST, 'tokens': _TOKENS} | changes
-    found = likelihood.sequences(requests, **settings)
+    found = likelihood.plan_sequences(requests, **settings)
     asked = [query.request for each in found for query in each.queries]
     self.assertCountEqual(asked, range(len(requests)))
     return found

@@ -108,18 +108,20 @@ class PlanTest(parameterized.TestCase):
 _MEASURE = """
 import json, pathlib, re
 import jax, jax.numpy as jnp
-from ffp_jax import loss, memory, scoring
+from ffp_jax.evaluation import loss
+from ffp_jax.models import functional
 from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
+from ffp_jax.runtime import device_memory
 
 model = ModelConfig(vocab=2048, width=128, layers=6, groups=4,
                     heads_per_group=2, head_size=16, ffn=1024)
 tokens = jnp.zeros((8, 256), jnp.int32)
 params = jax.jit(Decoder(model).init)(jax.random.key(0), tokens)['params']
-apply = scoring.apply_of(model)
+apply = functional.make_apply(model)
 step = jax.jit(jax.grad(
   lambda m, p: loss.nll(apply, p, tokens, m).mean()))
 masks = Masks(jnp.ones((6, 4)), jnp.ones((6, 1024)))
-said = memory.needs(step, masks, params).temporary
+said = device_memory.memory_needed(step, masks, params).temporary
 compiled = step.lower(masks, params).compile()
 
 def resident(name):
@@ -146,12 +148,12 @@ class MemoryTest(parameterized.TestCase):
 
       return step
 
-    step, made = device_memory.halving(make, 4)
+    step, made = device_memory.halve_on_oom(make, 4)
     self.assertEqual(step(3), 3)
     self.assertEqual(step(5), 5)
     self.assertEqual(tried, [4, 2, 2])
     self.assertLen(made, 2)
-    step, _ = device_memory.halving(make, 8)
+    step, _ = device_memory.halve_on_oom(make, 8)
     with self.assertRaisesRegex(jax.errors.JaxRuntimeError, 'EXHAUSTED'):
       step(3)
 
@@ -162,7 +164,7 @@ class MemoryTest(parameterized.TestCase):
 
       return step
 
-    step, _ = device_memory.halving(make, 4)
+    step, _ = device_memory.halve_on_oom(make, 4)
     with self.assertRaisesRegex(jax.errors.JaxRuntimeError, 'INTERNAL: 4'):
       step()
 
@@ -172,9 +174,13 @@ class MemoryTest(parameterized.TestCase):
   def test_as_many_as_fit(self, free, most, expected):
     step = jax.jit(lambda x: jnp.sum(jnp.sort(x * 2.0)) * jnp.sin(x)[0])
     x = jnp.ones(1000)
-    self.assertBetween(device_memory.needs(step, x).temporary, 4000, 4499)
-    with absltest.mock.patch.object(device_memory, 'free', return_value=free):
-      self.assertEqual(device_memory.fitting(step, most, x), expected)
+    self.assertBetween(
+      device_memory.memory_needed(step, x).temporary, 4000, 4499
+    )
+    with absltest.mock.patch.object(
+      device_memory, 'free_bytes', return_value=free
+    ):
+      self.assertEqual(device_memory.largest_block(step, most, x), expected)
 
 
 class CommandTest(absltest.TestCase):

@@ -31,7 +31,7 @@ def tearDownModule():
 # Not op by op, as each would be compiled on its own.
 _normalise = jax.jit(policy.normalise)
 _log_prob = jax.jit(policy.log_prob)
-_act = jax.jit(policy.act)
+_act = jax.jit(policy.reparameterise)
 _loss = jax.jit(
   policy.loss,
   static_argnames=(

@@ -17,7 +17,7 @@ class Problems(NamedTuple):
   keep: np.ndarray
   share: np.ndarray
   floor: np.ndarray
-  low: np.ndarray
+  min_ratio: np.ndarray
 
 
 def _problems(seed, scale=1.0, cases=_CASES, floors=True):
@@ -26,17 +26,21 @@ def _problems(seed, scale=1.0, cases=_CASES, floors=True):
   floor = source.uniform(0.0, 0.6, (cases, _S)) * floors
   # Half of the modules have no floor worth the name.
   floor[:, ::2] = 0.0
-  low = source.uniform(0.0, 0.3, cases)
-  least = np.sum(share * np.maximum(floor, low[:, None]), -1)
+  min_ratio = source.uniform(0.0, 0.3, cases)
+  least = np.sum(share * np.maximum(floor, min_ratio[:, None]), -1)
   keep = least + (1.0 - least) * source.uniform(0.02, 0.98, cases)
   priority = scale * source.standard_normal((cases, _S))
-  each = (priority, keep, share, floor, low)
+  each = (priority, keep, share, floor, min_ratio)
   return Problems(*(x.astype(np.float32) for x in each))
 
 
-def _project_one(priority, keep, share, floor, low):
+def _project_one(priority, keep, share, floor, min_ratio):
   return projection.project(
-    priority, keep[None], share_KxS=share[None], floor_S=floor, low=low
+    priority,
+    keep[None],
+    share_KxS=share[None],
+    floor_S=floor,
+    min_ratio=min_ratio,
   )
 
 
@@ -58,7 +62,7 @@ class ProjectTest(parameterized.TestCase):
     self.assertEqual(ratio.dtype, np.float32)
     self.assertLess(np.abs(_kept(problems, ratio) - problems.keep).max(), 1e-5)
     self.assertTrue((ratio >= problems.floor).all())
-    self.assertTrue((ratio >= problems.low[:, None] * (1 - 1e-6)).all())
+    self.assertTrue((ratio >= problems.min_ratio[:, None] * (1 - 1e-6)).all())
     self.assertTrue((ratio <= 1.0).all())
 
   def test_is_what_the_docstring_says(self):
@@ -66,10 +70,10 @@ class ProjectTest(parameterized.TestCase):
     problems = _problems(1)
     ratio = _project(*problems)
     for i in range(0, _CASES, 20):
-      priority, keep, share, floor, low = (
+      priority, keep, share, floor, min_ratio = (
         x[i].astype(np.float64) for x in problems
       )
-      expected = _numpy_project(priority, keep, share, floor, low)
+      expected = _numpy_project(priority, keep, share, floor, min_ratio)
       np.testing.assert_allclose(ratio[i], expected, atol=1e-5)
 
   @parameterized.parameters(1.0, 5.0)
@@ -85,7 +89,7 @@ class ProjectTest(parameterized.TestCase):
       self.assertLessEqual(np.delete(change, s, 1).max(), 1e-6)
       # Strictly so, unless the module rests on its floor or is full.
       free = (before[:, s] > problems.floor[:, s] + 1e-2) & (
-        before[:, s] > problems.low + 1e-2
+        before[:, s] > problems.min_ratio + 1e-2
       )
       free &= before[:, s] < 0.9
       # A module that is nearly all of the budget can't be raised much.
@@ -109,7 +113,7 @@ class ProjectTest(parameterized.TestCase):
       problems.keep,
       problems.share[:, by],
       problems.floor[:, by],
-      problems.low,
+      problems.min_ratio,
     )
     np.testing.assert_allclose(permuted, ratio[:, by], atol=2e-6)
 
@@ -225,12 +229,12 @@ class ProjectTest(parameterized.TestCase):
     )
 
 
-def _numpy_project(priority, keep, share, floor, low):
+def _numpy_project(priority, keep, share, floor, min_ratio):
   """The docstring's formula, its root bracketed in float64."""
   below, above = -1e3, 1e3
 
   def ratios(shift):
-    wish = low + (1.0 - low) / (1.0 + np.exp(-(priority + shift)))
+    wish = min_ratio + (1.0 - min_ratio) / (1.0 + np.exp(-(priority + shift)))
     return np.maximum(floor, wish)
 
   with np.errstate(over='ignore'):
@@ -245,7 +249,7 @@ def _numpy_project(priority, keep, share, floor, low):
 
 _cut = jax.jit(
   lambda action, keep, share, floor: projection.cut(
-    action, keep[None], share_KxS=share[None], floor_S=floor, low=0.1
+    action, keep[None], share_KxS=share[None], floor_S=floor, min_ratio=0.1
   )
 )
 
@@ -300,7 +304,7 @@ class Roundings(NamedTuple):
 
 def _to_counts(problem):
   ratio, limit, units, cost, step, floor = problem
-  return projection.to_counts(
+  return projection.round_to_counts(
     ratio,
     np.atleast_1d(limit),
     units_S=units,
@@ -372,14 +376,17 @@ def _roundings(seed, cases=_CASES, *, equal=False):
   floor = step.copy()
   share = units * cost / np.sum(units * cost, -1, keepdims=True)
   least = np.sum(share * floor / units, -1)
-  low = np.zeros(cases)
+  min_ratio = np.zeros(cases)
   keep = least + (1 - least) * source.uniform(0.02, 1.0, cases)
   priority = source.standard_normal(shape) * (0.0 if equal else 1.5)
   if equal:
     # Few distinct values: ties among some, not among all.
     priority[: cases // 2] = source.integers(0, 3, (cases // 2, _S))
   ratio = _project(
-    *(x.astype(np.float32) for x in (priority, keep, share, floor / units, low))
+    *(
+      x.astype(np.float32)
+      for x in (priority, keep, share, floor / units, min_ratio)
+    )
   )
   limit = np.floor(keep * np.sum(units * cost, -1) + 1e-6).astype(np.int64)
   return Roundings(np.asarray(ratio), limit, units, cost, step, floor)

@@ -13,12 +13,12 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from ffp_jax import evaluate, export, prune
+from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
-from ffp_jax.runtime import workdir as workdir_lib
-from ffp_jax.runtime.workdir import Book
+from ffp_jax.runtime import storage
+from ffp_jax.runtime.workdir import Workdir
 from ffp_jax.text import tokenization, windows
 from tests import tiny_run
 
@@ -55,7 +55,9 @@ def _config(**overrides):
 
 
 def _run(workdir, **overrides):
-  return prune.run(_config(**overrides), workdir, command='how to run it')
+  return prune.prune_workdir(
+    _config(**overrides), workdir, command='how to run it'
+  )
 
 
 def _read(path):
@@ -226,13 +228,13 @@ class FinishedTest(_TestCase):
   def test_reloaded_has_the_perplexity_reported(self, folder, name):
     workdir, results = _finished()
     directory = workdir / folder if folder == 'pruned' else _model()
-    tokens = tokenization.encode(directory, _text().read_text())
+    tokens = tokenization.tokenize(directory, _text().read_text())
     np.testing.assert_array_equal(
-      tokens.ids, tokenization.encode(_model(), _text().read_text()).ids
+      tokens.ids, tokenization.tokenize(_model(), _text().read_text()).ids
     )
     held = windows.windows(tokens.ids, 32)[-5:].reshape(-1)
     held = tokens._replace(ids=held)
-    with mock.patch.object(tokenization, 'encode', return_value=held):
+    with mock.patch.object(tokenization, 'tokenize', return_value=held):
       got = evaluate.evaluate(str(directory), str(_text()), context=32)
     expected = results['protocol'] | {'split': 'all of the text'}
     self.assertEqual(got['protocol'], expected)
@@ -250,9 +252,9 @@ class FinishedTest(_TestCase):
     self.assertEqual(results['bytes_dense'], 2 * results['params_dense'])
     self.assertEqual(results['bytes_pruned'], file.stat().st_size)
     self.assertLess(file.stat().st_size, (model / file.name).stat().st_size)
-    config = families.model_config(file.parent)
+    config = model_config.read_model_config(file.parent)
     params = weights_lib.load_params(file.parent, config, jnp.dtype('float32'))
-    tokens = tokenization.encode(model, _text().read_text()).ids
+    tokens = tokenization.tokenize(model, _text().read_text()).ids
     heldout = windows.windows(tokens, 32)[-5:]
     got = np.exp(scoring.Scorer(config)(params, heldout))
     # The very projections that were judged, rounded before they were.
@@ -296,14 +298,14 @@ class RepeatTest(_TestCase):
     self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
 
   def test_interrupted_is_uninterrupted(self):
-    real = Book.append
+    real = Workdir.append
 
-    def append(book, line):
-      real(book, line)
+    def append(files, line):
+      real(files, line)
       if line['step'] == 3:  # the checkpoint is of step 2
         raise _Killed
 
-    with mock.patch.object(Book, 'append', append):
+    with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_Killed):
         _run(self.workdir)
     self.assertLen(_metrics(self.workdir), 4)
@@ -313,22 +315,22 @@ class RepeatTest(_TestCase):
       with self.assertRaises(_Killed):
         _run(self.workdir)
     self.assertFalse((self.workdir / 'results.json').exists())
-    with mock.patch.object(Book, 'append', _unexpected):
+    with mock.patch.object(Workdir, 'append', _unexpected):
       _run(self.workdir)
     self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
 
   def test_a_bucket_holds_the_same(self):
     # A path of etils is written as an object of a bucket is.
     bucket = epath.Path(self.workdir)
-    self.assertFalse(workdir_lib.is_local(bucket))
-    real = Book.append
+    self.assertFalse(storage.is_local(bucket))
+    real = Workdir.append
 
-    def append(book, line):
-      real(book, line)
+    def append(files, line):
+      real(files, line)
       if line['step'] == 3:
         raise _Killed
 
-    with mock.patch.object(Book, 'append', append):
+    with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_Killed):
         _run(bucket)
     _run(bucket)
@@ -369,7 +371,7 @@ class RepeatTest(_TestCase):
     layers = _read(self.workdir / 'allocation.json')['layers']
     self.assertEqual([x['attention_kept'] for x in layers], [2, 2, 2])
     self.assertTrue((self.workdir / 'report.md').exists())
-    small = families.model_config(self.workdir / 'pruned')
+    small = model_config.read_model_config(self.workdir / 'pruned')
     self.assertEqual(small.kept_ffn, tuple(x['ffn_kept'] for x in layers))
 
 
@@ -441,8 +443,8 @@ class RefusedTest(_TestCase):
     path.write_text(json.dumps(record))
     data = {'data': str(path)}
     self._refused_early('data: .*x.jsonl.*no', **{'text.field': 'no'}, **data)
-    got = prune.prepare(_config(**{'text.field': 'data.body'}, **data)).text
-    want = prune.prepare(_config()).text
+    got = prune.prepare_job(_config(**{'text.field': 'data.body'}, **data)).text
+    want = prune.prepare_job(_config()).text
     for one, other in zip(got, want, strict=True):
       np.testing.assert_array_equal(one, other)
 

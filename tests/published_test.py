@@ -11,9 +11,9 @@ from absl.testing import absltest
 
 from ffp_jax import compare, prune
 from ffp_jax import config as config_lib
-from ffp_jax.baselines import fastforward
+from ffp_jax.baselines import fastforward, settings
 from ffp_jax.pruning import curriculum, search
-from ffp_jax.runtime.workdir import Book
+from ffp_jax.runtime.workdir import Workdir
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -43,7 +43,7 @@ def _config(**overrides):
 
 
 def _run(workdir, config):
-  return prune.run(config, workdir, command='')
+  return prune.prune_workdir(config, workdir, command='')
 
 
 def _metrics(workdir):
@@ -63,14 +63,14 @@ class RunTest(absltest.TestCase):
   def test_killed_and_resumed_is_uninterrupted(self):
     whole, workdir = self.folder / 'whole', self.folder / 'run'
     _run(whole, _config())
-    real = Book.append
+    real = Workdir.append
 
     def append(book, line):
       real(book, line)
       if line['step'] == 3:  # the checkpoint is of step 3, the next is due
         raise _Killed
 
-    with mock.patch.object(Book, 'append', append):
+    with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_Killed):
         _run(workdir, _config())
     _run(workdir, _config())
@@ -95,13 +95,13 @@ class RunTest(absltest.TestCase):
     """Equal proposals, rewards and answers where the settings are equal."""
     for repair in ('project', 'cut'):
       config = _config(**{'search.repair': repair})
-      job = prune.prepare(config)
-      config.compare = config_lib.comparison().compare
+      job = prune.prepare_job(config)
+      config.compare = settings.comparison().compare
       config.compare.tokens = _TOKENS
-      model = compare.model_of(config, job)
-      modules = prune.rank_units(config, job, model.params)
-      problem = compare.problem_of(config, job, model, modules, None)
-      dense = problem.losses([job.sites.units], problem.rows_RxT)[0]
+      model = compare.load_shared_model(config, job)
+      device_sublayers = prune.rank_units(config, job, model.params)
+      problem = compare.problem_of(config, job, model, device_sublayers, None)
+      dense = problem.losses([job.sublayers.units], problem.rows_RxT)[0]
       problem.spent.clear()
       plan = fastforward._stairs(problem, 15, 2, 0.05)
       self.assertEqual(plan, [(0.5, 1)] * 5 + [(1.0, 2)] * 2)
@@ -141,8 +141,8 @@ class RunTest(absltest.TestCase):
           one.memory.priority_MxS, other.memory.priority_MxS
         )
         np.testing.assert_array_equal(one.params['mean'], other.params['mean'])
-      found = search.finalists(config, job.sites, states[-1])
-      got = prune.counts_of(config, job, modules, found[1])
+      found = search.finalists(config, job.sublayers, states[-1])
+      got = prune.counts_of(config, job, device_sublayers, found[1])
       np.testing.assert_array_equal(got, answer)
 
 

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import readers
 
 _DOCUMENTS = ('First line.\nSecond.', 'Zweites Stück: 日本語 👍🏽', '  third  ')
@@ -33,7 +33,7 @@ class _TestCase(parameterized.TestCase):
     return path
 
   def read(self, path, limit=_LIMIT):
-    return list(readers.read(path, limit))
+    return list(readers.read_documents(path, limit))
 
   def assert_refused(self, path, *words):
     """RequestError of one line, with the path and every word in it."""
@@ -356,17 +356,19 @@ class FieldTest(_TestCase):
       _columns(self.folder / 'a.arrow', 'stream', columns),
     ):
       for field, want in (('body', 'b'), ('data.x.y', 'c')):
-        self.assertEqual([*readers.read(path, _LIMIT, field)], [want])
+        self.assertEqual([*readers.read_documents(path, _LIMIT, field)], [want])
       with self.assertRaisesRegex(RequestError, "has no field 'no'; it has"):
-        [*readers.read(path, _LIMIT, 'no')]
+        [*readers.read_documents(path, _LIMIT, 'no')]
 
   def test_a_parent_that_is_null(self):
     path = self.file('a.jsonl', '{"data": null}\n{"data": {"body": "b"}}')
-    self.assertEqual([*readers.read(path, _LIMIT, 'data.body')], [None, 'b'])
+    self.assertEqual(
+      [*readers.read_documents(path, _LIMIT, 'data.body')], [None, 'b']
+    )
 
   def test_a_plain_text_has_none(self):
     path = self.file('a.txt', 'a')
-    self.assertEqual([*readers.read(path, _LIMIT, 'body')], ['a'])
+    self.assertEqual([*readers.read_documents(path, _LIMIT, 'body')], ['a'])
 
   def test_null(self):
     columns = {'text': [None, 'a', '', None]}
@@ -417,7 +419,7 @@ class PackedTest(_TestCase):
       for name in (f'a.{kind}.{packing}', f'A.{kind}.{packing}'.upper()):
         path = self.folder / name
         path.write_bytes(_PACK[packing](content.encode()))
-        self.assertEqual(readers.files(path), [path])
+        self.assertEqual(readers.list_files(path), [path])
         self.assertEqual(self.read(path), want)
 
   @parameterized.product(
@@ -469,7 +471,7 @@ class MemoryTest(_TestCase):
     member = gzip.compress(b'{"text": "some words"}\n' * 50_000)
     path = self.folder / name
     path.write_bytes(member * 200)  # 230 MB
-    reader = readers.read(path, 100_000)
+    reader = readers.read_documents(path, 100_000)
     self.assertLess(
       self.peak(lambda: [next(reader) for _ in range(1000)]), 2**21
     )
@@ -478,7 +480,7 @@ class MemoryTest(_TestCase):
     path = self.folder / 'a.json.gz'
     member = gzip.compress(b'{"text": "some words"},' * 50_000)
     path.write_bytes(gzip.compress(b'[') + member * 200)
-    reader = readers.read(path, 100_000)
+    reader = readers.read_documents(path, 100_000)
     self.assertLess(
       self.peak(lambda: [next(reader) for _ in range(1000)]), 2**21
     )
@@ -507,7 +509,7 @@ class MemoryTest(_TestCase):
     path = self.folder / ('a.parquet' if kind == 'parquet' else 'a.arrow')
     texts = [f'{i} ' * 500 for i in range(40_000)]
     _columns(path, kind, {'text': texts}, rows_a_batch=40_000)
-    reader = readers.read(path, 100_000)
+    reader = readers.read_documents(path, 100_000)
     peak = self.peak(
       lambda: self.assertEqual([next(reader) for _ in range(100)], texts[:100])
     )
@@ -518,14 +520,14 @@ class FilesTest(_TestCase):
   def test_a_file(self):
     for name in ('a.txt', 'b.c.json.gz', 'A.TXT', 'c.Md.GZ', 'd.PARQUET'):
       path = self.file(name, 'x')
-      self.assertEqual(readers.files(path), [path])
+      self.assertEqual(readers.list_files(path), [path])
 
   @parameterized.parameters(
     'a.docx', 'a', 'a.parquet.gz', '.txt', '.txt.gz', 'a.gz', 'a.txt.zip',
     'atxt',
   )  # fmt: skip
   def test_another_format(self, name):
-    self.assertEqual(readers.files(self.file(name, 'x')), [])
+    self.assertEqual(readers.list_files(self.file(name, 'x')), [])
 
   def test_directory(self):
     for name in ('b.txt', 'a.parquet', 'c.json.gz', 'B.jsonl', 'd.txt.bak',
@@ -533,7 +535,7 @@ class FilesTest(_TestCase):
       self.file(name, 'x')
     (self.folder / 'e.txt').mkdir()
     self.assertEqual(
-      [path.name for path in readers.files(self.folder)],
+      [path.name for path in readers.list_files(self.folder)],
       ['B.jsonl', 'a.parquet', 'b.txt', 'c.json.gz'],
     )
 
@@ -544,17 +546,17 @@ class FilesTest(_TestCase):
     with self.assertRaisesRegex(
       RequestError, rf'\Adata: {self.folder} is a directory without [^\n]*\Z'
     ):
-      readers.files(self.folder)
+      readers.list_files(self.folder)
 
   @parameterized.parameters('a.txt', 'b/c.jsonl', 'a' * 300 + '.txt')
   def test_missing(self, name):
     with self.assertRaisesRegex(RequestError, rf'\Adata: [^\n]*{name}[^\n]*\Z'):
-      readers.files(self.folder / name)
+      readers.list_files(self.folder / name)
 
   def test_a_pipe_is_not_waited_for(self):
     os.mkfifo(self.folder / 'a.txt')
     with self.assertRaisesRegex(RequestError, 'no file'):
-      readers.files(self.folder / 'a.txt')
+      readers.list_files(self.folder / 'a.txt')
 
 
 if __name__ == '__main__':

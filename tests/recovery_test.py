@@ -233,7 +233,7 @@ class AdapterTest(parameterized.TestCase):
     shapes = families.param_shapes(
       dataclasses.replace(_MODEL, adapter_rank=2), jnp.float32
     )
-    placed = sharding.of_params(shapes, sharding.make_mesh(2, 2, 2))
+    placed = sharding.param_shardings(shapes, sharding.make_mesh(2, 2, 2))
     for module in ('attention', 'ffn'):
       for name, x in placed['stack'][module].items():
         self.assertTrue(any(x.spec), name)
@@ -433,7 +433,7 @@ class MeshTest(parameterized.TestCase):
     for mesh in meshes:
       with jax.set_mesh(sharding.make_mesh(*mesh)):
         placed = [
-          jax.device_put(x, sharding.of_params(x)) for x in setting[1:3]
+          jax.device_put(x, sharding.param_shardings(x)) for x in setting[1:3]
         ]
         here = _Setting(setting.model, *placed, setting.keep)
         state, _, found = _trained(here, rank, batches)
@@ -452,7 +452,7 @@ class MeshTest(parameterized.TestCase):
         x.sharding.is_equivalent_to(place, x.ndim)
       ),
       tree,
-      sharding.of_params(tree),
+      sharding.param_shardings(tree),
     )
 
 

@@ -5,7 +5,7 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import recovery_text, tokenization
 from ffp_jax.text import windows as windows_lib
 from tests import tiny_run
@@ -72,7 +72,7 @@ class TokenFileTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     tiny_run.write_tokenizer(self.folder)
-    self.tokenizer = tokenization.load(self.folder)
+    self.tokenizer = tokenization.load_tokenizer(self.folder)
     self.documents = [x.strip() for x in tiny_run.text(4).split('\n\n')]
     self.documents = [x for x in self.documents if x]
 
@@ -86,7 +86,7 @@ class TokenFileTest(parameterized.TestCase):
   @parameterized.parameters('\n\n', ' ')
   def test_are_those_of_the_joined_text(self, join):
     joined = join.join(self.documents)
-    expected = tokenization.encode(self.folder, joined).ids
+    expected = tokenization.tokenize(self.folder, joined).ids
     count, found = self._written(self.documents, 10**9, join)
     self.assertEqual(count, len(expected))
     np.testing.assert_array_equal(found, expected)

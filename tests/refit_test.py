@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.evaluation.scoring import apply_of, captured_of
 from ffp_jax.models.decoder import Masks
+from ffp_jax.models.functional import make_apply, make_capture
 from ffp_jax.pruning import masks
 from ffp_jax.pruning import refit as refit_lib
 from tests import testing, tiny_run
@@ -19,7 +19,7 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-_BASIS = jax.jit(refit_lib.basis)
+_BASIS = jax.jit(refit_lib.refit_basis)
 _STRENGTH = 0.1
 _NAMES = 'llama_grouped', 'mistral_short_window', 'opt_post_norm_projected'
 
@@ -76,7 +76,7 @@ def _refitting(name):
   shapes = (config.layers, config.groups), (config.layers, config.ffn)
   rank = masks.rank_all(Masks(*(source.random(s) for s in shapes)))
   windows = testing.tokens(4, 16)[:, None]
-  found = refit_lib.refitting(
+  found = refit_lib.refit_model(
     pair.params, config, rank, windows, strength=_STRENGTH
   )
   return pair, rank, windows, found
@@ -86,18 +86,18 @@ class RefittingTest(parameterized.TestCase):
   @parameterized.parameters(*_NAMES)
   def test_without_masks_it_is_the_dense_decoder(self, name):
     pair, _, windows, (config, params) = _refitting(name)
-    ours = jax.jit(apply_of(config))(params, windows[0], None)
-    theirs = jax.jit(apply_of(pair.config))(pair.params, windows[0], None)
+    ours = jax.jit(make_apply(config))(params, windows[0], None)
+    theirs = jax.jit(make_apply(pair.config))(pair.params, windows[0], None)
     np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
     ones = masks.ones(config.layers, config.groups, config.ffn)
-    again = jax.jit(apply_of(config))(params, windows[0], ones)
+    again = jax.jit(make_apply(config))(params, windows[0], ones)
     np.testing.assert_allclose(ours, again, atol=1e-3 * np.abs(ours).max())
 
   @parameterized.parameters(*_NAMES)
   def test_a_cut_module_is_refit_on_the_dense_models_inputs(self, name):
     """Of the first layer's FFN, whose output the next layer sees."""
     pair, rank, windows, (config, params) = _refitting(name)
-    inputs = jax.jit(captured_of(pair.config, lambda x: x))
+    inputs = jax.jit(make_capture(pair.config, lambda x: x))
     entered = [
       np.asarray(inputs(pair.params, w)[1], np.float64) for w in windows
     ]

@@ -16,9 +16,9 @@ from absl.testing import absltest
 from matplotlib import image
 
 from ffp_jax import report
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.runtime import workdir as workdir_lib
-from ffp_jax.runtime.workdir import Book
+from ffp_jax.runtime.workdir import Workdir
 from tests import finished_run
 
 _PLOTS = ('plot_kept.png', 'plot_search.png', 'plot_perplexity.png')
@@ -37,7 +37,7 @@ class _Folder(absltest.TestCase):
     folder = tempfile.TemporaryDirectory()
     self.addCleanup(folder.cleanup)
     self.workdir = pathlib.Path(folder.name) / 'made' / 'later'
-    self.book = Book(self.workdir)
+    self.run_files = Workdir(self.workdir)
     self.metrics = self.workdir / 'metrics.jsonl'
 
   def lines(self):
@@ -50,67 +50,67 @@ class BookTest(_Folder):
 
   def test_append_writes_strict_json_at_once(self):
     line = {'step': np.int32(3), 'a': np.float32(0.5), 'ok': np.bool_(True)}
-    self.book.append({**line, 'nan': np.nan, 'inf': np.float32(-np.inf)})
+    self.run_files.append({**line, 'nan': np.nan, 'inf': np.float32(-np.inf)})
     self.assertEqual(
       self.lines(),
       [{'step': 3, 'a': 0.5, 'ok': True, 'nan': None, 'inf': None}],
     )
-    self.book.append({'step': 4})
+    self.run_files.append({'step': 4})
     self.assertLen(self.lines(), 2)
     self.assertEndsWith(self.metrics.read_text(), '\n')
 
   def test_rewind_drops_the_step_and_all_after_it(self):
     for step in range(5):
-      self.book.append({'step': step, 'x': math.pi})
-    self.book.rewind(3)
+      self.run_files.append({'step': step, 'x': math.pi})
+    self.run_files.rewind(3)
     self.assertEqual(
       self.lines(), [{'step': step, 'x': math.pi} for step in range(3)]
     )
-    self.book.rewind(0)
+    self.run_files.rewind(0)
     self.assertEqual(self.metrics.read_text(), '')
 
   def test_rewind_drops_a_torn_line(self):
     for torn in (b'{"st', b'{"step": 1, "x": "\xc3'):
-      self.book.append({'step': 0})
+      self.run_files.append({'step': 0})
       with open(self.metrics, 'ab') as file:
         file.write(torn)
-      self.book.rewind(1)
-      self.book.append({'step': 1})
+      self.run_files.rewind(1)
+      self.run_files.append({'step': 1})
       self.assertEqual(self.lines(), [{'step': 0}, {'step': 1}])
       self.metrics.unlink()
 
   def test_rewind_keeps_a_last_line_that_lacks_only_its_end(self):
-    self.book.append({'step': 0})
+    self.run_files.append({'step': 0})
     self.metrics.write_text('{"step": 0}')
-    self.book.rewind(1)
-    self.book.append({'step': 1})
+    self.run_files.rewind(1)
+    self.run_files.append({'step': 1})
     self.assertEqual(self.lines(), [{'step': 0}, {'step': 1}])
 
   def test_rewind_without_metrics(self):
-    self.book.rewind(0)
+    self.run_files.rewind(0)
     self.assertFalse(self.metrics.exists())
 
   def test_json_round_trip(self):
     content = {'a': np.arange(3), 'b': [np.nan, {'c': (np.float64(2), 'x')}]}
-    self.book.write_json('a.json', content)
+    self.run_files.write_json('a.json', content)
     text = (self.workdir / 'a.json').read_text()
     expected = {'a': [0, 1, 2], 'b': [None, {'c': [2.0, 'x']}]}
     self.assertEqual(_strict(text), expected)
-    self.assertEqual(self.book.read_json('a.json'), expected)
+    self.assertEqual(self.run_files.read_json('a.json'), expected)
     self.assertStartsWith(text, '{\n  "a"')
-    self.assertIsNone(self.book.read_json('b.json'))
+    self.assertIsNone(self.run_files.read_json('b.json'))
 
   def test_a_crash_leaves_the_old_file_whole(self):
-    self.book.write_json('a.json', {'x': 1})
-    self.book.append({'step': 0})
+    self.run_files.write_json('a.json', {'x': 1})
+    self.run_files.append({'step': 0})
     with mock.patch.object(os, 'replace', side_effect=OSError):
       with self.assertRaises(OSError):
-        self.book.write_json('a.json', {'x': 2})
+        self.run_files.write_json('a.json', {'x': 2})
       with self.assertRaises(OSError):
-        self.book.rewind(0)
-    self.assertEqual(self.book.read_json('a.json'), {'x': 1})
+        self.run_files.rewind(0)
+    self.assertEqual(self.run_files.read_json('a.json'), {'x': 1})
     self.assertEqual(self.lines(), [{'step': 0}])
-    self.book.write_json('a.json', {'x': 3})
+    self.run_files.write_json('a.json', {'x': 3})
     self.assertCountEqual(
       os.listdir(self.workdir),
       ['a.json', 'metrics.jsonl', 'seconds.json', '.metrics.jsonl.tmp'],
@@ -123,9 +123,11 @@ class BookTest(_Folder):
       self.assertLogs('absl', 'INFO') as logs,
     ):
       for stage in ('b', 'a', 'b'):
-        with self.book.timed(stage):
+        with self.run_files.timed(stage):
           pass
-    self.assertEqual(list(self.book.seconds.items()), [('b', 1.25), ('a', 0.5)])
+    self.assertEqual(
+      list(self.run_files.seconds.items()), [('b', 1.25), ('a', 0.5)]
+    )
     messages = [record.getMessage() for record in logs.records]
     self.assertEqual(messages[:3], ['b: start', 'b: 1.2 s', 'a: start'])
 
@@ -149,7 +151,7 @@ class ProgressTest(_Folder):
       self.assertLogs('absl', 'INFO') as logs,
     ):
       logging.info('begin')
-      with self.book.progress(10 + steps, 10) as show:
+      with self.run_files.progress(10 + steps, 10) as show:
         for step in range(steps):
           line = {'reward_mean': 0.5 + step / 10, 'sparsity': 0.2}
           show({'step': 10 + step, 'seconds': 2.5, **line})
@@ -182,7 +184,7 @@ class ProgressTest(_Folder):
 class WriteTest(_Folder):
   def write(self, run):
     finished_run.write(self.workdir, run)
-    report.write(self.workdir)
+    report.write_report(self.workdir)
     return (self.workdir / 'report.md').read_text()
 
   def assert_drawn(self, *names):
@@ -248,7 +250,7 @@ class WriteTest(_Folder):
     self.assertNotIn('plot_search.png', text)
     self.assertIn('No search steps', text)
     self.metrics.unlink()
-    report.write(self.workdir)
+    report.write_report(self.workdir)
 
   def test_without_calibration(self):
     run = finished_run.run(lines=1)
@@ -285,7 +287,7 @@ class WriteTest(_Folder):
     self.write(finished_run.run(lines=4))
     with open(self.metrics, 'a') as file:
       file.write('{"step": 4, "sta')
-    report.write(self.workdir)
+    report.write_report(self.workdir)
     self.assert_drawn(*_PLOTS)
 
   def test_it_holds_what_was_measured_besides(self):
@@ -302,16 +304,18 @@ class WriteTest(_Folder):
 
   def test_what_is_measured_later_is_added(self):
     self.write(finished_run.run())
-    report.write(self.workdir)
-    report.add(self.workdir, 'tasks', {'dense': {'arc, acc': 0.5}})
-    report.add(self.workdir, 'tasks', {'pruned': {'arc, acc': 0.4, 'b': 1.0}})
-    report.add(self.workdir, 'tasks', {'dense': {'arc, acc': 0.6}})
+    report.write_report(self.workdir)
+    report.add_measurements(self.workdir, 'tasks', {'dense': {'arc, acc': 0.5}})
+    report.add_measurements(
+      self.workdir, 'tasks', {'pruned': {'arc, acc': 0.4, 'b': 1.0}}
+    )
+    report.add_measurements(self.workdir, 'tasks', {'dense': {'arc, acc': 0.6}})
     text = (self.workdir / 'report.md').read_text()
     self.assertIn('|  | dense | pruned |', text)
     self.assertIn('| arc, acc | 0.6 | 0.4 |', text)
     self.assertIn('| b | - | 1 |', text)
     with self.assertRaisesRegex(RequestError, 'not the directory'):
-      report.add(self.workdir / 'none', 'tasks', {})
+      report.add_measurements(self.workdir / 'none', 'tasks', {})
 
   def test_scalars_where_tensorboardx_is_installed(self):
     self.write(finished_run.run(lines=2))
@@ -323,8 +327,8 @@ class WriteTest(_Folder):
       mock.patch.object(sys, 'path', [str(site), *sys.path]),
       mock.patch.dict(sys.modules),
     ):
-      report.write(self.workdir)
-      report.write(self.workdir)
+      report.write_report(self.workdir)
+      report.write_report(self.workdir)
     (file,) = (self.workdir / 'tb').iterdir()
     written = [json.loads(line) for line in file.read_text().splitlines()]
     self.assertEqual(written[-1], 'closed')
@@ -336,7 +340,7 @@ class WriteTest(_Folder):
 
   def test_refuses_what_is_no_finished_run(self):
     with self.assertRaisesRegex(RequestError, 'not the directory of a finish'):
-      report.write(self.workdir)
+      report.write_report(self.workdir)
     self.assertFalse(self.workdir.exists())
     finished_run.write(self.workdir, finished_run.run())
     for name, text in (
@@ -348,7 +352,7 @@ class WriteTest(_Folder):
       path = self.workdir / name
       path.unlink() if text is None else path.write_text(text)
       with self.assertRaisesRegex(RequestError, str(self.workdir)):
-        report.write(self.workdir)
+        report.write_report(self.workdir)
     self.assertFalse(list(self.workdir.glob('report.*')))
 
 

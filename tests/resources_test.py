@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from ffp_jax import config, prune
 from ffp_jax.benchmarks import latency
 from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import projection, resources, sublayers
 from tests import tiny_run
@@ -37,13 +37,13 @@ def tearDownModule():
 
 
 def _sites(model=_MODEL):
-  return sublayers.sites(model, round_heads=1, round_ffn=4)
+  return sublayers.find_sublayers(model, round_heads=1, round_ffn=4)
 
 
 def _of(model=_MODEL, **budgets):
   settings = config.defaults()
   settings.budget.update(budgets)
-  return resources.of(settings, model, _sites(model))
+  return resources.from_config(settings, model, _sites(model))
 
 
 class CostTest(parameterized.TestCase):
@@ -132,24 +132,24 @@ class LatencyTest(parameterized.TestCase):
 
 
 def _problems(seed, budgets, scale=1.5):
-  """(priorities, keep [K], share [K,S], floor, low) of random budgets."""
+  """(priorities, keep [K], share [K,S], floor, min_ratio) of random budgets."""
   source = np.random.default_rng(seed)
   cost = source.uniform(0.2, 2.0, (budgets, _S))
   for row in cost[1:]:
     row[source.permutation(_S)[: _S // 3]] = 0.0
   share = cost / cost.sum(-1, keepdims=True)
   floor = source.uniform(0.0, 0.2, _S)
-  low = 0.1
-  least = share @ np.maximum(floor, low)
+  min_ratio = 0.1
+  least = share @ np.maximum(floor, min_ratio)
   keep = least + (1 - least) * source.uniform(0.2, 0.9, budgets)
   priority = scale * source.standard_normal(_S)
-  return [np.float32(x) for x in (priority, keep, share, floor, low)]
+  return [np.float32(x) for x in (priority, keep, share, floor, min_ratio)]
 
 
 @jax.jit
-def _project(priority, keep, share, floor, low):
+def _project(priority, keep, share, floor, min_ratio):
   return projection.project(
-    priority, keep, share_KxS=share, floor_S=floor, low=low
+    priority, keep, share_KxS=share, floor_S=floor, min_ratio=min_ratio
   )
 
 
@@ -159,12 +159,12 @@ _jacobian = jax.jit(jax.jacobian(_project))
 class SeveralBudgetsTest(parameterized.TestCase):
   @parameterized.product(seed=tuple(range(20)), budgets=(2, 3))
   def test_every_one_is_met_and_one_is_used_up(self, seed, budgets):
-    priority, keep, share, floor, low = _problems(seed, budgets)
-    ratio = np.float64(_project(priority, keep, share, floor, low))
+    priority, keep, share, floor, min_ratio = _problems(seed, budgets)
+    ratio = np.float64(_project(priority, keep, share, floor, min_ratio))
     slack = keep - share @ ratio
     self.assertGreater(slack.min(), -2e-6)
     self.assertLess(slack.min(), 2e-6)
-    # Nothing is held back that no budget holds: each module below its
+    # Nothing is held back that no budget holds: each sublayer below its
     # largest ratio costs something in a budget that is used up.
     used = slack < 1e-4
     held = (share[used] > 0).any(0)
@@ -172,20 +172,20 @@ class SeveralBudgetsTest(parameterized.TestCase):
 
   @parameterized.product(seed=tuple(range(5)))
   def test_a_budget_that_allows_more_changes_nothing(self, seed):
-    priority, keep, share, floor, low = _problems(seed, 2)
+    priority, keep, share, floor, min_ratio = _problems(seed, 2)
     keep[1] = 1.0
-    both = _project(priority, keep, share, floor, low)
-    alone = _project(priority, keep[:1], share[:1], floor, low)
+    both = _project(priority, keep, share, floor, min_ratio)
+    alone = _project(priority, keep[:1], share[:1], floor, min_ratio)
     np.testing.assert_allclose(both, alone, atol=1e-5)
 
   @parameterized.product(seed=tuple(range(5)))
   def test_free_modules_are_kept(self, seed):
-    """Only half of the modules cost anything in the tight budget."""
-    priority, keep, share, floor, low = _problems(seed, 2)
+    """Only half of the sublayers cost anything in the tight budget."""
+    priority, keep, share, floor, min_ratio = _problems(seed, 2)
     share[1] = np.arange(_S) < _S // 2
     share[1] /= share[1].sum()
     keep[:] = 1.0, 0.5
-    ratio = np.asarray(_project(priority, keep, share, floor, low))
+    ratio = np.asarray(_project(priority, keep, share, floor, min_ratio))
     np.testing.assert_allclose(ratio[_S // 2 :], 1.0, atol=1e-5)
     self.assertAlmostEqual(float(share[1] @ ratio), 0.5, places=5)
 
@@ -202,7 +202,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
         moved[s] += sign * step
         either.append(np.asarray(_project(moved, *problem[1:]), np.float64))
       expected[:, s] = (either[0] - either[1]) / (2 * step)
-    # A module at its floor, or between two shifts, has a kink here.
+    # A sublayer at its floor, or between two shifts, has a kink here.
     off = np.abs(found - expected).max(0)
     self.assertLess(np.median(off), 2e-3)
     self.assertLess(np.sort(off)[: _S * 2 // 3].max(), 5e-3)
@@ -219,7 +219,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
     limit = least + ((cost @ units - least) * source.uniform(0.1, 0.9)).astype(
       int
     )
-    counts = projection.to_counts(
+    counts = projection.round_to_counts(
       ratio, limit, units_S=units, cost_KxS=cost, step_S=step, floor_S=step
     )
     slack = limit - cost @ counts
@@ -269,7 +269,7 @@ class IntegersTest(absltest.TestCase):
       for (real, limit), (cost, whole) in zip(budgets, pairs, strict=True):
         np.testing.assert_array_equal(cost * (real[0] / cost[0]), real)
         self.assertEqual(whole, limit * cost[0] // real[0])
-      count_S = projection.to_counts(
+      count_S = projection.round_to_counts(
         source.uniform(0.1, 1.0, 2 * layers),
         np.array([whole for _, whole in pairs]),
         units_S=units,
@@ -294,7 +294,7 @@ class RunTest(parameterized.TestCase):
     settings = tiny_run.config(**self.inputs)
     settings.budget.update(budgets)
     workdir = self.folder / 'run'
-    prune.run(settings, workdir, command='')
+    prune.prune_workdir(settings, workdir, command='')
     return workdir, json.loads((workdir / 'allocation.json').read_text())
 
   def test_all_budgets_at_once(self):
@@ -324,7 +324,7 @@ class RunTest(parameterized.TestCase):
       self.assertGreaterEqual(line['removed'], line['removed_target'])
     self.assertAlmostEqual(allocation['budgets'][1]['removed'], 1 - groups / 6)
     said = (workdir / 'report.md').read_text()
-    self.assertIn('KV cache of the same modules: 30.00% or more', said)
+    self.assertIn('KV cache of the same sublayers: 30.00% or more', said)
 
   @parameterized.parameters(
     ({'kv_cache': 0.6}, 'budget.kv_cache: 0.6 is out of reach'),

@@ -23,13 +23,12 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from ffp_jax import prune
-from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
-from ffp_jax.models import families
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.errors import RequestError
 from ffp_jax.pruning import search, sublayers
-from ffp_jax.runtime import search_state, signals
+from ffp_jax.runtime import search_state, signals, storage
 from ffp_jax.runtime import workdir as workdir_lib
-from ffp_jax.runtime.workdir import Book
+from ffp_jax.runtime.workdir import Workdir
 from tests import kill, tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -71,7 +70,7 @@ def _finished() -> pathlib.Path:
 
 
 def _run(workdir, **overrides):
-  return prune.run(_config(**overrides), workdir, command='')
+  return prune.prune_workdir(_config(**overrides), workdir, command='')
 
 
 def _wait(condition, process):
@@ -104,14 +103,14 @@ class _TestCase(parameterized.TestCase):
 
   def interrupt(self, step, **overrides):
     """A run that ends as soon as it has written a step's metrics."""
-    real = Book.append
+    real = Workdir.append
 
-    def append(book, line):
-      real(book, line)
+    def append(files, line):
+      real(files, line)
       if line['step'] == step:
         raise _Killed
 
-    with mock.patch.object(Book, 'append', append):
+    with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_Killed):
         _run(self.workdir, **overrides)
 
@@ -197,7 +196,7 @@ class CommandTest(_TestCase):
       f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
     )
     checkpoints = self.workdir / 'checkpoints'
-    step = search_state.newest(checkpoints)['step']
+    step = search_state.newest_state(checkpoints)['step']
     # Nothing is due between the end of the first stage and that of the second.
     self.assertGreater(step, 2)
     self.assertBetween(metrics.read_text().count('\n'), step, step + 2)
@@ -209,7 +208,7 @@ class CommandTest(_TestCase):
     self.assertNotIn('Traceback', said)
     line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
     self.assertStartsWith(said.splitlines()[-1], line)
-    self.assertEqual(search_state.newest(checkpoints)['step'], step)
+    self.assertEqual(search_state.newest_state(checkpoints)['step'], step)
 
 
 class SignalTest(parameterized.TestCase):
@@ -219,7 +218,7 @@ class SignalTest(parameterized.TestCase):
   def test_prompt_though_python_is_not_running(self, number, fails):
     code = """if True:
       import hashlib, sys
-      from ffp_jax import signals
+      from ffp_jax.runtime import signals
 
       def save():
         print('saves', flush=True)
@@ -227,7 +226,7 @@ class SignalTest(parameterized.TestCase):
           raise OSError('no room')
 
       signals.exit_on_signals('THE COMMAND')
-      with signals.save_first(save):
+      with signals.save_on_signal(save):
         print('ready', flush=True)
         hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)
     """.replace('FAILS', str(fails))
@@ -253,7 +252,7 @@ class SignalTest(parameterized.TestCase):
 class DamagedTest(_TestCase):
   def test_newest_checkpoint(self):
     self.interrupt(4)
-    before = workdir_lib.Book(self.workdir).seconds
+    before = workdir_lib.Workdir(self.workdir).seconds
     newest = self.workdir / 'checkpoints' / '4'
     largest = max(newest.rglob('*'), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -301,13 +300,13 @@ class FullDiskTest(_TestCase):
         safetensors.numpy.save_file({'x': np.zeros(100)}, path)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    self.assertEqual(workdir_lib.disk_full(caught.exception), 'File too large')
+    self.assertEqual(storage.disk_full(caught.exception), 'File too large')
 
   def test_by_cause(self):
     error = ValueError('a library')
     error.__cause__ = OSError(28, os.strerror(28))
-    self.assertEqual(workdir_lib.disk_full(error), 'No space left on device')
-    self.assertIsNone(workdir_lib.disk_full(OSError(2, os.strerror(2))))
+    self.assertEqual(storage.disk_full(error), 'No space left on device')
+    self.assertIsNone(storage.disk_full(OSError(2, os.strerror(2))))
 
 
 class InitFromTest(_TestCase):
@@ -322,20 +321,20 @@ class InitFromTest(_TestCase):
 
     with mock.patch.object(search, 'steps', steps):
       _run(self.workdir, **config)
-    saved = search_state.newest(other / 'checkpoints')
+    saved = search_state.newest_state(other / 'checkpoints')
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         self.state.params[name], saved['params'][name]
       )
     self.assertEqual(int(self.state.step), 0)
-    self.assertFalse(np.isfinite(self.state.memory.reward_M).any())
+    self.assertFalse(np.isfinite(self.state.elites.reward_M).any())
     # Its mean is what is proposed, at the new sparsity.
-    model = families.model_config(pathlib.Path(_inputs()['model']))
-    table = sublayers.sites(model, round_heads=1, round_ffn=2)
-    net, _ = search.network(_config(**config), table)
+    model = model_config.read_model_config(pathlib.Path(_inputs()['model']))
+    table = sublayers.find_sublayers(model, round_heads=1, round_ffn=2)
+    net, _ = search.make_policy(_config(**config), table)
     at = jnp.float32(0.4)
     mean_S = net.apply({'params': self.state.params}, at).mean_S
-    prior_S = search.prior(table, 4.0)
+    prior_S = search.initial_priorities(table, 4.0)
     self.assertGreater(np.abs(mean_S - prior_S).max(), 0.01)
 
   def test_a_begun_search_does_without_the_other(self):
@@ -345,7 +344,7 @@ class InitFromTest(_TestCase):
     self.interrupt(0, **changes)
     shutil.rmtree(other)
     self.interrupt(1, **changes)
-    self.assertLen(workdir_lib.lines(self.workdir / 'metrics.jsonl'), 2)
+    self.assertLen(storage.read_json_lines(self.workdir / 'metrics.jsonl'), 2)
 
   def test_refused(self):
     small = self.folder / 'model'

@@ -3,7 +3,7 @@ import transformers
 from absl.testing import absltest, parameterized
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models import rope
 from ffp_jax.models.json_fields import Fields
 
@@ -41,7 +41,7 @@ _CASES = {
 def _read(head_size=64, positions=2048, theta=10000.0, **values):
   absent = {'partial_rotary_factor': 1.0, 'rope_theta': theta}
   values = absent | {'max_position_embeddings': positions} | values
-  return rope.read(Fields('config.json', values), head_size)
+  return rope.read_scaling(Fields('config.json', values), head_size)
 
 
 class FrequenciesTest(parameterized.TestCase):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.config import RequestError
-from ffp_jax.runtime import search_state, workdir
+from ffp_jax.errors import RequestError
+from ffp_jax.runtime import search_state, storage
 
 
 class _Inner(NamedTuple):
@@ -25,13 +25,13 @@ class _State(NamedTuple):
   step: jax.Array
 
 
-def _state(step, modules=6, hidden=3):
+def _state(step, device_sublayers=6, hidden=3):
   source = np.random.default_rng(step)
 
   def draw(*shape):
     return jnp.asarray(source.standard_normal(shape), jnp.float32)
 
-  params = {'mean': draw(modules), 'add': {'kernel': draw(hidden, 4)}}
+  params = {'mean': draw(device_sublayers), 'add': {'kernel': draw(hidden, 4)}}
   inner = _Inner(jnp.int32(step), ())
   key = jax.random.key_data(jax.random.key(step))
   return _State(params, inner, key, jnp.int32(step))
@@ -57,7 +57,7 @@ class _TestCase(parameterized.TestCase):
     return sorted(int(path.name) for path in self.directory.iterdir())
 
   def assert_restored(self, step):
-    got = search_state.restore(self.directory, _state(0))
+    got = search_state.restore_state(self.directory, _state(0))
     jax.tree.map(np.testing.assert_array_equal, got, _state(step))
     types = jax.tree.map(lambda x: (type(x), x.dtype), _state(step))
     self.assertEqual(jax.tree.map(lambda x: (type(x), x.dtype), got), types)
@@ -70,11 +70,11 @@ class SaveTest(_TestCase):
     self.assert_restored(6)
 
   def test_none(self):
-    self.assertIsNone(search_state.restore(self.directory, _state(0)))
+    self.assertIsNone(search_state.restore_state(self.directory, _state(0)))
     self.directory.mkdir()
     # Of a process killed while it saved.
     (self.directory / '4.orbax-checkpoint-tmp').mkdir()
-    self.assertIsNone(search_state.restore(self.directory, _state(0)))
+    self.assertIsNone(search_state.restore_state(self.directory, _state(0)))
     self.save([1])
     self.assertEqual(self.steps(), [1])
 
@@ -106,7 +106,7 @@ class SaveTest(_TestCase):
         self.save([2])
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    self.assertEqual(workdir.disk_full(caught.exception), 'File too large')
+    self.assertEqual(storage.disk_full(caught.exception), 'File too large')
     self.assert_restored(1)
     self.save([2])
     self.assertEqual(self.steps(), [1, 2])
@@ -125,7 +125,7 @@ class DamageTest(_TestCase):
       shutil.copytree(whole, self.directory)
       self._damage(self.directory / path.relative_to(whole), kind, source)
       with self.subTest(str(path.relative_to(whole))):
-        step = int(search_state.restore(self.directory, _state(0)).step)
+        step = int(search_state.restore_state(self.directory, _state(0)).step)
         self.assert_restored(step)
         self.assertEqual(self.steps(), [1, 2])  # reading changes nothing
         older += step == 1
@@ -163,13 +163,13 @@ class DamageTest(_TestCase):
     for step in '12':
       shutil.rmtree(self.directory / step / 'default')
     with self.assertRaisesRegex(RequestError, rf'\A.*{self.directory}.*\Z'):
-      search_state.restore(self.directory, _state(0))
+      search_state.restore_state(self.directory, _state(0))
     self.assertEqual(self.steps(), [1, 2])
 
   def test_another_version(self):
     self.save([1])
     with self.assertRaisesRegex(RequestError, 'another version'):
-      search_state.restore(self.directory, _state(0)._replace(inner=()))
+      search_state.restore_state(self.directory, _state(0)._replace(inner=()))
     self.assertEqual(self.steps(), [1])
 
 
@@ -178,11 +178,11 @@ class InheritTest(_TestCase):
     with self.assertRaisesRegex(
       RequestError, rf'\Asearch.init_from: .*{self.folder}.*{pattern}.*\Z'
     ):
-      search_state.inherit(self.folder, _state(0, **shape).params)
+      search_state.inherit_policy(self.folder, _state(0, **shape).params)
 
   def test_parameters_of_the_newest(self):
     self.save([1, 2])
-    got = search_state.inherit(self.folder, _state(0).params)
+    got = search_state.inherit_policy(self.folder, _state(0).params)
     jax.tree.map(np.testing.assert_array_equal, got, _state(2).params)
 
   def test_no_checkpoint(self):
@@ -190,7 +190,7 @@ class InheritTest(_TestCase):
 
   def test_other_modules(self):
     self.save([1])
-    self._refused('6 modules.* 8', modules=8)
+    self._refused('6 modules.* 8', device_sublayers=8)
 
   def test_other_network(self):
     self.save([1])

@@ -24,7 +24,7 @@ _WIDE = ModelConfig(
   head_size=2,
   ffn=_F,
 )
-_SITES = sublayers.sites(_WIDE, round_heads=1, round_ffn=1)
+_SITES = sublayers.find_sublayers(_WIDE, round_heads=1, round_ffn=1)
 # What removing the whole of a module would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 
@@ -61,7 +61,7 @@ def _rank(config=_WIDE, seed=0):
 
 @functools.cache
 def _modules():
-  return allocation.modules(_SITES, _rank())
+  return allocation.to_device(_SITES, _rank())
 
 
 def _harm(kept_S, xp=np):
@@ -81,12 +81,12 @@ def _nll(cliff, tokens_BxT, masks):
   return jnp.full(len(tokens_BxT), value)
 
 
-def _optimum(sparsity, low):
+def _optimum(sparsity, min_ratio):
   """Kept shares [S] that lose least, by bisection on the multiplier."""
   share_S = _SITES.units * _SITES.unit_cost / _SITES.total
 
   def kept(multiplier):
-    return np.clip(1.0 - multiplier * share_S / (2.0 * _HARM_S), low, 1.0)
+    return np.clip(1.0 - multiplier * share_S / (2.0 * _HARM_S), min_ratio, 1.0)
 
   below, above = 0.0, 1e4
   for _ in range(200):
@@ -100,7 +100,7 @@ def _run(config, cliff=2.0):
   """(finalists [M,S], metrics of every step) of a whole search."""
   rows = np.arange(96).reshape(-1, config.search.context) % 10
   text = search.RewardText(rows, np.ones(len(rows)))
-  first = search.start(config, _SITES)
+  first = search.initial_state(config, _SITES)
   states, lines = zip(
     *search.steps(config, _SITES, _modules(), _nll, cliff, text, first),
     strict=True,
@@ -108,8 +108,10 @@ def _run(config, cliff=2.0):
   return search.finalists(config, _SITES, states[-1]), lines
 
 
-def _counts(priority_S, sparsity, low):
-  return allocation.counts_of(priority_S, sparsity, _SITES, _modules(), low=low)
+def _counts(priority_S, sparsity, min_ratio):
+  return allocation.priorities_to_counts(
+    priority_S, sparsity, _SITES, _modules(), min_ratio=min_ratio
+  )
 
 
 class CountGradientTest(parameterized.TestCase):
@@ -178,17 +180,17 @@ class AllocateTest(parameterized.TestCase):
     spread=(0.3, 10.0),
   )
   def test_budget_is_met_within_a_step(self, sparsity, rounds, spread):
-    table = sublayers.sites(
+    table = sublayers.find_sublayers(
       dataclasses.replace(_WIDE, qkv_bias=True, out_bias=True, ffn_bias=True),
       round_heads=rounds[0],
       round_ffn=rounds[1],
     )
     source = np.random.default_rng(0)
-    modules = allocation.modules(table, _rank())
+    device_sublayers = allocation.to_device(table, _rank())
     for _ in range(3):
       priority_S = np.float32(spread * source.standard_normal(2 * _L))
-      count_S = allocation.counts_of(
-        priority_S, sparsity, table, modules, low=0.05
+      count_S = allocation.priorities_to_counts(
+        priority_S, sparsity, table, device_sublayers, min_ratio=0.05
       )
       slack = table.limit(sparsity) - table.kept_cost(count_S)
       self.assertGreaterEqual(slack, 0)
@@ -205,22 +207,22 @@ class AllocateTest(parameterized.TestCase):
         self.assertEqual(sparsity, 0.0)
 
   def test_equal_priorities_are_uniform(self):
-    count_S = _counts(np.full(2 * _L, 3.0), 0.25, low=0.1)
+    count_S = _counts(np.full(2 * _L, 3.0), 0.25, min_ratio=0.1)
     np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
 
   def test_projection_meets_the_kept_share(self):
-    goal = allocation.target(_SITES, 0.3)
+    goal = allocation.make_target(_SITES, 0.3)
     source = np.random.default_rng(0)
     priority_S = np.float32(2.0 * source.standard_normal(2 * _L))
-    ratio_S = allocation.project(priority_S, goal, _modules(), low=0.1)
+    ratio_S = allocation.project(priority_S, goal, _modules(), min_ratio=0.1)
     kept = np.asarray(ratio_S, np.float64) @ (_SITES.units * _SITES.unit_cost)
     self.assertAlmostEqual(kept / _SITES.total, 0.7, places=5)
     np.testing.assert_array_equal(np.argsort(ratio_S), np.argsort(priority_S))
 
   def test_target_leaves_out_what_cannot_go(self):
     biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
-    table = sublayers.sites(biased, round_heads=1, round_ffn=1)
-    goal = allocation.target(table, 0.5)
+    table = sublayers.find_sublayers(biased, round_heads=1, round_ffn=1)
+    goal = allocation.make_target(table, 0.5)
     limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
     self.assertGreater(table.fixed, 0)
@@ -228,22 +230,26 @@ class AllocateTest(parameterized.TestCase):
 
 
 @functools.partial(jax.jit, static_argnames='steep')
-def _score_at(priority_S, factor, target, modules, steep):
+def _score_at(priority_S, factor, target, device_sublayers, steep):
   def loss_of(masks):
     value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
     # The root adds nothing, with a slope that isn't a number.
     return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
 
   dense = jnp.float32(1.0)
-  limits = {'low': 0.1, 'window': 0.3, 'repair': 'project'}
-  return search.score(priority_S, target, modules, loss_of, dense, **limits)
+  limits = {'min_ratio': 0.1, 'window': 0.3, 'repair': 'project'}
+  return search.score_candidate(
+    priority_S, target, device_sublayers, loss_of, dense, **limits
+  )
 
 
 def _score(priority_S, factor=1.0, steep=False):
   """(reward, gradient) of `factor` times the synthetic loss."""
-  goal = allocation.target(_SITES, 0.4)
-  modules = allocation.modules(_SITES, _rank())
-  return _score_at(np.float32(priority_S), factor, goal, modules, steep)
+  goal = allocation.make_target(_SITES, 0.4)
+  device_sublayers = allocation.to_device(_SITES, _rank())
+  return _score_at(
+    np.float32(priority_S), factor, goal, device_sublayers, steep
+  )
 
 
 class ScoreTest(parameterized.TestCase):
@@ -292,32 +298,34 @@ class ScoreTest(parameterized.TestCase):
 class MemoryTest(absltest.TestCase):
   def _state(self, reward_M):
     size = len(reward_M)
-    memory = search.Memory(
+    elites = search.Elites(
       jnp.array(reward_M, jnp.float32), 1.0 * jnp.arange(size)[:, None]
     )
-    return search.SearchState({}, (), None, jnp.int32(0), memory)
+    return search.SearchState({}, (), None, jnp.int32(0), elites)
 
   def test_keeps_the_best(self):
-    memory = self._state([5.0, 2.0, -np.inf]).memory
-    new = search.remember(
-      memory, jnp.array([1.0, 6.0, 3.0]), jnp.array([[10.0], [20.0], [30.0]])
+    elites = self._state([5.0, 2.0, -np.inf]).elites
+    new = search.update_elites(
+      elites, jnp.array([1.0, 6.0, 3.0]), jnp.array([[10.0], [20.0], [30.0]])
     )
     np.testing.assert_array_equal(new.reward_M, [6.0, 5.0, 3.0])
     np.testing.assert_array_equal(new.priority_MxS, [[20.0], [0.0], [30.0]])
-    worse = search.remember(new, jnp.array([0.0]), jnp.array([[40.0]]))
+    worse = search.update_elites(new, jnp.array([0.0]), jnp.array([[40.0]]))
     jax.tree.map(np.testing.assert_array_equal, worse, new)
 
   def test_forget(self):
-    state = search.forget(self._state([5.0, 2.0]))
-    np.testing.assert_array_equal(state.memory.reward_M, [-np.inf, -np.inf])
-    new = search.remember(state.memory, jnp.array([-3.0]), jnp.array([[9.0]]))
+    state = search.clear_elites(self._state([5.0, 2.0]))
+    np.testing.assert_array_equal(state.elites.reward_M, [-np.inf, -np.inf])
+    new = search.update_elites(
+      state.elites, jnp.array([-3.0]), jnp.array([[9.0]])
+    )
     np.testing.assert_array_equal(new.reward_M, [-3.0, -np.inf])
     np.testing.assert_array_equal(new.priority_MxS[0], [9.0])
 
 
 class CurriculumTest(parameterized.TestCase):
   def test_plan(self):
-    plan = curriculum.plan(
+    plan = curriculum.stages(
       _config(
         **{
           'budget.sparsity': 0.3,
@@ -385,14 +393,14 @@ class CurriculumTest(parameterized.TestCase):
   def test_no_step_holds_a_row_twice(self, rows):
     text = np.arange(6)[:, None]
     for step in range(12):
-      drawn = curriculum.draw(text, step, rows, 0)[:, 0]
+      drawn = curriculum.reward_rows(text, step, rows, 0)[:, 0]
       self.assertLen(set(drawn.tolist()), rows)
 
   @parameterized.parameters(1, 2, 3, 6)
   def test_every_row_before_any_again(self, rows):
     text = 10 * np.arange(6)[:, None] + np.arange(4)
     drawn = np.concatenate(
-      [curriculum.draw(text, step, rows, 0) for step in range(12)]
+      [curriculum.reward_rows(text, step, rows, 0) for step in range(12)]
     )
     self.assertEqual(drawn.shape, (12 * rows, 4))
     np.testing.assert_array_equal(
@@ -406,11 +414,13 @@ class CurriculumTest(parameterized.TestCase):
   def test_known_from_step_and_seed(self):
     text = np.arange(20)[:, None]
     # In any order: a resumed search asks for a late step first.
-    late = curriculum.draw(text, 7, 3, 5)
+    late = curriculum.reward_rows(text, 7, 3, 5)
     for step in range(8):
-      again = curriculum.draw(text, step, 3, 5)
+      again = curriculum.reward_rows(text, step, 3, 5)
     np.testing.assert_array_equal(again, late)
-    self.assertFalse(np.array_equal(late, curriculum.draw(text, 7, 3, 6)))
+    self.assertFalse(
+      np.array_equal(late, curriculum.reward_rows(text, 7, 3, 6))
+    )
 
 
 @functools.cache
@@ -421,12 +431,14 @@ def _searched():
 class SyntheticSearchTest(absltest.TestCase):
   """Where the best allocation is known."""
 
-  def _assert_close_to_best(self, found, low=0.1):
-    best = _harm(_optimum(0.4, low))
-    even = _harm(_counts(np.zeros(2 * _L, np.float32), 0.4, low) / _SITES.units)
+  def _assert_close_to_best(self, found, min_ratio=0.1):
+    best = _harm(_optimum(0.4, min_ratio))
+    even = _harm(
+      _counts(np.zeros(2 * _L, np.float32), 0.4, min_ratio) / _SITES.units
+    )
     self.assertGreater(even - best, 0.1)
     for priority_S in found:
-      count_S = _counts(priority_S, 0.4, low)
+      count_S = _counts(priority_S, 0.4, min_ratio)
       self.assertLessEqual(_SITES.kept_cost(count_S), _SITES.limit(0.4))
       got = _harm(count_S / _SITES.units)
       self.assertGreater(got, best - 1e-3)  # rounding
@@ -465,7 +477,7 @@ class SyntheticSearchTest(absltest.TestCase):
     def steps(state):
       return search.steps(config, _SITES, _modules(), _nll, 2.0, text, state)
 
-    whole = list(steps(search.start(config, _SITES)))
+    whole = list(steps(search.initial_state(config, _SITES)))
     self.assertEqual([line['step'] for _, line in whole], list(range(5)))
     for at in (1, 2, 4):
       rest = list(steps(whole[at - 1][0]))
@@ -478,7 +490,7 @@ class SyntheticSearchTest(absltest.TestCase):
 
   def test_counts_what_it_takes(self):
     _, lines = _searched()
-    taken = search.cost(_config(), curriculum.plan(_config()))
+    taken = search.search_cost(_config(), curriculum.stages(_config()))
     self.assertEqual({line['compilations'] for line in lines}, {1})
     self.assertLen(lines, 60)
     self.assertEqual(taken['candidates_evaluated'], 60 * 4)
@@ -526,41 +538,49 @@ class ModelSearchTest(absltest.TestCase):
     def nll(params, tokens, masks):
       return loss.nll(apply, params, tokens, masks)
 
-    table = sublayers.sites(_TINY, round_heads=1, round_ffn=1)
-    modules = allocation.modules(table, _rank(_TINY))
-    goal = allocation.target(table, 0.3)
-    net, optim = search.network(config, table)
+    table = sublayers.find_sublayers(_TINY, round_heads=1, round_ffn=1)
+    device_sublayers = allocation.to_device(table, _rank(_TINY))
+    goal = allocation.make_target(table, 0.3)
+    net, optim = search.make_policy(config, table)
     state = search.init(
-      jax.random.key(0), net, optim, search.prior(table, 0.0), remember=2
+      jax.random.key(0),
+      net,
+      optim,
+      search.initial_priorities(table, 0.0),
+      size=2,
     )
     tokens = _own_tokens(lambda t: apply(params, t, None), 4, 16)
     step = search.make_step(net, optim, nll, config, block=1)
 
     def reward(priority_S, rounded=True):
-      ratio_S = allocation.project(priority_S, goal, modules, low=0.1)
-      count_S = ratio_S * modules.units_S
+      ratio_S = allocation.project(
+        priority_S, goal, device_sublayers, min_ratio=0.1
+      )
+      count_S = ratio_S * device_sublayers.units_S
       if rounded:
-        count_S = jnp.asarray(allocation.counts(ratio_S, 0.3, table))
+        count_S = jnp.asarray(allocation.round_ratios(ratio_S, 0.3, table))
       return reward_of(count_S)
 
     @jax.jit
     def reward_of(count_S):
-      keep = masks.from_counts(modules.rank, count_S)
+      keep = masks.from_counts(device_sublayers.rank, count_S)
       pruned = nll(params, tokens, keep).mean()
       return jnp.exp(nll(params, tokens, None).mean() - pruned)
 
-    before = float(reward(search.prior(table, 0.0)))
+    before = float(reward(search.initial_priorities(table, 0.0)))
     dense = nll(params, tokens, None).mean()
     for _ in range(25):
-      state, metrics = step(state, params, tokens, dense, goal, modules)
+      state, metrics = step(
+        state, params, tokens, dense, goal, device_sublayers
+      )
     self.assertEqual(step._cache_size(), 1)
     mean_S = net.apply({'params': state.params}, jnp.float32(0.3)).mean_S
     self.assertLess(before, 0.9)
     self.assertGreater(float(reward(mean_S)), before + 0.02)
     # The memory holds what it says, before rounding.
-    best = float(reward(state.memory.priority_MxS[0], rounded=False))
-    self.assertAlmostEqual(best, float(state.memory.reward_M[0]), places=4)
-    self.assertEqual(float(metrics['best_reward']), state.memory.reward_M[0])
+    best = float(reward(state.elites.priority_MxS[0], rounded=False))
+    self.assertAlmostEqual(best, float(state.elites.reward_M[0]), places=4)
+    self.assertEqual(float(metrics['best_reward']), state.elites.reward_M[0])
     self.assertGreater(best, before + 0.02)
 
 

@@ -16,11 +16,11 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from ffp_jax import prune
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.runtime import sharding
-from ffp_jax.runtime.workdir import Book
+from ffp_jax.runtime.workdir import Workdir
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -90,7 +90,7 @@ class SpecTest(parameterized.TestCase):
   def test_each_mesh_axis_once_and_only_where_it_divides(
     self, shape, axes, expected
   ):
-    found = sharding.spec(shape, axes, _SIZES)
+    found = sharding.partition_spec(shape, axes, _SIZES)
     padded = (*expected, *[None] * (len(shape) - len(expected)))
     self.assertEqual(tuple(found), padded)
 
@@ -112,7 +112,7 @@ class SpecTest(parameterized.TestCase):
       embed_width=4,
     )
     shapes = families.param_shapes(config, jnp.float32)
-    placed = sharding.of_params(shapes, _mesh(2, 2, 2))
+    placed = sharding.param_shardings(shapes, _mesh(2, 2, 2))
     whole = {
       '/'.join(key.key for key in path)
       for path, x in jax.tree_util.tree_leaves_with_path(placed)
@@ -149,7 +149,7 @@ class SideBySideTest(parameterized.TestCase):
 
     with jax.set_mesh(_mesh(candidates, 2, 2)):
       total, rest = jax.jit(
-        lambda xs: sharding.side_by_side(f, xs, block=block)
+        lambda xs: sharding.map_candidates(f, xs, block=block)
       )(xs)
     np.testing.assert_array_equal(total, xs.sum(-1))
     np.testing.assert_array_equal(rest['square'], xs**2)
@@ -157,7 +157,7 @@ class SideBySideTest(parameterized.TestCase):
   def test_without_a_mesh(self):
     xs = jnp.arange(4.0)[:, None]
     np.testing.assert_array_equal(
-      sharding.side_by_side(jnp.sum, xs, block=2), xs[:, 0]
+      sharding.map_candidates(jnp.sum, xs, block=2), xs[:, 0]
     )
 
   def test_candidates_lie_on_different_devices(self):
@@ -165,7 +165,7 @@ class SideBySideTest(parameterized.TestCase):
       return x * 2.0
 
     with jax.set_mesh(_mesh(4, 1, 2)):
-      step = jax.jit(lambda xs: sharding.side_by_side(f, xs, block=1))
+      step = jax.jit(lambda xs: sharding.map_candidates(f, xs, block=1))
       text = step.lower(jnp.ones((4, 8))).compile().as_text()
     # One candidate in each of the four parts.
     self.assertIn('f32[1,8]', text)
@@ -188,7 +188,7 @@ def _home(family) -> pathlib.Path:
   """Holds a model, a text, and a run of them on one device, `one`."""
   folder = pathlib.Path(_FOLDER.name) / family
   tiny_run.inputs(folder, topics=4, model_type=family, **_FAMILIES[family])
-  prune.run(_config(folder, (1, 1, 1)), folder / 'one', command='')
+  prune.prune_workdir(_config(folder, (1, 1, 1)), folder / 'one', command='')
   return folder
 
 
@@ -238,7 +238,7 @@ class SameResultTest(parameterized.TestCase):
     folder = _home(family)
     for mesh in meshes:
       workdir = folder / 'x'.join(map(str, mesh))
-      prune.run(_config(folder, mesh), workdir, command='')
+      prune.prune_workdir(_config(folder, mesh), workdir, command='')
       self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
 
   @parameterized.parameters('llama', 'opt')
@@ -254,18 +254,18 @@ class SameResultTest(parameterized.TestCase):
 
   def test_goes_on_with_other_devices(self):
     folder = _home('llama')
-    real = Book.append
+    real = Workdir.append
 
-    def append(book, line):
-      real(book, line)
+    def append(files, line):
+      real(files, line)
       if line['step'] == 1:
         raise _StoppedError
 
     workdir = folder / 'changed'
-    with mock.patch.object(Book, 'append', append):
+    with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_StoppedError):
-        prune.run(_config(folder, (1, 1, 4)), workdir, command='')
-    prune.run(_config(folder, (4, 1, 1)), workdir, command='')
+        prune.prune_workdir(_config(folder, (1, 1, 4)), workdir, command='')
+    prune.prune_workdir(_config(folder, (4, 1, 1)), workdir, command='')
     self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
 
   def test_the_end_of_one_process_ends_the_other(self):
@@ -319,21 +319,22 @@ class LoadTest(absltest.TestCase):
 _LOAD = """
 import pathlib, re, sys
 import jax, numpy as np
-from ffp_jax import files, hf, sharding
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.runtime import sharding
 
 folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-sharding.join(f'localhost:{port}', 2, int(process))
-config = hf.model_config(folder)
+sharding.join_processes(f'localhost:{port}', 2, int(process))
+config = model_config.read_model_config(folder)
 
 def resident(name):
   status = pathlib.Path('/proc/self/status').read_text()
   return 1024 * int(re.search(name + r':\\s+(\\d+)', status).group(1))
 
 with jax.set_mesh(sharding.make_mesh(1, 2, 1)):
-  files.check_files(folder, config, np.dtype(np.float32))
+  weights.check_files(folder, config, np.dtype(np.float32))
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
   before = resident('VmRSS')
-  params = files.load_params(folder, config, np.dtype(np.float32))
+  params = weights.load_params(folder, config, np.dtype(np.float32))
   jax.block_until_ready(params)
   print(resident('VmHWM') - before)
 """

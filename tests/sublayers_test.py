@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from ffp_jax.checkpoints import model_config
 from ffp_jax.models import families
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import sublayers
@@ -35,11 +36,13 @@ def _config(name) -> ModelConfig:
     path = pathlib.Path(folder)
     description = tiny_run.HF_CONFIG | _CASES[name]
     (path / 'config.json').write_text(json.dumps(description))
-    return families.model_config(path)
+    return model_config.read_model_config(path)
 
 
 def _sites(config, round_heads=1, round_ffn=1):
-  return sublayers.sites(config, round_heads=round_heads, round_ffn=round_ffn)
+  return sublayers.find_sublayers(
+    config, round_heads=round_heads, round_ffn=round_ffn
+  )
 
 
 def _array_sizes(config):

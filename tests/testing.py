@@ -14,9 +14,8 @@ import torch
 import transformers
 from absl.testing import parameterized
 
-from ffp_jax.checkpoints import weights
-from ffp_jax.config import RequestError
-from ffp_jax.models import families
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import Masks, ModelConfig
 
 # Every width differs from every other, so that no wrong axis goes unseen.
@@ -179,7 +178,7 @@ def pair(name: str) -> Pair:
   model = torch_model(name)
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    config = families.model_config(pathlib.Path(folder))
+    config = model_config.read_model_config(pathlib.Path(folder))
     params = weights.load_params(pathlib.Path(folder), config, np.float32)
     return Pair(model, config, params)
 
@@ -322,7 +321,7 @@ class CheckpointTestCase(parameterized.TestCase):
     safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
 
   def load(self, folder, dtype=np.float32):
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     return weights.load_params(folder, config, dtype)
 
   def assert_read_as_transformers(self, folder):
@@ -330,7 +329,7 @@ class CheckpointTestCase(parameterized.TestCase):
     model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32
     )
-    config, theirs = families.model_config(folder), model.state_dict()
+    config, theirs = model_config.read_model_config(folder), model.state_dict()
     embedding = model.get_input_embeddings().weight
     self.assertEqual(config.tied, model.lm_head.weight is embedding)
     family = model.config.model_type

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
+from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.config import defaults
 from ffp_jax.models import families
@@ -110,7 +111,7 @@ def write_model(
   directory.mkdir(parents=True)
   description = HF_CONFIG | changes
   (directory / 'config.json').write_text(json.dumps(description))
-  config = families.model_config(directory)
+  config = model_config.read_model_config(directory)
   family = description['model_type']
   weights = params(config, seed)
   weights_lib.save_params(weights, directory, config, family, jnp.dtype(dtype))

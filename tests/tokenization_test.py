@@ -13,7 +13,8 @@ import tokenizers
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax.config import RequestError
+from ffp_jax.checkpoints import model_config
+from ffp_jax.errors import RequestError
 from ffp_jax.models import families, rope
 from ffp_jax.text import tokenization
 from tests import testing, tiny_run
@@ -93,7 +94,7 @@ class FolderTestCase(testing.CheckpointTestCase):
     return path
 
   def ids(self, path) -> list[int]:
-    return tokenization.encode(path, _TEXT).ids.tolist()
+    return tokenization.tokenize(path, _TEXT).ids.tolist()
 
 
 class EncodeTest(FolderTestCase):
@@ -141,11 +142,13 @@ class EncodeTest(FolderTestCase):
         'pad_token': '<pad>',
       }
     )
-    tokenizer = tokenization.load(path)
+    tokenizer = tokenization.load_tokenizer(path)
     self.assertEqual(tokenizer.pad_token_id, tiny_run.VOCAB)
-    tokens = tokenization.encode(path, _TEXT)
+    tokens = tokenization.tokenize(path, _TEXT)
     self.assertEqual(tokens.ids.tolist(), self.plain)
-    tokenization.check(families.model_config(path), tokens.ids, 16)
+    tokenization.check_tokens(
+      model_config.read_model_config(path), tokens.ids, 16
+    )
 
   def test_class_that_transformers_has_not(self):
     path = self.model(tokenizer_config_json={'tokenizer_class': 'LLaMATok'})
@@ -185,7 +188,7 @@ class EncodeTest(FolderTestCase):
     )
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(_pieces()))
     self.assertEqual(self.ids(path), [1, *theirs.encode(_TEXT)])
-    self.assertEqual(tokenization.encode(path, _TEXT).bos, 1)
+    self.assertEqual(tokenization.tokenize(path, _TEXT).bos, 1)
 
   def test_sentencepiece_alone_is_as_in_transformers(self):
     path = self.model(
@@ -203,7 +206,9 @@ class EncodeTest(FolderTestCase):
 class LoadTest(FolderTestCase):
   def refused(self, path, *words):
     """Refuses with these words, and does not name what isn't the fault."""
-    self.assert_refused(lambda: tokenization.load(path), f'{path}: ', *words)
+    self.assert_refused(
+      lambda: tokenization.load_tokenizer(path), f'{path}: ', *words
+    )
 
   @parameterized.parameters(
     {'pre_tokenizer': {'type': 'SplitNewKind'}},
@@ -345,19 +350,21 @@ class EndsTest(FolderTestCase):
     theirs = type(theirs).from_pretrained(path).generation_config.eos_token_id
     theirs = theirs if isinstance(theirs, list) else [theirs]
     self.assertEqual(expected, {*theirs} - {None})
-    tokenizer = tokenization.load(path)
-    self.assertEqual(tokenization.ends(path, tokenizer), expected)
+    tokenizer = tokenization.load_tokenizer(path)
+    self.assertEqual(tokenization.end_ids(path, tokenizer), expected)
     tokenizer.eos_token_id = 9
-    self.assertEqual(tokenization.ends(path, tokenizer), expected | {9})
+    self.assertEqual(tokenization.end_ids(path, tokenizer), expected | {9})
 
   @parameterized.parameters(
     ('3',), (3.0,), (True,), ([[3]],), ([3, 'a'],), ({'a': 3},)
   )
   def test_no_ids(self, stated):
     path = self.model(generation_config_json={'eos_token_id': stated})
-    tokenizer = tokenization.load(path)
+    tokenizer = tokenization.load_tokenizer(path)
     self.assert_refused(
-      lambda: tokenization.ends(path, tokenizer), 'eos_token_id', repr(stated)
+      lambda: tokenization.end_ids(path, tokenizer),
+      'eos_token_id',
+      repr(stated),
     )
 
 
@@ -371,7 +378,7 @@ class CheckTest(parameterized.TestCase):
       path = pathlib.Path(folder)
       values = _OPT if family == 'opt' else tiny_run.HF_CONFIG
       (path / 'config.json').write_text(json.dumps(values | changes))
-      return families.model_config(path)
+      return model_config.read_model_config(path)
 
   @parameterized.parameters(
     ({}, 64),
@@ -413,10 +420,10 @@ class CheckTest(parameterized.TestCase):
   def test_beyond_rotary_positions(self, changes, most):
     config = self.config(**changes)
     with self.assertNoLogs('absl', 'WARNING'):
-      tokenization.check(config, (), most)
+      tokenization.check_tokens(config, (), most)
     with self.assertLogs('absl', 'WARNING') as logs:
       for _ in range(3):  # as a comparison does, for each of its seeds
-        tokenization.check(config, (), most + 1)
+        tokenization.check_tokens(config, (), most + 1)
     self.assertLen(logs.records, 1)
     line = logs.records[0].getMessage()
     self.assertNotIn('\n', line)
@@ -424,15 +431,15 @@ class CheckTest(parameterized.TestCase):
 
   def test_beyond_learned_positions(self):
     config = self.config('opt')
-    tokenization.check(config, (), 64)
+    tokenization.check_tokens(config, (), 64)
     with self.assertRaisesRegex(RequestError, 'context: 65 .* 64 positions'):
-      tokenization.check(config, (), 65)
+      tokenization.check_tokens(config, (), 65)
 
   def test_ids_beyond_the_vocabulary(self):
     config = self.config()
-    tokenization.check(config, np.array([0, config.vocab - 1]), 8)
+    tokenization.check_tokens(config, np.array([0, config.vocab - 1]), 8)
     with self.assertRaisesRegex(RequestError, 'do not belong together'):
-      tokenization.check(config, np.array([0, config.vocab]), 8)
+      tokenization.check_tokens(config, np.array([0, config.vocab]), 8)
 
   def test_plain_positions_reach_as_far_as_stated(self):
     self.assertEqual(rope.Scaling().reach(64), 64)

@@ -17,7 +17,7 @@ import transformers
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from ffp_jax.checkpoints import directory, weights
+from ffp_jax.checkpoints import directory, model_config, weights
 from ffp_jax.models import families
 from tests import testing
 from tests.testing import CheckpointTestCase as _TestCase
@@ -49,7 +49,7 @@ class RoundTripTest(_TestCase):
     self.assertEqual(size, (folder / _MODEL).stat().st_size)
     self.assertEqual([x.name for x in folder.iterdir()], [_MODEL])
     pair.torch.config.save_pretrained(folder)
-    self.assertEqual(families.model_config(folder), pair.config)
+    self.assertEqual(model_config.read_model_config(folder), pair.config)
     self.assert_trees_equal(self.load(folder), pair.params)
 
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -83,7 +83,7 @@ class RoundTripTest(_TestCase):
     self.assert_trees_equal(
       widened, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     )
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     weights.save_params(params, out, config, 'llama')
     (out / 'config.json').write_text((folder / 'config.json').read_text())
     self.assert_trees_equal(self.load(out, ours[dtype]), params)
@@ -110,7 +110,7 @@ class RoundTripTest(_TestCase):
       folder / 'config.json',
       lambda x: x.update(ffp_jax={'kept_groups': [1, 2], 'kept_ffn': [7, 50]}),
     )
-    self.assertEqual(families.model_config(folder), config)
+    self.assertEqual(model_config.read_model_config(folder), config)
     self.assert_trees_equal(self.load(folder), params)
     stored = safetensors.numpy.load_file(folder / _MODEL)
     widths = {
@@ -487,7 +487,7 @@ class TiedTest(_TestCase):
     with self.assertLogs('absl', 'WARNING') as logs:
       self.assert_read_as_transformers(folder)
     self.assertIn('not tied', logs.output[0])
-    self.assertFalse(families.model_config(folder).tied)
+    self.assertFalse(model_config.read_model_config(folder).tied)
 
   @parameterized.parameters(*_EMBED)
   def test_both_stored_and_equal(self, name):
@@ -497,7 +497,7 @@ class TiedTest(_TestCase):
     folder = self.written(name, change)
     with self.assertNoLogs('absl', 'WARNING'):
       self.assert_read_as_transformers(folder)
-    self.assertTrue(families.model_config(folder).tied)
+    self.assertTrue(model_config.read_model_config(folder).tied)
 
   @parameterized.parameters(*_EMBED)
   def test_only_the_head_is_stored(self, name):
@@ -525,7 +525,7 @@ class TiedTest(_TestCase):
     (folder / _MODEL).unlink()
     torch.save(state, folder / _TORCH, _use_new_zipfile_serialization=zipped)
     self.assert_read_as_transformers(folder)
-    self.assertEqual(families.model_config(folder).tied, scale == 1)
+    self.assertEqual(model_config.read_model_config(folder).tied, scale == 1)
 
   def test_neither_is_stored(self):
     folder = self.written('llama_biased', lambda x, embed: x.pop(embed))
@@ -541,7 +541,7 @@ class TiedTest(_TestCase):
   def test_no_weights_yet(self):
     folder = self.saved('llama_biased')
     (folder / _MODEL).unlink()
-    self.assertTrue(families.model_config(folder).tied)
+    self.assertTrue(model_config.read_model_config(folder).tied)
 
 
 class NamesTest(_TestCase):
@@ -671,7 +671,7 @@ class NumbersTest(_TestCase):
 
     self.edit_tensors(folder, change)
     self.assert_read_as_transformers(folder)
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     found = weights.check_files(folder, config, np.float32)
     self.assertEqual(weights.main_dtype(*found), np.float32)
 
@@ -793,7 +793,7 @@ class ShardingTest(_TestCase):
   def placed(self, folder, rule):
     """Loads with a sharding for each parameter, by path and shape."""
     mesh = jax.make_mesh((2, 4), ('a', 'b'))
-    config = families.model_config(folder)
+    config = model_config.read_model_config(folder)
     shardings = jax.tree_util.tree_map_with_path(
       lambda path, x: jax.sharding.NamedSharding(
         mesh, rule(jax.tree_util.keystr(path), x.shape)

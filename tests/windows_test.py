@@ -1,7 +1,7 @@
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import windows as windows_lib
 
 _SIZES = {'calibration': 5, 'reward': 4, 'validation': 3, 'heldout': 6}

@@ -1,4 +1,4 @@
-"""AMC: a DDPG agent that walks the modules and gives each its ratio.
+"""AMC: a DDPG agent that walks the sublayers and gives each its ratio.
 
 Source: He et al., arXiv 1802.03494, algorithm 1 and its authors' settings;
 DDPG, arXiv 1509.02971.
@@ -15,7 +15,7 @@ import optax
 
 from ffp_jax.baselines.problem import Problem
 
-_STATE = 8  # numbers that describe a module on the way
+_STATE = 8  # numbers that describe a sublayer on the way
 _BATCH = 64  # transitions an update
 
 
@@ -54,9 +54,9 @@ def amc(
   memory: int,
   rows: int,
 ):
-  """Deep deterministic policy gradient over a walk through the modules.
+  """Deep deterministic policy gradient over a walk through the sublayers.
 
-  The action is a module's ratio, cut so that the modules still to come can
+  The action is a sublayer's ratio, cut so that the sublayers still to come can
   meet the budget at their lowest (algorithm 1); the reward of all steps of an
   episode is minus its loss, less a moving mean. Departs in
   that actions are drawn around the target instead of from all of [0, 1]
@@ -68,7 +68,7 @@ def amc(
   agent, update = _agent(seed, hidden, actor_rate, critic_rate, tau)
   text = problem.draw(source, rows)
   past, best, mean, std = [], np.inf, None, noise
-  yield problem.fit(np.full(len(problem.sites.units), problem.keep))
+  yield problem.fit(np.full(len(problem.sublayers.units), problem.keep))
   while True:
     warm = problem.used >= warmup * problem.tokens
     ratio_S, states, actions = _walk(
@@ -89,9 +89,9 @@ def amc(
 
 def _walk(problem, source, actor, hidden, std):
   """One episode: ratios [S], states [S+1,8], actions [S], front to back."""
-  sites, low = problem.sites, problem.low
-  cost_S = sites.units * sites.unit_cost
-  lowest_S = np.maximum(low, sites.floor / sites.units)
+  sublayers, min_ratio = problem.sublayers, problem.min_ratio
+  cost_S = sublayers.units * sublayers.unit_cost
+  lowest_S = np.maximum(min_ratio, sublayers.floor / sublayers.units)
   order = np.arange(len(cost_S)).reshape(2, -1).T.reshape(-1)
   ratio_S, states, actions, last = lowest_S.copy(), [], [], 1.0
   total = cost_S.sum()
@@ -99,9 +99,9 @@ def _walk(problem, source, actor, hidden, std):
     rest = order[t + 1 :]
     state = (
       t / len(order),
-      s < sites.layers,
-      sites.units[s] / sites.units.max(),
-      sites.unit_cost[s] / sites.unit_cost.max(),
+      s < sublayers.layers,
+      sublayers.units[s] / sublayers.units.max(),
+      sublayers.unit_cost[s] / sublayers.unit_cost.max(),
       cost_S[s] / cost_S.max(),
       (1.0 - ratio_S[order[:t]]) @ cost_S[order[:t]] / total,
       cost_S[rest].sum() / total,
@@ -109,7 +109,7 @@ def _walk(problem, source, actor, hidden, std):
     )
     states.append(np.array(state, np.float32))
     centre = problem.keep if actor is None else _act(hidden)(actor, states[-1])
-    action = _truncated(source, float(centre), std, low)
+    action = _truncated(source, float(centre), std, min_ratio)
     others = ratio_S @ cost_S - ratio_S[s] * cost_S[s]
     most = (problem.limit - others) / cost_S[s]
     last = float(np.clip(action, lowest_S[s], max(most, lowest_S[s])))
@@ -118,13 +118,13 @@ def _walk(problem, source, actor, hidden, std):
   return ratio_S, np.array([*states, states[-1]]), np.array(actions, np.float32)
 
 
-def _truncated(source, centre, std, low):
-  """A normal draw from [low, 1]."""
+def _truncated(source, centre, std, min_ratio):
+  """A normal draw from [min_ratio, 1]."""
   for _ in range(100):
     value = source.normal(centre, std)
-    if low <= value <= 1.0:
+    if min_ratio <= value <= 1.0:
       return value
-  return float(np.clip(centre, low, 1.0))
+  return float(np.clip(centre, min_ratio, 1.0))
 
 
 def _sampled(source, past, updates):

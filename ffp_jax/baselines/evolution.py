@@ -49,17 +49,17 @@ def random(problem: Problem, seed: int, *, std, candidates, survivors, rows):
 def evopress(problem: Problem, seed: int, *, level, offspring, survivors, rows):
   """EvoPress: level switches and multi-step selection (arXiv 2410.14649).
 
-  A level is the share `level` of a module's units, at least one rounding
-  step. One parent; each offspring raises one to three modules by a level
+  A level is the share `level` of a sublayer's units, at least one rounding
+  step. One parent; each offspring raises one to three sublayers by a level
   and lowers others until the budget is met again, the variant of algorithm
-  1 for modules of different sizes in the authors' code. Departs in the
+  1 for sublayers of different sizes in the authors' code. Departs in the
   start, which all searches share, and in that what a switch leaves over is
   spent by the shared rounding.
   """
   source = np.random.default_rng(seed)
-  sites = problem.sites
-  step_S = np.maximum(1, np.round(level * sites.units / sites.step))
-  level_S = (step_S * sites.step).astype(np.int64)
+  sublayers = problem.sublayers
+  step_S = np.maximum(1, np.round(level * sublayers.units / sublayers.step))
+  level_S = (step_S * sublayers.step).astype(np.int64)
   parent = problem.project(problem.start_S)
   while True:
     yield parent
@@ -79,23 +79,23 @@ def evopress(problem: Problem, seed: int, *, level, offspring, survivors, rows):
 
 def _switched(problem, source, parent_S, level_S):
   """A mutant of the same budget, None where there were too many changes."""
-  sites, count_S = problem.sites, np.array(parent_S, np.int64)
+  sublayers, count_S = problem.sublayers, np.array(parent_S, np.int64)
   raises = int(min(source.integers(1, 4, 2)))  # few are likelier
   for _ in range(raises):
-    open_S = np.flatnonzero(count_S < sites.units)
+    open_S = np.flatnonzero(count_S < sublayers.units)
     if not len(open_S):
       return None
     s = source.choice(open_S)
-    count_S[s] = min(count_S[s] + level_S[s], sites.units[s])
+    count_S[s] = min(count_S[s] + level_S[s], sublayers.units[s])
   changes = raises
-  while count_S @ sites.unit_cost > problem.limit:
+  while count_S @ sublayers.unit_cost > problem.limit:
     changes += 1
-    open_S = np.flatnonzero(count_S > sites.floor)
+    open_S = np.flatnonzero(count_S > sublayers.floor)
     if changes > _MOST_CHANGES or not len(open_S):
       return None
     s = source.choice(open_S)
-    count_S[s] = max(count_S[s] - level_S[s], sites.floor[s])
-  return problem.fit(count_S / sites.units)
+    count_S[s] = max(count_S[s] - level_S[s], sublayers.floor[s])
+  return problem.fit(count_S / sublayers.units)
 
 
 def eas(
@@ -109,9 +109,9 @@ def eas(
 ):
   """Mutation and crossover of ratios (EAS, arXiv 2409.17372).
 
-  A generation is one half mutants of the `parents` best so far, each module
+  A generation is one half mutants of the `parents` best so far, each sublayer
   redrawn with probability `mutation`, one half crossovers that take every
-  module from either of two. Departs in that the genes are priorities, so
+  sublayer from either of two. Departs in that the genes are priorities, so
   that the projection repairs every child instead of rejecting those that
   miss the budget, that redrawn genes lie around the shared start, and that
   the order of the units is the shared ranking's.

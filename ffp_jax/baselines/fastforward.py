@@ -27,18 +27,20 @@ def shipped(problem: Problem, seed: int, *, config):
   config = config.copy_and_resolve_references()
   config.seed, config.budget.sparsity = seed, problem.sparsity
   prior = config.search.attention_prior
-  yield problem.project(search.prior(problem.sites, prior))
+  yield problem.project(search.initial_priorities(problem.sublayers, prior))
   if config_lib.refits(config):
     problem = problem.refit()
   whole = problem.rows_RxT.size
   room = problem.left - whole
-  spare = room - (1 + config.search.remember) * whole
-  enough = search.cost(config, curriculum.plan(config))['tokens_evaluated']
+  spare = room - (1 + config.search.finalists) * whole
+  enough = search.search_cost(config, curriculum.stages(config))[
+    'tokens_evaluated'
+  ]
   config.search.steps = _affordable(config, spare if spare >= enough else room)
   if not sum(config.search.steps):
     return
   for state in _searched(problem, config):
-    found = search.finalists(config, problem.sites, state)
+    found = search.finalists(config, problem.sublayers, state)
     yield problem.project(found[0])
   counts = list({tuple(c): c for c in map(problem.project, found)}.values())
   yield counts[np.argmin(problem.score(counts, problem.rows_RxT))]
@@ -46,15 +48,15 @@ def shipped(problem: Problem, seed: int, *, config):
 
 def _searched(problem: Problem, config):
   """Yields the state after each step, which is charged before it is taken."""
-  dense = problem.losses([problem.sites.units], problem.rows_RxT)[0]
+  dense = problem.losses([problem.sublayers.units], problem.rows_RxT)[0]
   steps = search.steps(
     config,
-    problem.sites,
-    problem.modules,
+    problem.sublayers,
+    problem.device_sublayers,
     problem.nll,
     problem.params,
     search.RewardText(problem.rows_RxT, dense),
-    search.start(config, problem.sites),
+    search.initial_state(config, problem.sublayers),
   )
   for tokens in _costs(config):
     problem.charge(tokens)
@@ -68,9 +70,9 @@ def _affordable(config, tokens: int) -> tuple[int, ...]:
   """
 
   def cost(stages):
-    return search.cost(config, stages)['tokens_evaluated']
+    return search.search_cost(config, stages)['tokens_evaluated']
 
-  plan = curriculum.plan(config)
+  plan = curriculum.stages(config)
   scale = max(0, tokens) / cost(plan)
   scaled = [stage._replace(steps=int(scale * stage.steps)) for stage in plan]
   rest = max(0, tokens) - cost(scaled)
@@ -81,9 +83,9 @@ def _affordable(config, tokens: int) -> tuple[int, ...]:
 def _costs(config) -> list[int]:
   """Tokens of each step."""
   out = []
-  for stage in curriculum.plan(config):
+  for stage in curriculum.stages(config):
     one = [stage._replace(steps=1)]
-    out += stage.steps * [search.cost(config, one)['tokens_evaluated']]
+    out += stage.steps * [search.search_cost(config, one)['tokens_evaluated']]
   return out
 
 
@@ -115,14 +117,16 @@ def published(
   config.update_from_flattened_dict(config_lib.PUBLISHED)
   config.seed, config.budget.sparsity = seed, problem.sparsity
   config.search.repair = repair
-  yield problem.project(search.prior(problem.sites, 0.0), repair)
+  yield problem.project(
+    search.initial_priorities(problem.sublayers, 0.0), repair
+  )
   plan = _stairs(problem, config.search.candidates, stairs, first_share)
   if not plan:
     return
   config.search.update(curriculum.staircase(plan))
   states = _searched(problem, config)
   for (share, _), state in zip(plan, states, strict=True):
-    mean_S, *best = search.finalists(config, problem.sites, state)
+    mean_S, *best = search.finalists(config, problem.sublayers, state)
     best_S = best[0] if best and share == 1.0 else mean_S
     yield problem.project(best_S, repair)
 

@@ -1,8 +1,8 @@
 """Allocations that cost no search: one rule, one answer.
 
-Rules that compare units across modules keep, of all units sorted by a
+Rules that compare units across sublayers keep, of all units sorted by a
 standardised score, the best that the budget can pay for. The scores only
-say how many units a module keeps; which ones is the shared ranking's.
+say how many units a sublayer keeps; which ones is the shared ranking's.
 """
 
 import numpy as np
@@ -11,15 +11,17 @@ from ffp_jax.baselines.problem import Problem
 
 
 def uniform(problem: Problem, seed: int):
-  """One ratio for every module."""
+  """One ratio for every sublayer."""
   del seed
-  yield problem.project(np.zeros(len(problem.sites.units)))
+  yield problem.project(np.zeros(len(problem.sublayers.units)))
 
 
 def ffn_only(problem: Problem, seed: int):
   """One ratio for every FFN, attention kept whole where the budget allows."""
   del seed
-  attention, ffn = np.split(problem.sites.units * problem.sites.unit_cost, 2)
+  attention, ffn = np.split(
+    problem.sublayers.units * problem.sublayers.unit_cost, 2
+  )
   ratio = (problem.limit - attention.sum()) / ffn.sum()
   yield problem.fit(_both(np.ones(len(ffn)), np.full(len(ffn), ratio)))
 
@@ -98,7 +100,7 @@ def depth(problem: Problem, seed: int, *, first: float):
   as a share of the target; r_{n-1} follows from the budget.
   """
   del seed
-  layers = problem.sites.layers
+  layers = problem.sublayers.layers
   removed = 1.0 - problem.keep
   rise_L = np.log(np.arange(layers) + 1.0) / np.log(max(layers, 2))
   slope = (1.0 - first) * removed / max(rise_L.mean(), 1e-12)
@@ -109,7 +111,7 @@ def depth(problem: Problem, seed: int, *, first: float):
 def _thresholded(problem, attention_LxKxGxH, ffn_LxF):
   """Counts of the units above one threshold on standardised scores.
 
-  Inputs are standardised within a module (mean 0, standard deviation 1) and
+  Inputs are standardised within a sublayer (mean 0, standard deviation 1) and
   averaged over the inputs of a unit.
   """
   scores = []
@@ -118,7 +120,7 @@ def _thresholded(problem, attention_LxKxGxH, ffn_LxF):
     spread = np.maximum(flat.std(axis=1, keepdims=True), 1e-30)
     flat = (flat - flat.mean(axis=1, keepdims=True)) / spread
     scores.append(flat.reshape(*score.shape[:2], -1).mean(-1))
-  layers = problem.sites.layers
+  layers = problem.sublayers.layers
   site_U = np.concatenate(
     [
       np.repeat(np.arange(layers) + i * layers, score.shape[1])
@@ -128,15 +130,15 @@ def _thresholded(problem, attention_LxKxGxH, ffn_LxF):
   order_U = np.argsort(
     -np.concatenate([score.reshape(-1) for score in scores]), kind='stable'
   )
-  # Floors are paid for first, with the best units of each module.
+  # Floors are paid for first, with the best units of each sublayer.
   rank_U = _places(site_U[order_U])
-  free_U = rank_U < problem.sites.floor[site_U[order_U]]
-  cost_U = problem.sites.unit_cost[site_U[order_U]]
-  paid = problem.sites.floor @ problem.sites.unit_cost
+  free_U = rank_U < problem.sublayers.floor[site_U[order_U]]
+  cost_U = problem.sublayers.unit_cost[site_U[order_U]]
+  paid = problem.sublayers.floor @ problem.sublayers.unit_cost
   total_U = paid + np.cumsum(np.where(free_U, 0, cost_U))
   kept_U = site_U[order_U][free_U | (total_U <= problem.limit)]
   count_S = np.bincount(kept_U, minlength=2 * layers)
-  return problem.fit(count_S / problem.sites.units)
+  return problem.fit(count_S / problem.sublayers.units)
 
 
 def _places(site_U):

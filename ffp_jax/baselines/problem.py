@@ -16,7 +16,7 @@ import numpy as np
 
 from ffp_jax.models.decoder import Masks
 from ffp_jax.pruning import allocation, masks
-from ffp_jax.pruning.sublayers import Sites
+from ffp_jax.pruning.sublayers import Sublayers
 
 
 class OutOfTokens(Exception):
@@ -38,33 +38,33 @@ class Problem:
   """One model, one sparsity, one budget of evaluated tokens.
 
   Attributes:
-    sites: the modules.
-    modules: the same on the device, and the ranks of the units.
+    sublayers: the sublayers.
+    device_sublayers: the same on the device, and the ranks of the units.
     sparsity: the target.
-    low: smallest ratio that a priority or a search can ask for.
+    min_ratio: smallest ratio that a priority or a search can ask for.
     start_S: priorities around which the searches start.
     rows_RxT: reward text.
     nll: (params, tokens [B,T], Masks or None) -> losses [B].
     params: of the dense decoder.
     weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).
-    measure: () -> `Inputs` of the dense decoder.
-    mend: () -> (nll, params) of `refit.refitting`.
+    input_moments: () -> `Inputs` of the dense decoder.
+    refit_model: () -> (nll, params) of `refit.refit_model`.
     measure_tokens: what calling either costs.
     tokens: the budget.
     spent: what has been charged, in turn.
   """
 
-  sites: Sites
-  modules: allocation.Modules
+  sublayers: Sublayers
+  device_sublayers: allocation.DeviceSublayers
   sparsity: float
-  low: float
+  min_ratio: float
   start_S: np.ndarray
   rows_RxT: np.ndarray
   nll: Callable
   params: dict
   weights: tuple
-  measure: Callable[[], Inputs]
-  mend: Callable[[], tuple]
+  input_moments: Callable[[], Inputs]
+  refit_model: Callable[[], tuple]
   measure_tokens: int
   tokens: int
   spent: list[int] = dataclasses.field(default_factory=list)
@@ -72,12 +72,12 @@ class Problem:
   @property
   def limit(self) -> int:
     """What the counts may cost: parameters, without those never removed."""
-    return self.sites.limit(self.sparsity) - self.sites.fixed
+    return self.sublayers.limit(self.sparsity) - self.sublayers.fixed
 
   @property
   def keep(self) -> float:
     """The limit as a share of all that could be removed."""
-    return self.limit / (self.sites.total - self.sites.fixed)
+    return self.limit / (self.sublayers.total - self.sublayers.fixed)
 
   def at(self, sparsity: float) -> 'Problem':
     """The same at another sparsity, on the same meter."""
@@ -104,12 +104,12 @@ class Problem:
   def inputs(self) -> Inputs:
     """Statistics of the dense decoder on the calibration text, charged."""
     self.charge(self.measure_tokens)
-    return self.measure()
+    return self.input_moments()
 
   def refit(self) -> 'Problem':
     """The same, but candidates are scored calibrated; charged."""
     self.charge(self.measure_tokens)
-    nll, params = self.mend()
+    nll, params = self.refit_model()
     return dataclasses.replace(self, nll=nll, params=params)
 
   def draw(self, source, rows: int) -> np.ndarray:
@@ -131,7 +131,13 @@ class Problem:
     self.charge(len(counts_NxS) * rows_RxT.size)
     losses = [
       [
-        _loss(self.nll, self.params, row, self.modules.rank, jnp.asarray(count))
+        _loss(
+          self.nll,
+          self.params,
+          row,
+          self.device_sublayers.rank,
+          jnp.asarray(count),
+        )
         for row in rows_RxT
       ]
       for count in counts_NxS
@@ -140,18 +146,18 @@ class Problem:
 
   def project(self, priority_S, repair='project') -> np.ndarray:
     """Counts of priorities, the budget met as `allocation.project` says."""
-    return allocation.counts_of(
+    return allocation.priorities_to_counts(
       priority_S,
       self.sparsity,
-      self.sites,
-      self.modules,
-      low=self.low,
+      self.sublayers,
+      self.device_sublayers,
+      min_ratio=self.min_ratio,
       repair=repair,
     )
 
   def fit(self, ratio_S) -> np.ndarray:
-    """Counts of ratios that about meet the budget, see `projection.to_counts`."""
-    return allocation.counts(ratio_S, self.sparsity, self.sites)
+    """Returns counts of ratios that about meet the budget."""
+    return allocation.round_ratios(ratio_S, self.sparsity, self.sublayers)
 
 
 @functools.partial(jax.jit, static_argnames='nll')

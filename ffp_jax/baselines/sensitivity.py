@@ -1,29 +1,31 @@
-"""Allocations from the losses of modules that are pruned one at a time."""
+"""Allocations from the losses of sublayers that are pruned one at a time."""
 
 import numpy as np
 
 from ffp_jax.baselines.problem import Problem
 
-_LEAST = 1e-3  # nats; smaller losses of one module are noise
+_LEAST = 1e-3  # nats; smaller losses of one sublayer are noise
 _BUCKETS = 10_000  # of the knapsack's budget, if its costs don't divide it
 
 
 def proportional(problem: Problem, seed: int, *, probe: float):
-  """Each module gives in inverse proportion to what it loses.
+  """Each sublayer gives in inverse proportion to what it loses.
 
-  One module at a time keeps the share `probe` (Li et al., arXiv 1608.08710,
-  section 3.2, do so by eye); a module then gives up parameters in inverse
+  One sublayer at a time keeps the share `probe` (Li et al., arXiv 1608.08710,
+  section 3.2, do so by eye); a sublayer then gives up parameters in inverse
   proportion to its loss for each parameter that the probe removed, as far
   as its floor.
   """
-  sites = problem.sites
-  probes = [[_rounded(sites, s, probe)] for s in range(len(sites.units))]
+  sublayers = problem.sublayers
+  probes = [
+    [_rounded(sublayers, s, probe)] for s in range(len(sublayers.units))
+  ]
   yield problem.project(problem.start_S)
-  harms = _alone(problem, np.random.default_rng(seed), probes)
-  cost_S = sites.units * sites.unit_cost
-  removed_S = cost_S - np.concatenate(probes) * sites.unit_cost
+  harms = _probe_each(problem, np.random.default_rng(seed), probes)
+  cost_S = sublayers.units * sublayers.unit_cost
+  removed_S = cost_S - np.concatenate(probes) * sublayers.unit_cost
   rate_S = np.maximum(np.concatenate(harms), _LEAST) / removed_S
-  most_S = (sites.units - sites.floor) * sites.unit_cost
+  most_S = (sublayers.units - sublayers.floor) * sublayers.unit_cost
   aim = cost_S.sum() - problem.limit
   give_S = _shared_out(1.0 / rate_S, most_S, aim)
   yield problem.fit(1.0 - give_S / cost_S)
@@ -46,30 +48,33 @@ def _shared_out(weight_S, most_S, aim: float):
 def knapsack(problem: Problem, seed: int, *, ratios: tuple[float, ...]):
   """Additive losses, minimised exactly by dynamic programming.
 
-  Every module is scored alone at each of `ratios` and at the lowest; the
+  Every sublayer is scored alone at each of `ratios` and at the lowest; the
   levels whose losses sum to the least within the budget are the answer (the
   dynamic programme of SPDY, arXiv 2201.13096, on the block scores of Puzzle,
   arXiv 2411.19146). Departs in that a score is the loss on the reward text.
   """
-  sites = problem.sites
+  sublayers = problem.sublayers
   levels = [
-    sorted({_rounded(sites, s, ratio) for ratio in (*ratios, problem.low)})
-    for s in range(len(sites.units))
+    sorted(
+      {_rounded(sublayers, s, ratio) for ratio in (*ratios, problem.min_ratio)}
+    )
+    for s in range(len(sublayers.units))
   ]
   yield problem.project(problem.start_S)
   harms = [
-    [*row, 0.0] for row in _alone(problem, np.random.default_rng(seed), levels)
+    [*row, 0.0]
+    for row in _probe_each(problem, np.random.default_rng(seed), levels)
   ]
   counts = [
-    [*row, units] for row, units in zip(levels, sites.units, strict=True)
+    [*row, units] for row, units in zip(levels, sublayers.units, strict=True)
   ]
   costs = [
     np.array(row) * cost
-    for row, cost in zip(counts, sites.unit_cost, strict=True)
+    for row, cost in zip(counts, sublayers.unit_cost, strict=True)
   ]
   picks = least(harms, costs, problem.limit)
   count_S = np.array([row[i] for row, i in zip(counts, picks, strict=True)])
-  yield problem.fit(count_S / sites.units)
+  yield problem.fit(count_S / sublayers.units)
 
 
 def least(values, costs, limit: int) -> list[int]:
@@ -108,21 +113,21 @@ def least(values, costs, limit: int) -> list[int]:
   return picks[::-1]
 
 
-def _rounded(sites, s: int, ratio: float) -> int:
+def _rounded(sublayers, s: int, ratio: float) -> int:
   """The count next to a ratio, fewer than all units."""
-  step = int(sites.step[s])
-  most = (int(sites.units[s]) - 1) // step * step
-  count = round(ratio * sites.units[s] / step) * step
-  return int(np.clip(count, min(sites.floor[s], most), most))
+  step = int(sublayers.step[s])
+  most = (int(sublayers.units[s]) - 1) // step * step
+  count = round(ratio * sublayers.units[s] / step) * step
+  return int(np.clip(count, min(sublayers.floor[s], most), most))
 
 
-def _alone(problem: Problem, source, levels) -> list[np.ndarray]:
-  """What each module loses at each of its counts, the others whole.
+def _probe_each(problem: Problem, source, levels) -> list[np.ndarray]:
+  """What each sublayer loses at each of its counts, the others whole.
 
   All on the same rows, as many as the budget pays for, or on the beginning of
   one where it doesn't pay for a whole. A loss that isn't finite is very large.
   """
-  units = problem.sites.units
+  units = problem.sublayers.units
   candidates = [units]
   for s, row in enumerate(levels):
     for count in row:

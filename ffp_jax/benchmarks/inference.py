@@ -24,11 +24,10 @@ import numpy as np
 from absl import app, flags
 
 from ffp_jax import report
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.evaluation import scoring
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.errors import RequestError, refuse
 from ffp_jax.models import decoding as decoding_lib
-from ffp_jax.models import families
+from ffp_jax.models import families, functional
 
 
 def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
@@ -37,9 +36,9 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
   Returns:
     (function to seconds of (prefill, decode), dict of facts).
   """
-  directory = hub.locate(model)
-  config = decoding_lib.unrolled(families.model_config(directory))
-  dtype = scoring.dtype_of(dtype)
+  directory = hub.resolve_model(model)
+  config = decoding_lib.unroll_layers(model_config.read_model_config(directory))
+  dtype = functional.resolve_dtype(dtype)
   facts = {
     'device': jax.devices()[0].device_kind,
     'parameters, M': families.param_count(config) / 1e6,
@@ -58,7 +57,7 @@ def jax_model(model, *, batch, prompt_tokens, new_tokens, dtype, random):
   )
 
   def run():
-    steps = decoding_lib.continuations(
+    steps = decoding_lib.generate_tokens(
       params,
       tokens,
       np.full(batch, prompt_tokens),
@@ -207,7 +206,7 @@ def with_ratios(row: dict, dense: dict) -> dict:
 
 
 def columns(found: dict[str, list]) -> dict[str, dict]:
-  """What `report.add` takes of one dense and one pruned model a runtime."""
+  """Returns what `report.add_measurements` takes, by dense and pruned."""
   return {
     name: {
       f'{key}, {runtime}': value
@@ -240,7 +239,7 @@ def main(argv):
   found, run = {}, pathlib.Path(args.run or '').expanduser()
   try:
     if args.run:
-      report.read(run)  # so that nothing heavy comes to nothing
+      report.read_run(run)  # so that nothing heavy comes to nothing
       if max(len(args.pruned), len(args.pruned_gguf)) > 1:
         raise RequestError('--run: takes one pruned model a runtime')
     for runtime, models in given.items():
@@ -248,7 +247,7 @@ def main(argv):
       if models:
         found[runtime] = compare(runtime, models, settings, args.repeats)
     if args.run:
-      report.add(run, 'speed', columns(found))
+      report.add_measurements(run, 'speed', columns(found))
   except RequestError as error:
     refuse(error)
   print(json.dumps(settings | found, indent=2))

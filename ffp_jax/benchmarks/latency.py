@@ -21,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax.checkpoints import hub
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
+from ffp_jax.checkpoints import hub, model_config
+from ffp_jax.errors import RequestError, refuse
+from ffp_jax.models import functional
 from ffp_jax.models.decoder import Layer
-from ffp_jax.pruning.calibration import HALVES
+from ffp_jax.pruning.calibration import SUBLAYERS
 from ffp_jax.runtime import cli
 
 # Share of a module's units, the dense module last.
@@ -46,10 +45,10 @@ def half_layers(config, tokens: int, dtype):
 
 
 def _run(config, widths, kind, x, source):
-  names = next(half for half in HALVES if half.module == kind)
+  names = next(x for x in SUBLAYERS if x.name == kind)
   layer = Layer(config, widths['attention'], widths['ffn'])
 
-  def half(params):
+  def run(params):
     inputs = layer.apply(params, x, method=names.inputs)
     return layer.apply(params, x, inputs, method=names.output)
 
@@ -59,7 +58,7 @@ def _run(config, widths, kind, x, source):
     lambda s: jnp.asarray(0.02 * source.standard_normal(s.shape), x.dtype),
     shapes,
   )
-  step = jax.jit(half)
+  step = jax.jit(run)
   return lambda: jax.block_until_ready(step(params))
 
 
@@ -85,10 +84,10 @@ def main(argv):
   try:
     if not out.absolute().parent.is_dir():
       raise RequestError(f'--out: no directory {out.absolute().parent}')
-    config = families.model_config(hub.locate(args.model))
+    config = model_config.read_model_config(hub.resolve_model(args.model))
     if config.sliced:
       raise RequestError(f'--model: {args.model!r} is pruned; give the dense')
-    dtype = scoring.dtype_of(args.dtype)
+    dtype = functional.resolve_dtype(args.dtype)
     table = measure(half_layers(config, args.tokens, dtype), args.repeats)
     out.write_text(json.dumps(table, indent=2) + '\n')
   except (RequestError, OSError) as error:
@@ -104,4 +103,4 @@ if __name__ == '__main__':
   flags.DEFINE_enum(
     'dtype', 'auto', ('auto', 'float32', 'bfloat16'), 'Of the weights.'
   )
-  app.run(main, flags_parser=cli.parse)
+  app.run(main, flags_parser=cli.parse_flags)

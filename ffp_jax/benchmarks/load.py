@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 from absl import app, flags
 
+from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.models import families
 
@@ -43,9 +44,9 @@ def write(directory: pathlib.Path, params: str):
   layers = max(1, round((float(params) - 2 * _VOCAB * _WIDTH) / layer))
   description = _CONFIG | {'num_hidden_layers': layers}
   (directory / 'config.json').write_text(json.dumps(description))
-  config = families.model_config(directory)
+  config = model_config.read_model_config(directory)
   shards = {}
-  for tensor, _, i, shape in families.tensors(
+  for tensor, _, i, shape in families.list_tensors(
     config, 'llama', ml_dtypes.bfloat16
   ):
     shards.setdefault(i, []).append(
@@ -75,7 +76,10 @@ def plain(directory: pathlib.Path) -> dict:
 def load(directory: pathlib.Path, dtype: str) -> dict:
   """Seconds and peak memory of `weights.load_params`."""
   jax.block_until_ready(jax.numpy.zeros(1))  # what jax itself takes
-  config, dtype = families.model_config(directory), jax.numpy.dtype(dtype)
+  config, dtype = (
+    model_config.read_model_config(directory),
+    jax.numpy.dtype(dtype),
+  )
   before = _peak()
   start = time.perf_counter()
   params = jax.block_until_ready(

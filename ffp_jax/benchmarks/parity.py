@@ -12,10 +12,9 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError, refuse
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import scoring
-from ffp_jax.models import families
 from ffp_jax.runtime import cli
 from ffp_jax.text import corpora, tokenization
 from ffp_jax.text import windows as windows_lib
@@ -48,11 +47,11 @@ def torch_perplexity(directory, windows_WxT) -> float:
 
 def compare(model, source, *, field='', context, windows) -> dict:
   """Both perplexities on the first windows of a text, and the protocol."""
-  directory = hub.locate(model)
-  config = families.model_config(directory)
-  content = corpora.read(source, field=field).content
-  tokens = tokenization.encode(directory, content).ids
-  tokenization.check(config, tokens, context)
+  directory = hub.resolve_model(model)
+  config = model_config.read_model_config(directory)
+  content = corpora.read_text(source, field=field).content
+  tokens = tokenization.tokenize(directory, content).ids
+  tokenization.check_tokens(config, tokens, context)
   text = windows_lib.windows(tokens, context)[:windows]
   theirs = torch_perplexity(directory, text)
   params = weights.load_params(directory, config, jnp.dtype(jnp.float32))
@@ -91,4 +90,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('field', '', 'Of --data, what holds a document.')
   flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
   flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
-  app.run(main, flags_parser=cli.parse)
+  app.run(main, flags_parser=cli.parse_flags)

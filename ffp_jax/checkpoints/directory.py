@@ -22,7 +22,7 @@ from ffp_jax.checkpoints import (
   torch_file,
 )
 from ffp_jax.checkpoints.stored import Stored
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 _OPENERS = {
   'model.safetensors': safetensors_file.open_tensors,
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
   paths: list[pathlib.Path]
 
 
-def find(directory: pathlib.Path) -> Checkpoint | None:
+def find_checkpoint(directory: pathlib.Path) -> Checkpoint | None:
   """The checkpoint that is read, None where there is none.
 
   Says in the log what is passed over, once.
@@ -83,7 +83,7 @@ def _first(directory) -> Checkpoint | None:
   for name in stored.formats():
     if paths := stored.weight_files(directory, name):
       return Checkpoint(name, paths)
-  if orbax_tree.found(directory):
+  if orbax_tree.is_orbax(directory):
     return Checkpoint('orbax', [directory / orbax_tree.FOLDER])
   paths = list(directory.glob('*.gguf'))
   return Checkpoint('gguf', paths) if len(paths) == 1 else None
@@ -99,7 +99,7 @@ def warn_once(line: str):
   logging.warning('%s', line)
 
 
-def missing(directory: pathlib.Path) -> RequestError:
+def missing_error(directory: pathlib.Path) -> RequestError:
   """The error of a directory in which `find` finds nothing."""
   best, *others = stored.FORMATS
   names = [
@@ -133,7 +133,7 @@ def open_tensors(found: Checkpoint) -> dict[str, Stored]:
   return where
 
 
-def ties(directory: pathlib.Path, embed: str, head: str) -> bool:
+def is_tied(directory: pathlib.Path, embed: str, head: str) -> bool:
   """Whether weights that config.json calls tied are so, as transformers has it.
 
   They are not where both are stored and differ; where one is stored, it is
@@ -146,7 +146,7 @@ def ties(directory: pathlib.Path, embed: str, head: str) -> bool:
   Raises:
     RequestError: see `find` and `open_tensors`.
   """
-  found = find(directory)
+  found = find_checkpoint(directory)
   if found is None or found.kind == 'orbax':
     return True
   where = open_tensors(found)

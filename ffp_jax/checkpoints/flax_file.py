@@ -10,7 +10,12 @@ import pathlib
 import msgpack
 import numpy as np
 
-from ffp_jax.checkpoints.stored import Stored, fresh, numpy_dtype, region
+from ffp_jax.checkpoints.stored import (
+  Stored,
+  damaged_file_error,
+  mapped_reader,
+  numpy_dtype,
+)
 
 _NDARRAY = 1  # extension type of flax.serialization
 _CHUNKED = '__msgpack_chunked_array__'  # how it stores more than 1 GiB
@@ -32,9 +37,9 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
       raise ValueError('ends too early')
     return dict(_named(tree.get('params', tree), ()))
   except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-    raise fresh(path, error or type(error).__name__) from error
+    raise damaged_file_error(path, error or type(error).__name__) from error
   except (msgpack.UnpackException, RecursionError, OSError) as error:
-    raise fresh(path, error or 'ends too early') from error
+    raise damaged_file_error(path, error or 'ends too early') from error
 
 
 def _decoder(head: bytes) -> msgpack.Unpacker:
@@ -77,7 +82,9 @@ def _array(head, at, end, path) -> Stored:
   size = numpy_dtype(dtype).itemsize * math.prod(shape)
   if at + size != end:
     raise ValueError(f'{end - at} bytes for an array of {size}')
-  return Stored(shape, dtype, region(path, at, numpy_dtype(dtype), shape))
+  return Stored(
+    shape, dtype, mapped_reader(path, at, numpy_dtype(dtype), shape)
+  )
 
 
 def _named(tree, path):

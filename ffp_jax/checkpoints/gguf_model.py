@@ -12,8 +12,8 @@ import pathlib
 import gguf
 import numpy as np
 
-from ffp_jax.checkpoints.stored import Stored, fresh
-from ffp_jax.config import RequestError
+from ffp_jax.checkpoints.stored import Stored, damaged_file_error
+from ffp_jax.errors import RequestError
 
 # Hugging Face's names of what we know, without '.weight' and '.bias'.
 _STEMS = ('model.embed_tokens', 'model.norm', 'lm_head')
@@ -52,7 +52,7 @@ def open_file(path: pathlib.Path) -> gguf.GGUFReader:
   try:
     reader = gguf.GGUFReader(path)
   except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
-    raise fresh(path, f'not a whole GGUF: {error}') from error
+    raise damaged_file_error(path, f'not a whole GGUF: {error}') from error
   kind = field(reader, 'general.architecture')
   if kind not in _ARCHITECTURES or reader.byte_order == 'S':
     raise RequestError(

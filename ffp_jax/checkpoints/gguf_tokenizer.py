@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from ffp_jax.checkpoints import gguf_cuts
 from ffp_jax.checkpoints.gguf_model import field, special_id
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 # The scores of a SentencePiece vocabulary, a list, beside tokenizer.json: its
 # merges do not say which of them share a score.

@@ -11,14 +11,14 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from ffp_jax.checkpoints import demo_model, gguf_model, gguf_tokenizer, stored
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DESCRIBED = 2  # counts what `_describe` has written: old ones are not read
 _PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
-def locate(model: str) -> pathlib.Path:
+def resolve_model(model: str) -> pathlib.Path:
   """The local directory of a model.
 
   Args:
@@ -29,7 +29,7 @@ def locate(model: str) -> pathlib.Path:
     RequestError: there is no such model and it can't be fetched.
   """
   if model == 'demo':
-    return demo_model.cached()
+    return demo_model.cached_directory()
   path = pathlib.Path(model).expanduser()
   if path.is_file() and path.suffix == '.gguf':
     return gguf_directory(path)
@@ -39,7 +39,7 @@ def locate(model: str) -> pathlib.Path:
   local = path.is_absolute() or model.startswith(('.', '~'))
   if local or '/' not in name or path.suffix == '.gguf':
     raise RequestError(f'model: no directory {model!r}; check the path')
-  return _unmarked(_fetched(name, revision or None))
+  return _unmarked(_download_snapshot(name, revision or None))
 
 
 def _directory(path: pathlib.Path) -> pathlib.Path:
@@ -151,7 +151,7 @@ def _describe(path: pathlib.Path, out: pathlib.Path):
       (out / name).write_text(json.dumps(content, indent=2), encoding='utf-8')
 
 
-def _fetched(name: str, revision: str | None) -> pathlib.Path:
+def _download_snapshot(name: str, revision: str | None) -> pathlib.Path:
   """The snapshot of a hub id, one weight format of it.
 
   Without a connection, what an earlier run has fetched.
@@ -177,7 +177,7 @@ def _fetched(name: str, revision: str | None) -> pathlib.Path:
   except RequestError:
     raise
   except (OSError, ValueError, errors.HTTPError) as error:
-    raise RequestError(f'model: {at} {_why(error)}') from error
+    raise RequestError(f'model: {at} {_explain_error(error)}') from error
 
 
 def _wanted(listed: list[str], at: str) -> list[str]:
@@ -194,7 +194,7 @@ def _wanted(listed: list[str], at: str) -> list[str]:
   )
 
 
-def _why(error: Exception) -> str:
+def _explain_error(error: Exception) -> str:
   """What is wrong with a hub id and what to do, in half a line."""
   match error:
     case errors.GatedRepoError():

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.checkpoints import hub, weights
-from ffp_jax.config import RequestError
-from ffp_jax.models import families
+from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
 
 
@@ -34,14 +33,14 @@ def find(name: str) -> tuple[pathlib.Path, dict, ModelConfig]:
   """A model's directory and what config.json has to say, no weight read.
 
   Args:
-    name: as `hub.locate` takes it.
+    name: as `hub.resolve_model` takes it.
 
   Raises:
     RequestError: there is no such model, or it is broken.
   """
-  directory = hub.locate(name)
-  config = families.model_config(directory)
-  description = families.read_json(directory) | {
+  directory = hub.resolve_model(name)
+  config = model_config.read_model_config(directory)
+  description = model_config.read_config_json(directory) | {
     'tie_word_embeddings': config.tied
   }
   return directory, description, config

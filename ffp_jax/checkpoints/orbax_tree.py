@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ffp_jax.checkpoints.stored import fresh
+from ffp_jax.checkpoints.stored import damaged_file_error
 
 FOLDER = 'params'
 
 
-def found(directory: pathlib.Path) -> bool:
+def is_orbax(directory: pathlib.Path) -> bool:
   return (directory / FOLDER).is_dir()
 
 
-def read(directory: pathlib.Path) -> dict:
+def read_params(directory: pathlib.Path) -> dict:
   """The nested dict of NumPy arrays, whole in memory.
 
   Raises:
@@ -26,10 +26,10 @@ def read(directory: pathlib.Path) -> dict:
     with ocp.StandardCheckpointer() as reader:
       return jax.tree.map(np.asarray, reader.restore(path))
   except Exception as error:  # of many kinds, one a file and a fault
-    raise fresh(path, str(error)[:200]) from error
+    raise damaged_file_error(path, str(error)[:200]) from error
 
 
-def write(params, directory: pathlib.Path):
+def write_params(params, directory: pathlib.Path):
   """Saves a nested dict of arrays; for `StandardCheckpointer.restore`."""
   with ocp.StandardCheckpointer() as writer:
     writer.save(

@@ -8,10 +8,10 @@ import safetensors
 
 from ffp_jax.checkpoints.stored import (
   Stored,
-  fresh,
+  damaged_file_error,
+  mapped_reader,
   numpy_dtype,
-  region,
-  unique,
+  reject_duplicate_keys,
 )
 
 _DTYPES = {
@@ -33,9 +33,11 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
       pass  # the library checks the header against the file
     with path.open('rb') as file:
       size = int.from_bytes(file.read(8), 'little')
-      header = json.loads(file.read(size), object_pairs_hook=unique)
+      header = json.loads(
+        file.read(size), object_pairs_hook=reject_duplicate_keys
+      )
   except (safetensors.SafetensorError, OSError, ValueError) as error:
-    raise fresh(path, error) from error
+    raise damaged_file_error(path, error) from error
   header.pop('__metadata__', None)
   return {
     name: _tensor(path, 8 + size, entry) for name, entry in header.items()
@@ -48,4 +50,6 @@ def _tensor(path, start, entry) -> Stored:
     return Stored(shape, dtype, None)
   dtype = _DTYPES[dtype]
   at = start + entry['data_offsets'][0]
-  return Stored(shape, dtype, region(path, at, numpy_dtype(dtype), shape))
+  return Stored(
+    shape, dtype, mapped_reader(path, at, numpy_dtype(dtype), shape)
+  )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 # Whole weight files, the first that is there is read; sharded, they have an
@@ -74,7 +74,7 @@ def some(names: list[str]) -> str:
   return ', '.join(names[:4] + more)
 
 
-def region(path: pathlib.Path, offset: int, dtype, shape):
+def mapped_reader(path: pathlib.Path, offset: int, dtype, shape):
   """A `read` of an array that lies in a file as it is, in C order.
 
   The file is mapped anew for every read, so that a page that was read does
@@ -87,7 +87,7 @@ def region(path: pathlib.Path, offset: int, dtype, shape):
   return read
 
 
-def fresh(path: pathlib.Path, problem) -> RequestError:
+def damaged_file_error(path: pathlib.Path, problem) -> RequestError:
   """The error of a file that is damaged."""
   if path.is_file():
     with path.open('rb') as file:
@@ -97,7 +97,7 @@ def fresh(path: pathlib.Path, problem) -> RequestError:
   return RequestError(f'{path}: truncated or damaged ({line}); fetch it again')
 
 
-def unique(pairs: list[tuple]) -> dict:
+def reject_duplicate_keys(pairs: list[tuple]) -> dict:
   """A JSON object; refuses a key that is there twice."""
   found = dict(pairs)
   if len(found) < len(pairs):
@@ -120,7 +120,9 @@ def weight_files(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
   if not index.is_file():
     return []
   try:
-    content = json.loads(index.read_bytes(), object_pairs_hook=unique)
+    content = json.loads(
+      index.read_bytes(), object_pairs_hook=reject_duplicate_keys
+    )
     names = sorted(set(content['weight_map'].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise RequestError(f'{index}: not an index ({error})') from error

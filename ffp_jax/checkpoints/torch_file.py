@@ -7,8 +7,8 @@ import tarfile
 
 import numpy as np
 
-from ffp_jax.checkpoints.stored import Stored, fresh, numpy_dtype
-from ffp_jax.config import RequestError
+from ffp_jax.checkpoints.stored import Stored, damaged_file_error, numpy_dtype
+from ffp_jax.errors import RequestError
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
@@ -38,9 +38,11 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
   except (pickle.UnpicklingError, RuntimeError) as error:
     if 'weights_only' in str(error):
       raise _unsafe(path, str(error)) from error
-    raise fresh(path, str(error).partition('\n')[0]) from error
+    raise damaged_file_error(path, str(error).partition('\n')[0]) from error
   except (ValueError, EOFError, OSError) as error:
-    raise fresh(path, str(error).partition('\n')[0] or 'ends early') from error
+    raise damaged_file_error(
+      path, str(error).partition('\n')[0] or 'ends early'
+    ) from error
   _check(path, state, torch.Tensor)
   return {
     name: Stored(

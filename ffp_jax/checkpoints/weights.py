@@ -11,9 +11,9 @@ import numpy as np
 import safetensors.numpy
 
 from ffp_jax.checkpoints import directory as directories
-from ffp_jax.checkpoints import orbax_tree, stored
+from ffp_jax.checkpoints import model_config, orbax_tree, stored
 from ffp_jax.checkpoints.stored import Stored
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.runtime import sharding
@@ -23,7 +23,7 @@ _PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 def _from_orbax(directory, config, family) -> dict[str, Stored]:
   """Name to tensor of an orbax checkpoint, read whole."""
-  params = orbax_tree.read(directory)
+  params = orbax_tree.read_params(directory)
   try:
     return {
       name: Stored(value.shape, value.dtype.name, value.__getitem__)
@@ -93,21 +93,22 @@ def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
   """Opens a model's weights and compares names and shapes, reading none.
 
   Returns:
-    (name to `Stored` of each tensor that `families.tensors` yields, what it yields).
+    (name to `Stored` of each tensor that `families.list_tensors` yields, what
+    that yields).
 
   Raises:
     RequestError: a file or tensor is missing, damaged, twice there, of a
       wrong shape or of a type that is no float; or an index leads outside.
   """
-  family = families.read_json(directory)['model_type']
-  checkpoint = directories.find(directory)
+  family = model_config.read_config_json(directory)['model_type']
+  checkpoint = directories.find_checkpoint(directory)
   if checkpoint is None:
-    raise directories.missing(directory)
+    raise directories.missing_error(directory)
   if checkpoint.kind == 'orbax':
     where = _from_orbax(directory, config, family)
   else:
     where = directories.open_tensors(checkpoint)
-  wanted = list(families.tensors(config, family, dtype))
+  wanted = list(families.list_tensors(config, family, dtype))
   return _checked(where, wanted, config.tied, directory), wanted
 
 
@@ -138,7 +139,7 @@ def load_params(
     config: from `model_config`.
     dtype: of the parameters.
     shardings: pytree like the parameters of `jax.sharding.Sharding`; None
-      for those of `sharding.of_params` on the mesh that is set.
+      for those of `sharding.param_shardings` on the mesh that is set.
 
   Returns:
     The nested 'params' dict of jax arrays.
@@ -150,7 +151,7 @@ def load_params(
   where, wanted = check_files(directory, config, dtype)
   shapes = families.param_shapes(config, dtype)
   shardings = flax.traverse_util.flatten_dict(
-    shardings or sharding.of_params(shapes)
+    shardings or sharding.param_shardings(shapes)
   )
   specs = flax.traverse_util.flatten_dict(shapes)
   parts = {path: {} for path in specs}
@@ -235,7 +236,9 @@ def _fill(out, where, tensor, shape, bounds, directory):
       with np.errstate(over='ignore'):
         value = _piece(source, axes, shape, piece).astype(out.dtype)
     except (OSError, ValueError) as error:  # the file changed meanwhile
-      raise stored.fresh(directory, f'{tensor.name}: {error}') from error
+      raise stored.damaged_file_error(
+        directory, f'{tensor.name}: {error}'
+      ) from error
     if not np.isfinite(value).all():
       raise RequestError(
         f'{directory}: tensor {tensor.name} holds NaN, or more than '
@@ -276,7 +279,7 @@ def named_tensors(params, config: ModelConfig, family: str):
   """
   flat = flax.traverse_util.flatten_dict(params)
   dtype = next(iter(flat.values())).dtype
-  for tensor, path, i, shape in families.tensors(config, family, dtype):
+  for tensor, path, i, shape in families.list_tensors(config, family, dtype):
     value = np.asarray(flat[path] if i is None else flat[path][i])
     stored_shape = families.stored_shape(tensor, shape)
     value = value.reshape(stored_shape[::-1]).T if tensor.inputs else value

@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as harness
 from tqdm import tqdm
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import likelihood
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import ModelConfig
@@ -32,7 +32,7 @@ _DECODING = {'do_sample', 'temperature'}
 _SAMPLING = {'top_k', 'top_p'}  # of no account for the likeliest token
 
 
-def load(names: list[str], tokenizer, fewshot: int | None = None) -> dict:
+def load_tasks(names: list[str], tokenizer, fewshot: int | None = None) -> dict:
   """The tasks of these names, with their examples.
 
   Args:
@@ -67,7 +67,7 @@ def load(names: list[str], tokenizer, fewshot: int | None = None) -> dict:
   return loaded
 
 
-def score(model: TemplateLM, loaded: dict, limit: int | None) -> dict:
+def score_tasks(model: TemplateLM, loaded: dict, limit: int | None) -> dict:
   """Every task's and group's figures.
 
   Args:
@@ -113,7 +113,9 @@ class Batch(NamedTuple):
   real: np.ndarray  # int32 [B], tokens that are no padding, 1 or more
 
 
-def batches(rows: list[list[int]], *, most: int, tokens: int, extra: int = 0):
+def make_batches(
+  rows: list[list[int]], *, most: int, tokens: int, extra: int = 0
+):
   """Rows sorted by length, longest first, and padded to few shapes.
 
   Args:
@@ -189,7 +191,7 @@ class JaxLM(TemplateLM):
     answers = [None] * len(requests)
     bar = tqdm(total=len(requests), disable=disable_tqdm, leave=False)
     kinds = {}
-    for sequence in likelihood.sequences(
+    for sequence in likelihood.plan_sequences(
       requests,
       most=self.max_length,
       tokens=self._batch_tokens,
@@ -197,7 +199,7 @@ class JaxLM(TemplateLM):
     ):
       kinds.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
     for (count, size), alike in kinds.items():
-      for batch in batches(
+      for batch in make_batches(
         [sequence.prefix for sequence in alike],
         most=self.max_length,
         tokens=self._batch_tokens,
@@ -241,7 +243,7 @@ class JaxLM(TemplateLM):
       settings = _settings(requests[index[0]].args[1], self)
       room = self.max_length - settings.new
       rows = [self.tok_encode(requests[i].args[0])[-room:] for i in index]
-      for batch in batches(
+      for batch in make_batches(
         rows, most=room, tokens=self._batch_tokens, extra=settings.new
       ):
         texts = self._generate(batch, settings)
@@ -252,7 +254,7 @@ class JaxLM(TemplateLM):
 
   def _generate(self, batch, settings) -> list[str]:
     """The text that follows each request, up to where it stops."""
-    steps = decoding.continuations(
+    steps = decoding.generate_tokens(
       self._params,
       batch.tokens,
       batch.real,

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.models import decoding
-from ffp_jax.models.decoder import Cache, Decoder, ModelConfig, first
+from ffp_jax.models.decoder import (
+  Cache,
+  Decoder,
+  ModelConfig,
+  positions_from_zero,
+)
 
 SHORTEST = 32  # tokens of the smallest shape
 _SHORTEST_SUFFIX = 16
@@ -45,7 +50,7 @@ class _Context(NamedTuple):
   queries: list[Query]
 
 
-def sequences(
+def plan_sequences(
   requests, *, most: int, tokens: int, share: bool = True
 ) -> list[Sequence]:
   """Plans the forwards of requests so that equal tokens share them.
@@ -222,8 +227,8 @@ def _stream(params, prefix_BxT, real_B, suffix_BxNxC, *, config):
 
   def run(decoder):
     if not count:
-      return decoder.stream(prefix_BxT, first(time))[0]
-    cache = decoding.empty(config, rows, time + size, dtype)
+      return decoder.stream(prefix_BxT, positions_from_zero(time))[0]
+    cache = decoding.empty_cache(config, rows, time + size, dtype)
     x_BxTxD, cache = decoder.extend(prefix_BxT, cache)
     # What padding has left in the slots is overwritten, or lies ahead.
     layers = jax.tree.map(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import windows as windows_lib
 
 NAMES = ('gptq', 'sliding')
@@ -23,7 +23,7 @@ class Protocol(NamedTuple):
   tokens: int  # scored
 
 
-def stride(name: str, context: int, wanted: int | None) -> int:
+def resolve_stride(name: str, context: int, wanted: int | None) -> int:
   """The stride of a protocol: the context (gptq), or half of it (sliding).
 
   Raises:
@@ -40,13 +40,13 @@ def stride(name: str, context: int, wanted: int | None) -> int:
   return wanted or context // 2
 
 
-def whole(windows_WxT) -> np.ndarray:
+def full_spans(windows_WxT) -> np.ndarray:
   """Spans [W,2] that score all tokens of each window but the first."""
   count, context = windows_WxT.shape
   return np.tile(np.array([1, context], np.int32), (count, 1))
 
 
-def arrange(name: str, tokens, context: int, stride: int):
+def arrange_windows(name: str, tokens, context: int, stride: int):
   """Windows of a text, and the span of positions to score in each.
 
   gptq: as in the scripts of GPTQ, SparseGPT, Wanda and FLAP. The text is
@@ -79,11 +79,13 @@ def arrange(name: str, tokens, context: int, stride: int):
     )
   if name == 'gptq':
     windows = windows_lib.windows(tokens, context)
-    return windows, whole(windows)
+    return windows, full_spans(windows)
   return windows_lib.overlapping(tokens, context, stride)
 
 
-def describe(name, text, split, windows, spans, *, stride, bos) -> Protocol:
+def describe_protocol(
+  name, text, split, windows, spans, *, stride, bos
+) -> Protocol:
   """The protocol of a figure.
 
   Args:

@@ -9,38 +9,15 @@ from tqdm import tqdm
 
 from ffp_jax.evaluation import protocols
 from ffp_jax.evaluation.loss import token_nll
-from ffp_jax.models.decoder import Decoder, ModelConfig
-
-
-def apply_of(config, *, remat=False):
-  """(params, tokens, masks) -> logits of the decoder with this config."""
-  decoder = Decoder(config, remat=remat)
-  return lambda params, tokens, masks: decoder.apply(
-    {'params': params}, tokens, masks
-  )
-
-
-def captured_of(config, statistic):
-  """(params, tokens) -> `statistic` of each output projection's inputs.
-
-  Returns:
-    Function to (attention [L,...], ffn [L,...]) of a dense decoder.
-  """
-  decoder = Decoder(config, capture=statistic)
-
-  def captured(params, tokens):
-    _, seen = decoder.apply({'params': params}, tokens, mutable='captured')
-    stack = seen['captured']['stack']
-    return stack['attention']['inputs'], stack['ffn']['inputs']
-
-  return captured
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.functional import make_apply
 
 
 class Scorer:
   """A decoder's losses over windows, compiled once a window shape."""
 
   def __init__(self, config: ModelConfig):
-    apply = apply_of(config)
+    apply = make_apply(config)
 
     def mean_nll(params, tokens_BxT, span_2, masks):
       losses = token_nll(apply, params, tokens_BxT, masks)
@@ -55,7 +32,7 @@ class Scorer:
   ) -> float:
     """Mean negative log-likelihood of all tokens scored; see `each`."""
     if spans_Wx2 is None:
-      spans_Wx2 = protocols.whole(windows_WxT)
+      spans_Wx2 = protocols.full_spans(windows_WxT)
     losses = self.each(
       params, windows_WxT, masks, spans_Wx2=spans_Wx2, label=label
     )
@@ -78,7 +55,7 @@ class Scorer:
       float64 [W].
     """
     if spans_Wx2 is None:
-      spans_Wx2 = protocols.whole(windows_WxT)
+      spans_Wx2 = protocols.full_spans(windows_WxT)
     quiet = label is None or not sys.stderr.isatty()
     bar = tqdm(windows_WxT, desc=label, disable=quiet, leave=False)
     losses = [
@@ -86,10 +63,3 @@ class Scorer:
       for window, span in zip(bar, spans_Wx2, strict=True)
     ]
     return np.array(losses)
-
-
-def dtype_of(name: str):
-  """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators."""
-  if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  return jnp.dtype(name)

@@ -10,9 +10,9 @@ import pathlib
 
 from absl import app, flags, logging
 
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.export import formats, staging
-from ffp_jax.runtime import cli
+from ffp_jax.errors import RequestError, refuse
+from ffp_jax.export import formats
+from ffp_jax.runtime import cli, storage
 
 
 def main(argv):
@@ -27,7 +27,7 @@ def main(argv):
   except RequestError as error:
     refuse(error)
   except Exception as error:
-    if staging.disk_full(error):
+    if storage.disk_full(error):
       refuse(f'{out}: not written, the disk is full ({error})', 74)
     if isinstance(error, OSError):
       refuse(f'{out}: not written ({error})')
@@ -48,7 +48,7 @@ if __name__ == '__main__':
   app.run(
     main,
     flags_parser=functools.partial(
-      cli.parse,
+      cli.parse_flags,
       model='a pruned model directory',
       format=f'one of {", ".join(formats.FORMATS)}',
       out='the directory or file to make',

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from ffp_jax.checkpoints import model as model_lib
 from ffp_jax.checkpoints import orbax_tree, weights
 from ffp_jax.checkpoints.model import Model
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.export import card, gguf_file, transformers_code
 from ffp_jax.export.slicing import copy_companions
-from ffp_jax.export.staging import staged
+from ffp_jax.runtime.storage import staged
 
 _FLOATS = ('float32', 'float16', 'bfloat16')
 
@@ -59,7 +59,7 @@ def _dense(model, out, dtype, prepared):
 def _orbax(model, out, dtype, prepared):
   del dtype, prepared
   _directory(model, out, model.description)
-  orbax_tree.write(model.params, out)
+  orbax_tree.write_params(model.params, out)
   return []
 
 
@@ -75,7 +75,7 @@ def export(name: str, format: str, out: pathlib.Path, *, dtype, pre):
   """Writes a model in a format; `out` is complete or absent.
 
   Args:
-    name: of the model, as `hub.locate` takes it.
+    name: of the model, as `hub.resolve_model` takes it.
     format: one of FORMATS.
     out: file (gguf) or directory to make.
     dtype: of the weights, None for that of the model.

@@ -14,7 +14,7 @@ from absl import logging
 
 from ffp_jax.checkpoints import gguf_model
 from ffp_jax.checkpoints.model import Model
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.export import gguf_vocabulary
 from ffp_jax.export.gguf_vocabulary import Vocabulary
 from ffp_jax.models import rope

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 from ffp_jax.checkpoints import gguf_tokenizer
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 
 def of(vocab: dict, merges: list, directory: pathlib.Path) -> dict[str, float]:

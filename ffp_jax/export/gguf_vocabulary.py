@@ -7,7 +7,7 @@ from typing import NamedTuple
 import gguf
 
 from ffp_jax.checkpoints import gguf_cuts
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.export import gguf_scores
 from ffp_jax.text import tokenization
 
@@ -46,7 +46,7 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
   # Not gguf.SpecialVocab: it takes ids that config.json names and the
   # tokenizer does not have, and knows BOS and EOS by tokenizer_config.json
   # where they depend on the class. What the loaded tokenizer does is exact.
-  loaded = tokenization.load(directory)
+  loaded = tokenization.load_tokenizer(directory)
   if not loaded.is_fast:
     raise RequestError(
       f'{directory}: its tokenizer, a {type(loaded).__name__}, is Python code; '

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from ffp_jax.checkpoints import weights
-from ffp_jax.export.staging import staged
-from ffp_jax.models import families
+from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.models.decoder import Masks, ModelConfig
-from ffp_jax.runtime.sharding import fetch
+from ffp_jax.runtime.sharding import to_host
+from ffp_jax.runtime.storage import staged
 
 # The axis of a layer's parameter that runs over units.
 _UNIT_AXIS = {
@@ -52,9 +51,9 @@ def slice_params(params, config: ModelConfig, keep: Masks):
   Returns:
     (params of the sliced decoder, its `ModelConfig`).
   """
-  kept = Masks(*(fetch(mask) > 0 for mask in keep))
+  kept = Masks(*(to_host(mask) > 0 for mask in keep))
   ends = {name: tree for name, tree in params.items() if name != 'stack'}
-  small = jax.tree.map(fetch, ends)
+  small = jax.tree.map(to_host, ends)
   for i in range(config.layers):
     units = {'attention': kept.attention[i], 'ffn': kept.ffn[i]}
     small[f'layer_{i}'] = {
@@ -72,15 +71,15 @@ def slice_params(params, config: ModelConfig, keep: Masks):
 def _slice_module(module, tree, layer, units):
   if units is None:  # a norm
     return {
-      name: {leaf: fetch(x[layer]) for leaf, x in inner.items()}
+      name: {leaf: to_host(x[layer]) for leaf, x in inner.items()}
       for name, inner in tree.items()
     }
   index = np.flatnonzero(units)
   axes = _UNIT_AXIS[module]
   return {
-    name: np.take(fetch(x[layer]), index, axes[name])
+    name: np.take(to_host(x[layer]), index, axes[name])
     if name in axes
-    else fetch(x[layer])
+    else to_host(x[layer])
     for name, x in tree.items()
   }
 
@@ -106,7 +105,7 @@ def save(
   Returns:
     Bytes of the weights file.
   """
-  description = families.read_json(source)
+  description = model_config.read_config_json(source)
   family = description['model_type']
   description['tie_word_embeddings'] = config.tied
   description['ffp_jax'] = {

@@ -77,7 +77,9 @@ def padded(model: Model):
   dense = dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
   shapes = {
     tensor.name: families.stored_shape(tensor, shape)
-    for tensor, _, _, shape in families.tensors(dense, model.family, np.float32)
+    for tensor, _, _, shape in families.list_tensors(
+      dense, model.family, np.float32
+    )
   }
   for name, value in model.tensors():
     room = [(0, n - k) for n, k in zip(shapes[name], value.shape, strict=True)]

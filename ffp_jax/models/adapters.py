@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ffp_jax.models import families
 from ffp_jax.models.decoder import Masks, ModelConfig
-from ffp_jax.runtime.sharding import of_params
+from ffp_jax.runtime.sharding import param_shardings
 
 
 def join(frozen: dict, trained: dict, dtype) -> dict:
@@ -94,5 +94,5 @@ def draw(model: ModelConfig, keep: Masks, *, rank: int, key) -> dict:
         flat[path] *= mask.reshape(*mask.shape, *inner)
     return flax.traverse_util.unflatten_dict(flat)
 
-  placed = of_params(flax.traverse_util.unflatten_dict(shapes))
+  placed = param_shardings(flax.traverse_util.unflatten_dict(shapes))
   return jax.jit(values, out_shardings=placed)(key, keep)

@@ -127,7 +127,7 @@ def rotate(x_BxTxNxH, angle_BxTxh, amplitude):
   return turned.astype(x_BxTxNxH.dtype)
 
 
-def _remember(past: Past, at_BxT, keys_BxTxKxH, values_BxTxKxH) -> Past:
+def _append_to_cache(past: Past, at_BxT, keys_BxTxKxH, values_BxTxKxH) -> Past:
   """Puts keys and values into the slots of their positions.
 
   What lies beyond the last slot is dropped.
@@ -236,7 +236,7 @@ class Attention(nn.Module):
       )
       q, k = (rotate(x, angle, c.rope_scaling.amplitude) for x in (q, k))
     if past is not None:
-      past = k, v = _remember(past, at_BxT, k, v)
+      past = k, v = _append_to_cache(past, at_BxT, k, v)
     return self.mix(q, k, v, at_BxT), past
 
   def output(self, mixed, mask_K=None):
@@ -314,7 +314,7 @@ class Layer(nn.Module):
     self.ffn = Ffn(c, self.channels, self.capture)
     self.attention_norm, self.ffn_norm = Norm(c), Norm(c)
 
-  def look_back(self, x_BxTxD, at_BxT, past=None):
+  def attention_inputs_and_cache(self, x_BxTxD, at_BxT, past=None):
     """`attention_inputs`, and the past with these tokens."""
     pre = self.config.pre_norm
     return self.attention.inputs(
@@ -322,9 +322,11 @@ class Layer(nn.Module):
     )
 
   def attention_inputs(self, x_BxTxD):
-    return self.look_back(x_BxTxD, first(x_BxTxD.shape[1]))[0]
+    return self.attention_inputs_and_cache(
+      x_BxTxD, positions_from_zero(x_BxTxD.shape[1])
+    )[0]
 
-  def attend(self, x_BxTxD, inputs, mask_K=None):
+  def apply_attention(self, x_BxTxD, inputs, mask_K=None):
     x = x_BxTxD + self.attention.output(inputs, mask_K)
     return x if self.config.pre_norm else self.attention_norm(x)
 
@@ -332,15 +334,15 @@ class Layer(nn.Module):
     pre = self.config.pre_norm
     return self.ffn.inputs(self.ffn_norm(x_BxTxD) if pre else x_BxTxD)
 
-  def feed(self, x_BxTxD, inputs, mask_F=None):
+  def apply_ffn(self, x_BxTxD, inputs, mask_F=None):
     x = x_BxTxD + self.ffn.output(inputs, mask_F)
     return x if self.config.pre_norm else self.ffn_norm(x)
 
   def __call__(self, x_BxTxD, at_BxT, masks=None, past=None):
     masks = Masks(None, None) if masks is None else masks
-    inputs, past = self.look_back(x_BxTxD, at_BxT, past)
-    x = self.attend(x_BxTxD, inputs, masks.attention)
-    x = self.feed(x, self.ffn_inputs(x), masks.ffn)
+    inputs, past = self.attention_inputs_and_cache(x_BxTxD, at_BxT, past)
+    x = self.apply_attention(x_BxTxD, inputs, masks.attention)
+    x = self.apply_ffn(x, self.ffn_inputs(x), masks.ffn)
     return constrain(x, 'batch', None, 'embed'), past
 
 
@@ -386,7 +388,9 @@ class Decoder(nn.Module):
 
   def embed_tokens(self, tokens_BxT, at_BxT=None):
     """Token ids [B,T] to the first residual stream [B,T,D]."""
-    at_BxT = first(tokens_BxT.shape[1]) if at_BxT is None else at_BxT
+    at_BxT = (
+      positions_from_zero(tokens_BxT.shape[1]) if at_BxT is None else at_BxT
+    )
     x = self.embed()[tokens_BxT]
     if self.config.embed_width:
       x = x @ self.embed_in()
@@ -422,11 +426,13 @@ class Decoder(nn.Module):
     return x, Cache(layers, cache.length + time)
 
   def __call__(self, tokens_BxT, masks: Masks | None = None):
-    x, _ = self.stream(tokens_BxT, first(tokens_BxT.shape[1]), masks)
+    x, _ = self.stream(
+      tokens_BxT, positions_from_zero(tokens_BxT.shape[1]), masks
+    )
     return self.unembed(x)
 
 
-def first(time: int):
+def positions_from_zero(time: int):
   """Positions [1,T] of tokens with none before them."""
   return jnp.arange(time)[None]
 

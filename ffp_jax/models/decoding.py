@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import Cache, Decoder, ModelConfig, Past
 
 
-def unrolled(config: ModelConfig) -> ModelConfig:
+def unroll_layers(config: ModelConfig) -> ModelConfig:
   """The same decoder, its layers one by one even if they are alike.
 
   One token takes little work, and a scan over layers would spend more on
@@ -21,7 +21,7 @@ def unrolled(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, kept_groups=groups, kept_ffn=channels)
 
 
-def empty(config: ModelConfig, rows: int, slots: int, dtype) -> Cache:
+def empty_cache(config: ModelConfig, rows: int, slots: int, dtype) -> Cache:
   """A cache that holds nothing yet.
 
   Args:
@@ -72,7 +72,7 @@ def forward(params, tokens_BxT, cache: Cache, masks=None, *, config):
   static_argnames=('config', 'temperature'),
   donate_argnames='cache',
 )
-def follow(
+def next_tokens(
   params, tokens_BxT, real_B, cache: Cache, key, *, config, temperature
 ):
   """The token after each row.
@@ -107,7 +107,7 @@ def follow(
   return chosen.astype(jnp.int32)[:, None], longer
 
 
-def continuations(
+def generate_tokens(
   params, tokens_BxT, real_B, *, config, slots, temperature=0.0, seed=0
 ):
   """What a model goes on with, token by token, until the slots are full.
@@ -125,11 +125,11 @@ def continuations(
     int32 [B,1], on the device; not waited for.
   """
   dtype = jax.tree.leaves(params)[0].dtype
-  cache = empty(config, len(tokens_BxT), slots, dtype)
+  cache = empty_cache(config, len(tokens_BxT), slots, dtype)
   key, left = jax.random.key(seed), slots - int(max(real_B))
   real_B = jnp.asarray(real_B)
   for _ in range(left + 1):  # the last one needs no slot
-    tokens_BxT, cache = follow(
+    tokens_BxT, cache = next_tokens(
       params,
       tokens_BxT,
       real_B,

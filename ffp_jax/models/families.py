@@ -6,8 +6,6 @@ The only file that knows family names: it turns config.json into a
 
 import dataclasses
 import functools
-import json
-import pathlib
 from typing import NamedTuple
 
 import flax.traverse_util
@@ -15,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.checkpoints import directory as directories
-from ffp_jax.checkpoints.stored import FORMATS
-from ffp_jax.config import RequestError
 from ffp_jax.models import rope
 from ffp_jax.models.decoder import ACTIVATIONS, Decoder, ModelConfig
 from ffp_jax.models.json_fields import Fields
@@ -133,7 +128,7 @@ def _rope_config(fields: Fields) -> ModelConfig:
     head_size = fields.integer('head_dim')
   else:
     head_size = _head_size(fields, width, heads)
-  theta, scaling = rope.read(fields, head_size)
+  theta, scaling = rope.read_scaling(fields, head_size)
   attention_bias = fields.flag('attention_bias')
   return ModelConfig(
     vocab=fields.integer('vocab_size'),
@@ -265,98 +260,6 @@ FAMILIES = {
 }
 
 
-def read_json(directory: pathlib.Path) -> dict:
-  """config.json of a model directory that can be read on.
-
-  Raises:
-    RequestError: it is missing, no JSON object, of a family we don't know,
-      or of a quantised model.
-  """
-  path = directory / 'config.json'
-  try:
-    hf = json.loads(path.read_bytes())  # which sees to a byte-order mark
-  except FileNotFoundError as error:
-    if (directory / 'adapter_config.json').exists():
-      raise RequestError(
-        f'{directory}: an adapter, not a model; merge it into its model first '
-        '(PEFT: merge_and_unload, then save_pretrained)'
-      ) from error
-    raise RequestError(
-      f'{directory}: no config.json; is this a model directory?'
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise RequestError(f'{path}: not valid JSON ({error})') from error
-  family = hf.get('model_type') if isinstance(hf, dict) else None
-  if family not in tuple(FAMILIES):
-    known = ', '.join(FAMILIES)
-    raise RequestError(
-      f'{path}: model_type {family!r} is not supported; use one of {known}'
-    )
-  _refuse_stored_otherwise(path, hf)
-  return {key: hf[key] for key in hf if key != 'quantization_config'}
-
-
-def _refuse_stored_otherwise(path, hf):
-  """Refuses weights that are not stored as they are, in the usual files."""
-  if hf.get('transformers_weights'):
-    raise RequestError(
-      f'{path}: transformers_weights names {hf["transformers_weights"]!r}; '
-      f'give that file the name {FORMATS[0]} and remove the key'
-    )
-  quantised = hf.get('quantization_config') or {}
-  sparse = isinstance(quantised, dict) and quantised.get('sparsity_config')
-  if not quantised or sparse and _dense(quantised) and _dense(sparse):
-    return
-  if sparse and not _dense(sparse):
-    raise RequestError(
-      f'{path}: the weights are compressed ({sparse.get("format")}); use the '
-      'model they were made from, or save it anew with save_compressed=False'
-    )
-  raise RequestError(
-    f'{path}: the weights are quantised (quantization_config); use the '
-    'model they were made from'
-  )
-
-
-def _dense(scheme) -> bool:
-  """Whether compressed-tensors stores plain weights, as of sparse models."""
-  return (
-    isinstance(scheme, dict)
-    and scheme.get('format') == 'dense'
-    and not scheme.get('config_groups')
-    and not scheme.get('kv_cache_scheme')
-  )
-
-
-def model_config(directory: pathlib.Path) -> ModelConfig:
-  """The decoder's config of a dense or sliced model directory.
-
-  `tied` is what the weights say, where there are any; whatever is written
-  says it after them.
-
-  Raises:
-    RequestError: config.json is missing, broken, incomplete or unsupported;
-      or says that weights are tied, and they can't be opened.
-  """
-  hf = read_json(directory)
-  family = FAMILIES[hf['model_type']]
-  fields = Fields(str(directory / 'config.json'), family.absent | hf)
-  config = family.config(fields)
-  if config.tied:
-    embed = family.names[1]['/'.join(EMBED)].name
-    tied = directories.ties(directory, embed, HEAD_NAME)
-    config = dataclasses.replace(config, tied=tied)
-  if 'ffp_jax' not in hf:
-    return config
-  kept = Fields(f'{fields.where}: ffp_jax', fields.group('ffp_jax'))
-  L = config.layers
-  return dataclasses.replace(
-    config,
-    kept_groups=kept.integers('kept_groups', length=L, most=config.groups),
-    kept_ffn=kept.integers('kept_ffn', length=L, most=config.ffn),
-  )
-
-
 @functools.cache
 def param_shapes(config: ModelConfig, dtype) -> dict:
   """Shapes and dtypes of the decoder's parameters, nothing allocated."""
@@ -380,7 +283,7 @@ def _split_path(path: tuple[str, ...]) -> tuple[str, int | None]:
   return '/'.join(path), None
 
 
-def tensors(config: ModelConfig, family: str, dtype):
+def list_tensors(config: ModelConfig, family: str, dtype):
   """Every tensor of a checkpoint and where it goes.
 
   Yields:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _yarn_amplitude(fields: Fields, factor: float) -> float:
   return amplitude(1.0)
 
 
-def read(top: Fields, head_size: int) -> tuple[float, Scaling]:
+def read_scaling(top: Fields, head_size: int) -> tuple[float, Scaling]:
   """theta and scaling of a config.json, in its new form or its older one.
 
   Args:

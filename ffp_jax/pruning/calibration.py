@@ -1,7 +1,7 @@
 """Ridge recovery: output projections take over what removed inputs carried.
 
 Layers in order, on the stream that the already pruned and calibrated layers
-produce. One Cholesky factorisation a module and strength serves all outputs.
+produce. One Cholesky factorisation a sublayer and strength serves all outputs.
 """
 
 import functools
@@ -17,13 +17,13 @@ _RAISES = 8  # times the strength may grow tenfold for a failing factorisation
 
 
 class Moments(NamedTuple):
-  """Second moments of a module over tokens; I inputs, D outputs."""
+  """Second moments of a sublayer over tokens; I inputs, D outputs."""
 
   gram_IxI: jax.Array  # inputs of the pruned stream with themselves
   cross_IxD: jax.Array  # inputs of the pruned stream with what to come near
 
 
-def ridge(moments: Moments, weight_IxD, mask_I, strength):
+def ridge_regression(moments: Moments, weight_IxD, mask_I, strength):
   """The kept rows that come closest to the target, shrunk to the weights.
 
   Minimises |X M W' - Y|^2 + lambda |W' - W|^2 over the kept rows, lambda =
@@ -64,13 +64,15 @@ def ridge(moments: Moments, weight_IxD, mask_I, strength):
   return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_1
 
 
-def error(moments: Moments, weight_IxD):
+def squared_error(moments: Moments, weight_IxD):
   """|X W - Y|^2 up to a constant of Y."""
   fitted = moments.gram_IxI @ weight_IxD - 2.0 * moments.cross_IxD
   return jnp.sum(weight_IxD * fitted)
 
 
-def choose(fit: Moments, check: Moments, weight_IxD, mask_I, strengths):
+def select_strength(
+  fit: Moments, check: Moments, weight_IxD, mask_I, strengths
+):
   """The best of no change and `ridge` at each strength, on unseen tokens.
 
   Args:
@@ -87,20 +89,20 @@ def choose(fit: Moments, check: Moments, weight_IxD, mask_I, strengths):
 
   def consider(best, item):
     index, strength = item
-    weight = ridge(fit, weight_IxD, mask_I, strength)
-    loss = error(check, weight)
+    weight = ridge_regression(fit, weight_IxD, mask_I, strength)
+    loss = squared_error(check, weight)
     better = loss < best[0]
     new = (loss, index, weight)
     return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, best), None
 
-  start = (error(check, kept), jnp.int32(-1), kept)
+  start = (squared_error(check, kept), jnp.int32(-1), kept)
   items = (jnp.arange(len(strengths)), jnp.asarray(strengths, jnp.float32))
   (_, index, weight), _ = jax.lax.scan(consider, start, items)
   return weight, index
 
 
-def moments(inputs_WxBxTxI, weight_IxD) -> Moments:
-  """Moments over windows, towards the module's own full output.
+def input_moments(inputs_WxBxTxI, weight_IxD) -> Moments:
+  """Moments over windows, towards the sublayer's own full output.
 
   Args:
     inputs_WxBxTxI: what enters the projection in the pruned stream.
@@ -119,24 +121,26 @@ def moments(inputs_WxBxTxI, weight_IxD) -> Moments:
   return Moments(gram, gram @ weight_IxD)
 
 
-class Half(NamedTuple):
+class Sublayer(NamedTuple):
   """Attention or FFN of a layer: a residual stream in, the next one out."""
 
-  module: str
-  name: str  # of the output projection
+  name: str
+  projection: str  # the output projection
   inputs: str  # methods of `Layer`
   output: str
 
   def weight(self, params) -> jax.Array:
     """The output projection of a layer's parameters, float32 [I,D]."""
-    weight = params[self.module][self.name]
+    weight = params[self.name][self.projection]
     return weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
 
   def with_weight(self, params, weight_IxD):
     """The parameters with another output projection."""
-    old = params[self.module]
-    new = weight_IxD.reshape(old[self.name].shape).astype(old[self.name].dtype)
-    return {**params, self.module: {**old, self.name: new}}
+    old = params[self.name]
+    new = weight_IxD.reshape(old[self.projection].shape).astype(
+      old[self.projection].dtype
+    )
+    return {**params, self.name: {**old, self.projection: new}}
 
   def enter(self, layer, params, x_WxBxTxD):
     """What enters the output projection, a window at a time."""
@@ -144,7 +148,7 @@ class Half(NamedTuple):
     return jax.lax.map(run, x_WxBxTxD)
 
   def leave(self, layer, params, x_WxBxTxD, entered, mask):
-    """The stream behind this half."""
+    """The stream behind this sublayer."""
     return jax.lax.map(
       lambda pair: layer.apply(
         {'params': params}, *pair, mask, method=self.output
@@ -153,26 +157,28 @@ class Half(NamedTuple):
     )
 
 
-HALVES = (
-  Half('attention', 'out', 'attention_inputs', 'attend'),
-  Half('ffn', 'down', 'ffn_inputs', 'feed'),
+SUBLAYERS = (
+  Sublayer('attention', 'out', 'attention_inputs', 'apply_attention'),
+  Sublayer('ffn', 'down', 'ffn_inputs', 'apply_ffn'),
 )
 
 
-def _half(layer, params, stream_WxBxTxD, mask, half: Half, fit_on, strengths):
-  """Calibrates one half layer and moves the stream past it."""
-  weight = half.weight(params)
+def _calibrate_sublayer(
+  layer, params, stream_WxBxTxD, mask, sublayer: Sublayer, fit_on, strengths
+):
+  """Calibrates one sublayer and moves the stream past it."""
+  weight = sublayer.weight(params)
   mask_I = jnp.repeat(mask, len(weight) // len(mask))
-  entered = half.enter(layer, params, stream_WxBxTxD)
-  fit = moments(entered[:fit_on], weight)
-  check = moments(entered[fit_on:], weight)
-  best, index = choose(fit, check, weight, mask_I, strengths)
-  params = half.with_weight(params, best)
-  stream = half.leave(layer, params, stream_WxBxTxD, entered, mask)
+  entered = sublayer.enter(layer, params, stream_WxBxTxD)
+  fit = input_moments(entered[:fit_on], weight)
+  check = input_moments(entered[fit_on:], weight)
+  best, index = select_strength(fit, check, weight, mask_I, strengths)
+  params = sublayer.with_weight(params, best)
+  stream = sublayer.leave(layer, params, stream_WxBxTxD, entered, mask)
   return params, stream, index
 
 
-def embed(params, tokens_WxBxT, *, config):
+def embed_windows(params, tokens_WxBxT, *, config):
   """The first residual streams, [W,B,T,D]."""
   ends = {name: tree for name, tree in params.items() if name != 'stack'}
   return _embed(ends, tokens_WxBxT, config=config)
@@ -189,17 +195,19 @@ def _embed(ends, tokens_WxBxT, *, config):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
-def _layer(params, stream_WxBxTxD, masks, *, config, fit_on, strengths):
-  """Calibrates both halves of a layer, attention first.
+def calibrate_layer(
+  params, stream_WxBxTxD, masks, *, config, fit_on, strengths
+):
+  """Calibrates both sublayers of a layer, attention first.
 
   Returns:
     (attention out, ffn down), the stream behind the layer, strength indices.
   """
   layer = Layer(config, config.groups, config.ffn)
   picks, stream = [], stream_WxBxTxD
-  for mask, half in zip(masks, HALVES, strict=True):
-    params, stream, index = _half(
-      layer, params, stream, mask, half, fit_on, strengths
+  for mask, sublayer in zip(masks, SUBLAYERS, strict=True):
+    params, stream, index = _calibrate_sublayer(
+      layer, params, stream, mask, sublayer, fit_on, strengths
     )
     picks.append(index)
   new = params['attention']['out'], params['ffn']['down']
@@ -233,11 +241,11 @@ def calibrate(
     and FFN, 0 where the projection stays as it is).
   """
   tokens = np.concatenate([fit_WxBxT, check_WxBxT])
-  stream = embed(params, tokens, config=config)
+  stream = embed_windows(params, tokens, config=config)
   outs, picks = [], []
   for i in range(config.layers):
     at = jax.tree.map(lambda x, i=i: x[i], (params['stack'], keep))
-    new, stream, pick = _layer(
+    new, stream, pick = calibrate_layer(
       at[0],
       stream,
       at[1],

@@ -15,7 +15,7 @@ class Stage(NamedTuple):
   rows: int  # reward windows of the search's context, a candidate
 
 
-def plan(config) -> list[Stage]:
+def stages(config) -> list[Stage]:
   """The stages that `config.search` asks for; the last has the target."""
   c = config.search
   zipped = zip(c.sparsity_shares, c.steps, c.rows, strict=True)
@@ -62,19 +62,19 @@ def published(
   )
 
 
-def ends(plan: list[Stage]) -> list[int]:
+def boundaries(plan: list[Stage]) -> list[int]:
   """How many steps have been taken when each stage ends."""
   return np.cumsum([stage.steps for stage in plan]).tolist()
 
 
 def stage_at(plan: list[Stage], step: int) -> tuple[int, Stage, bool]:
   """The stage of a step: its index, itself, whether the step is its first."""
-  after = ends(plan)
+  after = boundaries(plan)
   index = int(np.searchsorted(after, step, side='right'))
   return index, plan[index], step == after[index] - plan[index].steps
 
 
-def draw(rows_RxT, step: int, rows: int, seed: int) -> np.ndarray:
+def reward_rows(rows_RxT, step: int, rows: int, seed: int) -> np.ndarray:
   """The reward rows of a step, [rows,T], known from step and seed.
 
   Goes through the text in a new order on each pass; a pass ends when fewer

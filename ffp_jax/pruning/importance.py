@@ -17,7 +17,7 @@ def input_norms(captured_apply, params, tokens_WxBxT):
 
   Args:
     captured_apply: (params, tokens [B,T]) -> (attention [L,K,G,H],
-      ffn [L,F]), the `square_sum` of each module's inputs.
+      ffn [L,F]), the `square_sum` of each sublayer's inputs.
     params: what it takes.
     tokens_WxBxT: calibration tokens in W batches.
 

@@ -6,7 +6,7 @@ from ffp_jax.models.decoder import Masks
 
 
 def ranks(score):
-  """Place of every unit in its module, 0 for the best; ties by index.
+  """Place of every unit in its sublayer, 0 for the best; ties by index.
 
   Args:
     score: [..., U], larger is more important.
@@ -24,7 +24,7 @@ def rank_all(scores: Masks) -> Masks:
 
 
 def from_counts(rank: Masks, count_S) -> Masks:
-  """Masks that keep the `count_S` best units of every module.
+  """Masks that keep the `count_S` best units of every sublayer.
 
   Args:
     rank: from `rank_all`.

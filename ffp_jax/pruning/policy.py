@@ -67,20 +67,20 @@ def sample(key, proposal: Proposal, candidates: int, *, antithetic: bool):
   size = len(proposal.mean_S)
   if not antithetic:
     noise_NxS = jax.random.normal(key, (candidates, size))
-    return act(proposal, noise_NxS), noise_NxS
+    return reparameterise(proposal, noise_NxS), noise_NxS
   half = jax.random.normal(key, (candidates // 2, size))
   mean = jnp.zeros((candidates % 2, size))
   noise_NxS = jnp.concatenate([half, -half, mean])
-  return act(proposal, noise_NxS), noise_NxS
+  return reparameterise(proposal, noise_NxS), noise_NxS
 
 
-def act(proposal: Proposal, noise_NxS):
+def reparameterise(proposal: Proposal, noise_NxS):
   """The reparameterised priorities, mean + std * noise."""
   return proposal.mean_S + jnp.exp(proposal.log_std_S) * noise_NxS
 
 
 def log_prob(proposal: Proposal, priority_NxS):
-  """Log density of priorities, summed over modules, [N]."""
+  """Log density of priorities, summed over sublayers, [N]."""
   scaled = (priority_NxS - proposal.mean_S) * jnp.exp(-proposal.log_std_S)
   each = 0.5 * jnp.square(scaled) + proposal.log_std_S
   return -jnp.sum(each + 0.5 * jnp.log(2.0 * jnp.pi), axis=-1)
@@ -156,7 +156,7 @@ def loss(
     terms['approx_kl'] = jnp.mean(ratio_N - 1.0 - log_ratio_N)
     total += score_weight * terms['loss_score']
   if pathwise_weight:
-    moved_NxS = act(proposal, batch.noise_NxS)
+    moved_NxS = reparameterise(proposal, batch.noise_NxS)
     each_N = jnp.sum(batch.gradient_NxS * moved_NxS, axis=-1)
     terms['loss_pathwise'] = -jnp.mean(each_N)
     total += pathwise_weight * terms['loss_pathwise']

@@ -9,22 +9,23 @@ _ROUNDS = 4  # of the budgets in turn, where there are several
 _GRAINS = 2**40  # of a budget whose costs are no whole numbers
 
 
-def project(priority_S, keep_K, *, share_KxS, floor_S, low):
+def project(priority_S, keep_K, *, share_KxS, floor_S, min_ratio):
   """Ratios that meet every budget and keep the order of the priorities.
 
-  ratio_s = max(floor_s, low + (1 - low) * sigmoid(priority_s + shift_s)).
-  Each budget has one shift, as large as its keep allows, and a module has the
+  ratio_s = max(floor_s, m + (1 - m) sigmoid(priority_s + shift_s)), m the
+  smallest ratio.
+  Each budget has one shift, as large as its keep allows, and a sublayer has the
   smallest shift of the budgets in which it costs something. With one budget
   that is one scalar, for which the kept share of the cost equals `keep`.
-  Monotone in every priority, free of module order, uniform for equal
+  Monotone in every priority, free of sublayer order, uniform for equal
   priorities. Differentiable: the shifts' derivative is the implicit one.
 
   Args:
     priority_S: any finite numbers, [S].
     keep_K: share of each removable cost to keep, in (share @ floor_S, 1].
-    share_KxS: each module's share of the removable cost, rows sum to 1.
-    floor_S: smallest ratio of each module, [S].
-    low: smallest ratio that a priority can ask for, below `keep_K`.
+    share_KxS: each sublayer's share of the removable cost, rows sum to 1.
+    floor_S: smallest ratio of each sublayer, [S].
+    min_ratio: smallest ratio that a priority can ask for, below `keep_K`.
 
   Returns:
     Ratios [S] in (0, 1] with share_KxS @ ratios at most keep_K to float32
@@ -35,7 +36,7 @@ def project(priority_S, keep_K, *, share_KxS, floor_S, low):
 
   def ratios(shift_K):
     shift_S = jnp.min(jnp.where(share_KxS > 0, shift_K[:, None], most), axis=0)
-    wish = low + (1.0 - low) * jax.nn.sigmoid(priority_S + shift_S)
+    wish = min_ratio + (1.0 - min_ratio) * jax.nn.sigmoid(priority_S + shift_S)
     return jnp.maximum(floor_S, wish)
 
   def solve(k, shift_K):
@@ -70,26 +71,26 @@ def project(priority_S, keep_K, *, share_KxS, floor_S, low):
   return ratios(shift_K - jnp.linalg.solve(slope_KxK, off_K))
 
 
-def cut(action_S, keep_K, *, share_KxS, floor_S, low):
+def cut(action_S, keep_K, *, share_KxS, floor_S, min_ratio):
   """Ratios that meet one budget as the published code does it.
 
-  A ratio is the absolute value of an action, at least `low` and at most 1.
-  What the budget leaves over is spread over the modules in proportion to what
-  they lack; what is too much is cut from the first layer on, each module down
-  to the least, until the budget is met.
+  A ratio is the absolute value of an action, from `min_ratio` to 1. What the
+  budget leaves over is spread over the sublayers in proportion to what they
+  lack; what is too much is cut from the first layer on, each sublayer down to
+  the least, until the budget is met.
 
   Args:
     action_S: any finite numbers, attention and then FFN of every layer, [S].
     keep_K: share of the removable cost to keep, of a single budget [1].
-    share_KxS: each module's share of it, [1,S].
-    floor_S: smallest ratio of each module, [S].
-    low: smallest ratio that an action can ask for.
+    share_KxS: each sublayer's share of it, [1,S].
+    floor_S: smallest ratio of each sublayer, [S].
+    min_ratio: smallest ratio that an action can ask for.
 
   Returns:
     Ratios [S] in (0, 1].
   """
   (keep,), (share_S,) = keep_K, share_KxS
-  least_S = jnp.maximum(floor_S, low)
+  least_S = jnp.maximum(floor_S, min_ratio)
   ratio_S = jnp.clip(jnp.abs(action_S), least_S, 1.0)
   over = ratio_S @ share_S - keep
   lack_S = 1.0 - ratio_S
@@ -104,7 +105,7 @@ def cut(action_S, keep_K, *, share_KxS, floor_S, low):
   return jnp.clip(ratio_S + rise * lack_S - taken_S / share_S, least_S, 1.0)
 
 
-def to_counts(ratio_S, limit_K, *, units_S, cost_KxS, step_S, floor_S):
+def round_to_counts(ratio_S, limit_K, *, units_S, cost_KxS, step_S, floor_S):
   """Rounds ratios to integer counts: floor to the step, largest remainder.
 
   Runs on the host. Steps left over go to the largest remainders, ties by
@@ -115,7 +116,7 @@ def to_counts(ratio_S, limit_K, *, units_S, cost_KxS, step_S, floor_S):
   Args:
     ratio_S: kept shares, [S].
     limit_K: costs that may be kept, int64 [K].
-    units_S: units of the dense modules, int64 [S].
+    units_S: units of the dense sublayers, int64 [S].
     cost_KxS: cost of one unit, int64 [K,S].
     step_S: rounding multiples, int64 [S]; keeping all units is always
       allowed, a multiple or not.
@@ -176,7 +177,7 @@ def integers(unit_cost_S, limit, units_S) -> tuple[np.ndarray, int]:
   Args:
     unit_cost_S: cost of one unit, [S].
     limit: what all units may cost together.
-    units_S: units of the dense modules.
+    units_S: units of the dense sublayers.
 
   Returns:
     (cost of one unit int64 [S], limit).

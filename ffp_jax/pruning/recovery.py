@@ -19,7 +19,12 @@ import optax
 
 from ffp_jax.models import adapters
 from ffp_jax.models.adapters import join
-from ffp_jax.models.decoder import Decoder, Masks, ModelConfig, first
+from ffp_jax.models.decoder import (
+  Decoder,
+  Masks,
+  ModelConfig,
+  positions_from_zero,
+)
 from ffp_jax.pruning.distillation import distillation_loss
 from ffp_jax.runtime.sharding import constrain_params, mean_over_rows
 
@@ -138,7 +143,7 @@ def make_step(
     params = join(frozen, trained, dense['embed']['table'].dtype)
 
     def mean_divergence(rows):
-      at = first(rows.shape[1])
+      at = positions_from_zero(rows.shape[1])
       aim, _ = dense_decoder.apply({'params': dense}, rows, at, method='stream')
       found, _ = decoder.apply(
         {'params': params}, rows, at, keep, method='stream'

@@ -8,7 +8,7 @@ weights and G + lambda = L L' for the Gram matrix G = H'H,
 and since column i of H L'^-1 depends on the units up to i alone and all are
 orthogonal under G + lambda, a mask of the first n columns leaves just what the
 ridge regression of H W on the first n units predicts, shrunk to W. So one
-Cholesky factor a module, known before the search, serves every count: the
+Cholesky factor a sublayer, known before the search, serves every count: the
 masks stay masks, and their gradient is that of the refit model.
 """
 
@@ -23,11 +23,11 @@ from ffp_jax.pruning import calibration
 from ffp_jax.runtime.sharding import constrain
 
 
-def basis(gram_IxI, weight_IxD, rank_U, strength):
+def refit_basis(gram_IxI, weight_IxD, rank_U, strength):
   """What to multiply inputs by, and the weights that belong to it.
 
   Args:
-    gram_IxI: X'X of the module's inputs.
+    gram_IxI: X'X of the sublayer's inputs.
     weight_IxD: W.
     rank_U: of the units, each I / U inputs.
     strength: of the ridge, a share of the mean diagonal.
@@ -56,21 +56,25 @@ def basis(gram_IxI, weight_IxD, rank_U, strength):
 
 @functools.partial(jax.jit, static_argnames=('config', 'strength'))
 def _layer(params, stream_WxBxTxD, ranks, *, config, strength):
-  """(output projection, refit) of both halves, and the stream behind them."""
+  """Returns (output projection, refit) of both, and the stream behind them."""
   layer = Layer(config, config.groups, config.ffn)
   found = []
-  for rank_U, half in zip(ranks, calibration.HALVES, strict=True):
-    weight = half.weight(params)
-    entered = half.enter(layer, params, stream_WxBxTxD)
-    gram = calibration.moments(entered, weight).gram_IxI
-    refit, weight = basis(gram, weight, rank_U, strength)
-    new = half.with_weight(params, weight)[half.module][half.name]
+  for rank_U, sublayer in zip(ranks, calibration.SUBLAYERS, strict=True):
+    weight = sublayer.weight(params)
+    entered = sublayer.enter(layer, params, stream_WxBxTxD)
+    gram = calibration.input_moments(entered, weight).gram_IxI
+    refit, weight = refit_basis(gram, weight, rank_U, strength)
+    new = sublayer.with_weight(params, weight)[sublayer.name][
+      sublayer.projection
+    ]
     found.append((new, constrain(refit, 'embed', 'ffn').astype(new.dtype)))
-    stream_WxBxTxD = half.leave(layer, params, stream_WxBxTxD, entered, None)
+    stream_WxBxTxD = sublayer.leave(
+      layer, params, stream_WxBxTxD, entered, None
+    )
   return found, stream_WxBxTxD
 
 
-def refitting(
+def refit_model(
   params, config, rank: Masks, tokens_WxBxT, *, strength
 ) -> tuple[ModelConfig, dict]:
   """The same decoder, but one whose masks refit.
@@ -85,7 +89,7 @@ def refitting(
   Returns:
     (config, params); without masks the function is that of the dense decoder.
   """
-  stream = calibration.embed(params, tokens_WxBxT, config=config)
+  stream = calibration.embed_windows(params, tokens_WxBxT, config=config)
   layers = []
   for i in range(config.layers):
     at, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
@@ -94,8 +98,10 @@ def refitting(
     )
     layers.append(found)
   stack = params['stack']
-  halves = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  for half, (weight, refit) in zip(calibration.HALVES, halves, strict=True):
-    new = {half.name: weight, 'refit': refit}
-    stack = {**stack, half.module: {**stack[half.module], **new}}
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+  for sublayer, (weight, refit) in zip(
+    calibration.SUBLAYERS, stacked, strict=True
+  ):
+    new = {sublayer.projection: weight, 'refit': refit}
+    stack = {**stack, sublayer.name: {**stack[sublayer.name], **new}}
   return dataclasses.replace(config, refit=True), {**params, 'stack': stack}

@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning.sublayers import Sites, attention_unit_cost, ffn_unit_cost
+from ffp_jax.pruning.sublayers import (
+  Sublayers,
+  attention_unit_cost,
+  ffn_unit_cost,
+)
 
 
 class Resource(NamedTuple):
@@ -20,7 +24,7 @@ class Resource(NamedTuple):
 
   name: str
   unit_cost: np.ndarray  # of one unit, float64 [S], 0 where there is none
-  fixed: float  # of the prunable modules, which no removal touches
+  fixed: float  # of the prunable sublayers, which no removal touches
   removed: float  # share of the whole that has to go, in (0, 1)
 
   def kept(self, counts) -> float:
@@ -28,11 +32,13 @@ class Resource(NamedTuple):
     return float(np.asarray(counts) @ self.unit_cost) + self.fixed
 
   def limit(self, units) -> float:
-    """What may be kept of modules of so many units [S]."""
+    """What may be kept of sublayers of so many units [S]."""
     return (1.0 - self.removed) * self.kept(units)
 
 
-def of(config, model: ModelConfig, sites: Sites) -> tuple[Resource, ...]:
+def from_config(
+  config, model: ModelConfig, sublayers: Sublayers
+) -> tuple[Resource, ...]:
   """The budgets that `config.budget` sets besides the parameters.
 
   Raises:
@@ -48,7 +54,7 @@ def of(config, model: ModelConfig, sites: Sites) -> tuple[Resource, ...]:
     cost = _both(model, 2.0 * model.head_size, 0.0)
     found.append(Resource('kv_cache', cost, 0.0, b.kv_cache))
   if b.latency:
-    found.append(_latency(b.latency_table, sites, b.latency))
+    found.append(_latency(b.latency_table, sublayers, b.latency))
   return tuple(found)
 
 
@@ -71,10 +77,10 @@ def _flops(model: ModelConfig, context: int) -> tuple[float, float]:
   return attention, 2.0 * ffn_unit_cost(model)
 
 
-def _latency(name: str, sites: Sites, removed: float) -> Resource:
-  """Milliseconds measured by the user, under a line for each module.
+def _latency(name: str, sublayers: Sublayers, removed: float) -> Resource:
+  """Milliseconds measured by the user, under a line for each sublayer.
 
-  A module's line goes through its dense point and lies on or above the
+  A sublayer's line goes through its dense point and lies on or above the
   others, so that what the line promises the table keeps.
   """
   path = pathlib.Path(name).expanduser()
@@ -91,7 +97,7 @@ def _latency(name: str, sites: Sites, removed: float) -> Resource:
       f'milliseconds by count ({type(error).__name__}: {error})'
     ) from error
   slopes, starts = [], []
-  dense_counts = sites.units[:: sites.layers]
+  dense_counts = sublayers.units[:: sublayers.layers]
   for kind, points, units in zip(
     ('attention', 'ffn'), curves, dense_counts, strict=True
   ):
@@ -104,5 +110,5 @@ def _latency(name: str, sites: Sites, removed: float) -> Resource:
     slope = min((dense - ms) / (units - count) for count, ms in others)
     slopes.append(max(slope, 0.0))
     starts.append(dense - slopes[-1] * units)
-  cost = np.repeat(np.array(slopes), sites.layers)
-  return Resource('latency', cost, sites.layers * sum(starts), removed)
+  cost = np.repeat(np.array(slopes), sublayers.layers)
+  return Resource('latency', cost, sublayers.layers * sum(starts), removed)

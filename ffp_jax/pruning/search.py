@@ -2,7 +2,7 @@
 
 A step proposes N candidates at the stage's sparsity, scores them on the same
 tokens through masks, and updates the policy. What the loss says about the
-units that each module would get back next reaches the policy as the gradient
+units that each sublayer would get back next reaches the policy as the gradient
 of the reward with respect to the priorities, through the projection.
 """
 
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.evaluation.loss import reward as reward_of
 from ffp_jax.models.decoder import Masks
 from ffp_jax.pruning import allocation, curriculum, masks, policy
-from ffp_jax.pruning.sublayers import Sites
+from ffp_jax.pruning.reward import reward as reward_of
+from ffp_jax.pruning.sublayers import Sublayers
 from ffp_jax.runtime import device_memory
-from ffp_jax.runtime.sharding import side_by_side
+from ffp_jax.runtime.sharding import map_candidates
 
 # What `policy.update` takes by name, straight from the configuration.
 _UPDATE_KEYS = (
@@ -40,7 +40,7 @@ class RewardText(NamedTuple):
   dense_R: np.ndarray  # mean loss of the dense model on each row
 
 
-class Memory(NamedTuple):
+class Elites(NamedTuple):
   """The best candidates of the current stage."""
 
   reward_M: jax.Array  # -inf where empty
@@ -54,7 +54,7 @@ class SearchState(NamedTuple):
   opt_state: tuple
   key: jax.Array
   step: jax.Array
-  memory: Memory
+  elites: Elites
 
 
 def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
@@ -70,7 +70,7 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
     mask_gradient: d loss / d mask, [L,K] and [L,F].
     rank: of the units.
     count_S: what the masks keep, see `masks.from_counts`; [S].
-    window: units to average, as a share of the module's; at least one.
+    window: units to average, as a share of the sublayer's; at least one.
 
   Returns:
     float32 [S].
@@ -78,7 +78,7 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
 
   def mean(gradient, rank, count_L):
     units = rank.shape[-1]
-    # Of a module that keeps all of its units, the last.
+    # Of a sublayer that keeps all of its units, the last.
     first = jnp.minimum(jnp.floor(count_L), units - 1.0)[:, None]
     near = (rank >= first) & (rank < first + max(1, round(window * units)))
     way = jnp.where(rank == first, 1.0, 0.5)
@@ -88,8 +88,16 @@ def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
   return jnp.concatenate([mean(*half) for half in halves])
 
 
-def score(
-  priority_S, target, modules, loss_of, dense_nll, *, low, window, repair
+def score_candidate(
+  priority_S,
+  target,
+  device_sublayers,
+  loss_of,
+  dense_nll,
+  *,
+  min_ratio,
+  window,
+  repair,
 ):
   """Reward of one candidate and its gradient.
 
@@ -100,10 +108,10 @@ def score(
   Args:
     priority_S: the proposal.
     target: the budget.
-    modules: what may be removed.
+    device_sublayers: what may be removed.
     loss_of: Masks -> mean loss on this step's tokens.
     dense_nll: the dense model's mean loss on the same tokens.
-    low: smallest ratio a priority can ask for.
+    min_ratio: smallest ratio a priority can ask for.
     window: of `count_gradient`; None to leave the gradient out.
     repair: see `allocation.project`.
 
@@ -114,41 +122,43 @@ def score(
 
   def project(priority_S):
     return allocation.project(
-      priority_S, target, modules, low=low, repair=repair
+      priority_S, target, device_sublayers, min_ratio=min_ratio, repair=repair
     )
 
   if window is None:
-    count_S = project(priority_S) * modules.units_S
-    nll = loss_of(masks.from_counts(modules.rank, count_S))
+    count_S = project(priority_S) * device_sublayers.units_S
+    nll = loss_of(masks.from_counts(device_sublayers.rank, count_S))
     return reward_of(dense_nll, nll), jnp.zeros_like(priority_S)
   ratio_S, pull_back = jax.vjp(project, priority_S)
-  count_S = ratio_S * modules.units_S
+  count_S = ratio_S * device_sublayers.units_S
   nll, gradient = jax.value_and_grad(loss_of)(
-    masks.from_counts(modules.rank, count_S)
+    masks.from_counts(device_sublayers.rank, count_S)
   )
   reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x))(nll)
-  per_count_S = count_gradient(gradient, modules.rank, count_S, window=window)
-  (ascent_S,) = pull_back(slope * per_count_S * modules.units_S)
+  per_count_S = count_gradient(
+    gradient, device_sublayers.rank, count_S, window=window
+  )
+  (ascent_S,) = pull_back(slope * per_count_S * device_sublayers.units_S)
   known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
   return reward, jnp.where(known, ascent_S, 0.0)
 
 
-def remember(memory: Memory, reward_N, priority_NxS) -> Memory:
-  """The best of the memory and these candidates."""
-  reward = jnp.concatenate([memory.reward_M, reward_N])
-  priority = jnp.concatenate([memory.priority_MxS, priority_NxS])
-  best, index = jax.lax.top_k(reward, len(memory.reward_M))
-  return Memory(best, priority[index])
+def update_elites(elites: Elites, reward_N, priority_NxS) -> Elites:
+  """The best of the elites and these candidates."""
+  reward = jnp.concatenate([elites.reward_M, reward_N])
+  priority = jnp.concatenate([elites.priority_MxS, priority_NxS])
+  best, index = jax.lax.top_k(reward, len(elites.reward_M))
+  return Elites(best, priority[index])
 
 
-def forget(state: SearchState) -> SearchState:
-  """Empties the memory: an easier stage must not outlive a harder one."""
-  empty = jnp.full_like(state.memory.reward_M, -jnp.inf)
-  return state._replace(memory=state.memory._replace(reward_M=empty))
+def clear_elites(state: SearchState) -> SearchState:
+  """Drops the elites: an easier stage must not outlive a harder one."""
+  empty = jnp.full_like(state.elites.reward_M, -jnp.inf)
+  return state._replace(elites=state.elites._replace(reward_M=empty))
 
 
-@functools.partial(jax.jit, static_argnames=('net', 'optim', 'remember'))
-def init(key, net, optim, prior_S, *, remember: int) -> SearchState:
+@functools.partial(jax.jit, static_argnames=('net', 'optim', 'size'))
+def init(key, net, optim, prior_S, *, size: int) -> SearchState:
   """A search that starts from the priorities `prior_S`.
 
   Args:
@@ -156,30 +166,30 @@ def init(key, net, optim, prior_S, *, remember: int) -> SearchState:
     net: the `policy.Policy`.
     optim: from `policy.optimizer`.
     prior_S: the first mean.
-    remember: size of the memory.
+    size: number of elites.
   """
   key, init_key = jax.random.split(key)
   params = policy.init(net, init_key, prior_S)
-  memory = Memory(
-    jnp.full((remember,), -jnp.inf, jnp.float32),
-    jnp.zeros((remember, len(prior_S))),
+  elites = Elites(
+    jnp.full((size,), -jnp.inf, jnp.float32),
+    jnp.zeros((size, len(prior_S))),
   )
   return SearchState(
-    params, optim.init(params), jax.random.key_data(key), jnp.int32(0), memory
+    params, optim.init(params), jax.random.key_data(key), jnp.int32(0), elites
   )
 
 
-def prior(sites: Sites, attention: float) -> np.ndarray:
-  """First priorities: 0 for FFN modules, `attention` for attention modules.
+def initial_priorities(sublayers: Sublayers, attention: float) -> np.ndarray:
+  """First priorities: 0 for FFN sublayers, `attention` for attention sublayers.
 
   With few key/value groups, removing a group is dear; a positive number
   starts close to pruning the FFN alone.
   """
-  L = sites.layers
+  L = sublayers.layers
   return np.repeat(np.array([attention, 0.0], np.float32), L)
 
 
-def network(config, sites: Sites):
+def make_policy(config, sublayers: Sublayers):
   """The policy and its optimiser, as `config` asks for them."""
   c = config.policy
   steps = sum(config.search.steps) * c.epochs
@@ -190,7 +200,7 @@ def network(config, sites: Sites):
     steps=max(1, steps),
     max_norm=c.max_norm,
   )
-  return policy.Policy(len(sites.units), tuple(c.hidden), c.std), optim
+  return policy.Policy(len(sublayers.units), tuple(c.hidden), c.std), optim
 
 
 def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
@@ -213,7 +223,9 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
   def propose(params, sparsity):
     return net.apply({'params': params}, sparsity)
 
-  def step(state, model_params, tokens_BxT, dense_nll, target, modules):
+  def step(
+    state, model_params, tokens_BxT, dense_nll, target, device_sublayers
+  ):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     proposal = propose(state.params, target.sparsity)
     priority, noise = policy.sample(
@@ -221,18 +233,18 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
     )
 
     def score_one(priority_S):
-      return score(
+      return score_candidate(
         priority_S,
         target,
-        modules,
+        device_sublayers,
         lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
         dense_nll,
-        low=c.lowest_ratio,
+        min_ratio=c.min_ratio,
         window=c.window if config.policy.pathwise_weight else None,
         repair=c.repair,
       )
 
-    reward, gradient = side_by_side(score_one, priority, block=block)
+    reward, gradient = map_candidates(score_one, priority, block=block)
     batch = policy.Batch(
       priority,
       noise,
@@ -250,35 +262,35 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
       optim=optim,
       **weights,
     )
-    memory = remember(state.memory, reward, priority)
+    elites = update_elites(state.elites, reward, priority)
     metrics = {
       'reward_mean': jnp.mean(reward),
       'reward_max': jnp.max(reward),
-      'best_reward': memory.reward_M[0],
+      'best_reward': elites.reward_M[0],
       **terms,
     }
-    new = SearchState(params, opt_state, state.key, state.step + 1, memory)
+    new = SearchState(params, opt_state, state.key, state.step + 1, elites)
     return new, metrics
 
   return jax.jit(step)
 
 
-def start(config, sites: Sites) -> SearchState:
+def initial_state(config, sublayers: Sublayers) -> SearchState:
   """The state of a search that has taken no step."""
-  net, optim = network(config, sites)
-  first = prior(sites, config.search.attention_prior)
-  key, size = jax.random.key(config.seed), config.search.remember
-  return init(key, net, optim, first, remember=size)
+  net, optim = make_policy(config, sublayers)
+  first = initial_priorities(sublayers, config.search.attention_prior)
+  key, size = jax.random.key(config.seed), config.search.finalists
+  return init(key, net, optim, first, size=size)
 
 
-def steps(config, sites, modules, nll, model_params, text, state):
+def steps(config, sublayers, device_sublayers, nll, model_params, text, state):
   """Searches from a state to the end of the curriculum.
 
   Logging and checkpoints are the caller's loop.
 
   Args:
     config: of the run.
-    sites, modules: what may be removed.
+    sublayers, device_sublayers: what may be removed.
     nll: as `make_step` takes it.
     model_params: of the dense decoder.
     text: a `RewardText`.
@@ -288,31 +300,31 @@ def steps(config, sites, modules, nll, model_params, text, state):
     (state after a step, its metrics as plain numbers); `compilations` counts
     those of the step since this generator began.
   """
-  net, optim = network(config, sites)
-  plan = curriculum.plan(config)
+  net, optim = make_policy(config, sublayers)
+  plan = curriculum.stages(config)
   step_fn, made = _step_that_fits(
     functools.partial(make_step, net, optim, nll, config),
     config,
     *(
       state,
       model_params,
-      allocation.target(sites, plan[-1].sparsity),
-      modules,
+      allocation.make_target(sublayers, plan[-1].sparsity),
+      device_sublayers,
     ),
   )
-  for step in range(int(state.step), curriculum.ends(plan)[-1]):
+  for step in range(int(state.step), curriculum.boundaries(plan)[-1]):
     begun = time.perf_counter()
     index, stage, starts = curriculum.stage_at(plan, step)
     tokens, dense = (
-      curriculum.draw(x, step, stage.rows, config.seed) for x in text
+      curriculum.reward_rows(x, step, stage.rows, config.seed) for x in text
     )
     state, metrics = step_fn(
-      forget(state) if starts else state,
+      clear_elites(state) if starts else state,
       model_params,
       tokens,
       np.float32(np.mean(dense)),
-      allocation.target(sites, stage.sparsity),
-      modules,
+      allocation.make_target(sublayers, stage.sparsity),
+      device_sublayers,
     )
     yield (
       state,
@@ -329,19 +341,21 @@ def steps(config, sites, modules, nll, model_params, text, state):
     )
 
 
-def _step_that_fits(make, config, state, model_params, target, modules):
-  """`device_memory.halving` with a block that fits, if none is configured."""
+def _step_that_fits(
+  make, config, state, model_params, target, device_sublayers
+):
+  """Returns the step with a block that fits, if none is configured."""
   c = config.search
   tokens = np.zeros((max(c.rows), c.context), np.int32)
-  block = c.block or device_memory.fitting(
+  block = c.block or device_memory.largest_block(
     make(1),
     c.candidates,
-    *(state, model_params, tokens, np.float32(0.0), target, modules),
+    *(state, model_params, tokens, np.float32(0.0), target, device_sublayers),
   )
-  return device_memory.halving(make, block)
+  return device_memory.halve_on_oom(make, block)
 
 
-def cost(config, plan) -> dict:
+def search_cost(config, plan) -> dict:
   """What the steps of a plan take.
 
   A backward pass, which the score function does without, counts as two
@@ -356,11 +370,11 @@ def cost(config, plan) -> dict:
   }
 
 
-def finalists(config, sites: Sites, state: SearchState) -> np.ndarray:
-  """Priorities worth re-scoring: the policy's mean and the memory, [M,S]."""
-  net, _ = network(config, sites)
+def finalists(config, sublayers: Sublayers, state: SearchState) -> np.ndarray:
+  """Priorities worth re-scoring: the policy's mean and the elites, [M,S]."""
+  net, _ = make_policy(config, sublayers)
   sparsity = jnp.float32(config.budget.sparsity)
   proposal = net.apply({'params': state.params}, sparsity)
-  known = np.isfinite(state.memory.reward_M)
-  memory_MxS = np.asarray(state.memory.priority_MxS)[known]
-  return np.concatenate([np.asarray(proposal.mean_S)[None], memory_MxS])
+  known = np.isfinite(state.elites.reward_M)
+  elites_MxS = np.asarray(state.elites.priority_MxS)[known]
+  return np.concatenate([np.asarray(proposal.mean_S)[None], elites_MxS])

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ffp_jax.reporting import plots
-from ffp_jax.runtime.workdir import replace
+from ffp_jax.runtime.storage import write_atomically
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure  # slow to import
@@ -78,7 +78,7 @@ def write_markdown(path: pathlib.Path, blocks: Iterable[Block]):
   for block in blocks:
     if isinstance(block, Picture):
       path.with_name(block.file).write_bytes(plots.png(block.figure))
-  replace(path, markdown(blocks))
+  write_atomically(path, markdown(blocks))
 
 
 def markdown(blocks: Iterable[Block]) -> str:

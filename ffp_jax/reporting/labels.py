@@ -17,7 +17,7 @@ RESOURCES = {
 }
 
 
-def compare(results):
+def perplexity_rows(results):
   """Rows of (model, perplexity, times the dense one)."""
   dense = results['dense']['ppl']
   return [
@@ -27,12 +27,12 @@ def compare(results):
   ]
 
 
-def final(results) -> str:
+def final_key(results) -> str:
   """The model that was saved: searched, and calibrated if the run did."""
   return 'calibrated' if 'calibrated' in results else 'searched'
 
 
-def even(results) -> str:
+def uniform_key(results) -> str:
   """The uniform model that compares with the one saved."""
   return 'uniform_calibrated' if 'calibrated' in results else 'uniform'
 

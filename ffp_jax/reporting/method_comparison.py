@@ -7,19 +7,19 @@ import numpy as np
 
 from ffp_jax.reporting import blocks, labels, plots
 from ffp_jax.reporting.blocks import Heading, Picture, Table, Text
-from ffp_jax.runtime.workdir import plain
+from ffp_jax.runtime.storage import to_json_types
 
 _OURS = 'fastforward'
 
 
-def key(line: dict) -> tuple:
+def run_key(line: dict) -> tuple:
   """What tells one run of compare.json from another."""
   return line['method'], line['sparsity'], line['seed']
 
 
-def line(run: dict) -> str:
+def run_line(run: dict) -> str:
   """One run as one line of the log."""
-  run = plain(run)
+  run = to_json_types(run)
   return (
     f'{run["method"]} at {run["sparsity"]:g}, seed {run["seed"]}: '
     f'{labels.ppl(run["ppl"])}, calibrated '
@@ -97,10 +97,10 @@ def _overview(runs) -> Table:
 
 def _behind(runs) -> Table | None:
   """How far each method is from ours on the same seed and sparsity."""
-  ppl = {key(run): run['ppl_calibrated'] for run in runs}
+  ppl = {run_key(run): run['ppl_calibrated'] for run in runs}
 
   def ours(run):
-    return ppl.get((_OURS, *key(run)[1:]))
+    return ppl.get((_OURS, *run_key(run)[1:]))
 
   rivals = [
     {**run, 'behind': run['ppl_calibrated'] - ours(run)}

@@ -48,7 +48,7 @@ def _section(same):
   yield Text(' '.join(labels.protocol(first['protocol'])))
   points = [('dense', first['params_dense'], first['dense']['ppl'])]
   for number, run in same:
-    ppl = run.results[labels.final(run.results)]['ppl']
+    ppl = run.results[labels.final_key(run.results)]['ppl']
     points.append((str(number), run.results['params_pruned'], ppl))
   points = [plots.Point(*p, best=_leads(p, points)) for p in points]
   drawn = [point for point in points if point.ppl is not None]
@@ -83,7 +83,7 @@ def _leads(point, points) -> bool:
 
 def _run_row(point, run):
   results = run.results
-  uniform = results[labels.even(results)]['ppl']
+  uniform = results[labels.uniform_key(results)]['ppl']
   return _row(point, labels.ppl(uniform))
 
 

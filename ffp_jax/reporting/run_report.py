@@ -47,7 +47,7 @@ def report(run: Run) -> Iterator[Block]:
 
 
 def _in_short(results):
-  key = labels.final(results)
+  key = labels.final_key(results)
   dense, ppl = (results[k]['ppl'] for k in ('dense', key))
   before, after = (results[f'params_{k}'] for k in ('dense', 'pruned'))
   return (
@@ -90,7 +90,7 @@ def _perplexities(run):
   yield Table(
     'Perplexity on held-out text',
     ('model', 'perplexity', 'x dense'),
-    labels.compare(results),
+    labels.perplexity_rows(results),
   )
   yield Text(' '.join(labels.protocol(results['protocol'])))
   yield from _overfit(results)
@@ -108,7 +108,7 @@ def _overfit(results):
   if when == 'after':
     yield Text(
       'On the reward text the calibration is the one that the search foresees: '
-      'of each module by itself, with the inputs of the dense model.'
+      'of each sublayer by itself, with the inputs of the dense model.'
     )
   ppls = [
     [seen['dense_ppl'], results['dense']['ppl']],
@@ -164,7 +164,7 @@ def _sizes(run):
   )
   for budget in run.allocation.get('budgets', ()):
     yield Text(
-      f'{labels.RESOURCES[budget["name"]]} of the same modules: '
+      f'{labels.RESOURCES[budget["name"]]} of the same sublayers: '
       f'{budget["removed_target"]:.2%} or more of it asked to go, '
       f'{budget["removed"]:.2%} gone.'
     )

@@ -6,12 +6,11 @@ import sys
 
 from absl import flags, logging
 
-from ffp_jax.config import RequestError, refuse
-from ffp_jax.runtime import signals
-from ffp_jax.runtime import workdir as workdir_lib
+from ffp_jax.errors import RequestError, refuse
+from ffp_jax.runtime import signals, storage
 
 
-def parse(argv, **required):
+def parse_flags(argv, **required):
   """Reads the flags; refuses what isn't one, before any heavy import.
 
   Args:
@@ -38,7 +37,7 @@ def parse(argv, **required):
   return rest
 
 
-def begin(module: str, workdir: str):
+def begin_command(module: str, workdir: str):
   """What a command that works in a directory and can go on does first.
 
   Signals end it in order; only this package is logged, as orbax and others
@@ -58,7 +57,7 @@ def begin(module: str, workdir: str):
 
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
-  path = workdir_lib.place(workdir)
+  path = storage.as_path(workdir)
   if not jax.config.jax_compilation_cache_dir:
     cache = str(path.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
@@ -66,7 +65,7 @@ def begin(module: str, workdir: str):
 
 
 @contextlib.contextmanager
-def refusing(workdir, again: str):
+def report_errors(workdir, again: str):
   """One line and an exit code for what is no defect; see main.py for codes.
 
   Args:
@@ -80,10 +79,10 @@ def refusing(workdir, again: str):
   except Exception as error:
     from ffp_jax.runtime import sharding
 
-    if reason := workdir_lib.disk_full(error):
+    if reason := storage.disk_full(error):
       refuse(f'{workdir}: {reason}; make room and go on with: {again}', 74)
-    if sharding.lost_touch(error):
-      signals.leave(
+    if sharding.is_peer_failure(error):
+      signals.exit_resumable(
         f'another process of the run has ended ({error}); start all of them '
         f'again, they go on: {again}'
       )

@@ -18,7 +18,7 @@ class Memory(NamedTuple):
     return sum(self)
 
 
-def needs(function, *args, **kwargs) -> Memory:
+def memory_needed(function, *args, **kwargs) -> Memory:
   """What a jitted function takes; it is compiled, not run.
 
   Args:
@@ -33,13 +33,13 @@ def needs(function, *args, **kwargs) -> Memory:
   )
 
 
-def free() -> int | None:
+def free_bytes() -> int | None:
   """Bytes left on this process's first device; None if it doesn't tell."""
   stats = jax.local_devices()[0].memory_stats()
   return stats and stats['bytes_limit'] - stats['bytes_in_use']
 
 
-def fitting(step, most: int, *args) -> int:
+def largest_block(step, most: int, *args) -> int:
   """How many candidates a step can score at once.
 
   Args:
@@ -47,10 +47,10 @@ def fitting(step, most: int, *args) -> int:
     most: no more than so many.
     *args: of the step.
   """
-  left = free()
+  left = free_bytes()
   if left is None or most == 1:
     return 1
-  each = max(1, needs(step, *args).temporary)
+  each = max(1, memory_needed(step, *args).temporary)
   block = min(most, max(1, int(0.9 * left) // each))
   logging.info(
     'a candidate takes %.1f GiB of the %.1f GiB free: %d at once',
@@ -61,7 +61,7 @@ def fitting(step, most: int, *args) -> int:
   return block
 
 
-def halving(make, block: int):
+def halve_on_oom(make, block: int):
   """A function that halves its block, once, if memory runs out.
 
   Args:

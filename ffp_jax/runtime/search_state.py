@@ -12,7 +12,7 @@ from absl import logging
 from flax import serialization
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 
 class Checkpoints:
@@ -101,7 +101,7 @@ def _digest(tree) -> np.ndarray:
   return np.frombuffer(sha.digest(), np.uint8)
 
 
-def newest(directory: pathlib.Path) -> dict | None:
+def newest_state(directory: pathlib.Path) -> dict | None:
   """The newest state that is whole, as nested dicts of NumPy arrays.
 
   Args:
@@ -140,7 +140,7 @@ def steps_in(directory: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def restore(directory: pathlib.Path, like):
+def restore_state(directory: pathlib.Path, like):
   """The newest state that is whole, in the form and place of `like`.
 
   Returns:
@@ -149,7 +149,7 @@ def restore(directory: pathlib.Path, like):
   Raises:
     RequestError: there are some, and none can be used.
   """
-  tree = newest(directory)
+  tree = newest_state(directory)
   if tree is None:
     return None
   if _shapes(tree) != _shapes(serialization.to_state_dict(like)):
@@ -164,7 +164,7 @@ def restore(directory: pathlib.Path, like):
   )
 
 
-def inherit(workdir: pathlib.Path, like: dict) -> dict:
+def inherit_policy(workdir: pathlib.Path, like: dict) -> dict:
   """The policy's parameters that another run has found.
 
   Args:
@@ -174,7 +174,7 @@ def inherit(workdir: pathlib.Path, like: dict) -> dict:
   Raises:
     RequestError: there are none, or they are of another shape.
   """
-  tree = newest(workdir / 'checkpoints')
+  tree = newest_state(workdir / 'checkpoints')
   if tree is None:
     raise RequestError(
       f'search.init_from: {workdir} has no checkpoint; give the workdir of a '

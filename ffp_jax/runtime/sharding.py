@@ -19,11 +19,13 @@ from jax.sharding import (
   SingleDeviceSharding,
 )
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 MESH_AXES = ('candidates', 'fsdp', 'tensor')
 
-_SILENCE = 30  # seconds after which a process that says nothing is dead
+_HEARTBEAT_TIMEOUT_S = (
+  30  # seconds after which a process that says nothing is dead
+)
 
 # Logical axis to mesh axis. An array takes each mesh axis once, for the first
 # of its axes that the mesh axis divides: with odd groups the query heads of a
@@ -110,7 +112,7 @@ def make_mesh(candidates: int, fsdp: int, tensor: int, devices=None) -> Mesh:
   )
 
 
-def spec(shape, axes, sizes) -> PartitionSpec:
+def partition_spec(shape, axes, sizes) -> PartitionSpec:
   """Which mesh axis splits which axis of an array.
 
   Args:
@@ -131,11 +133,11 @@ def constrain(x, *axes):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  layout = spec(x.shape, axes, mesh.shape)
+  layout = partition_spec(x.shape, axes, mesh.shape)
   return jax.lax.with_sharding_constraint(x, layout)
 
 
-def of_params(shapes, mesh: Mesh | None = None):
+def param_shardings(shapes, mesh: Mesh | None = None):
   """The sharding of every parameter.
 
   Args:
@@ -152,7 +154,7 @@ def of_params(shapes, mesh: Mesh | None = None):
     if mesh.empty:
       return SingleDeviceSharding(jax.local_devices()[0])
     axes = _axes(path, leaf)
-    return NamedSharding(mesh, spec(leaf.shape, axes, mesh.shape))
+    return NamedSharding(mesh, partition_spec(leaf.shape, axes, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(one, shapes)
 
@@ -171,7 +173,7 @@ def constrain_params(params):
   )
 
 
-def side_by_side(f, xs, *, block: int):
+def map_candidates(f, xs, *, block: int):
   """`f` of every x, so many at once, split over the mesh's candidates.
 
   Args:
@@ -211,17 +213,19 @@ def mean_over_rows(f, rows_BxT):
   parts = 1 if mesh.empty else mesh.shape['candidates']
   parts = parts if len(rows_BxT) % parts == 0 else 1
   shares = rows_BxT.reshape(parts, -1, rows_BxT.shape[1])
-  return side_by_side(f, shares, block=1).mean()
+  return map_candidates(f, shares, block=1).mean()
 
 
-def fetch(x) -> np.ndarray:
+def to_host(x) -> np.ndarray:
   """The whole of an array, on every host; all processes must call it."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
 
 
-def join(coordinator: str, processes: int | None, process: int | None):
+def join_processes(
+  coordinator: str, processes: int | None, process: int | None
+):
   """Makes this one process of a run by several; before any computation.
 
   Args:
@@ -240,8 +244,8 @@ def join(coordinator: str, processes: int | None, process: int | None):
       address,
       processes,
       process,
-      heartbeat_timeout_seconds=_SILENCE,
-      shutdown_timeout_seconds=_SILENCE,
+      heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
+      shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
     )
   except (RuntimeError, ValueError) as error:
     raise RequestError(
@@ -249,25 +253,25 @@ def join(coordinator: str, processes: int | None, process: int | None):
     ) from error
 
 
-def leads() -> bool:
+def is_lead_process() -> bool:
   """Whether this is the one process of a run that writes."""
   return jax.process_index() == 0
 
 
-def lost_touch(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
   """Whether an error may come of the end of another process."""
   failed = isinstance(error, jax.errors.JaxRuntimeError)
   return failed and jax.process_count() > 1
 
 
 @contextlib.contextmanager
-def led_by_one(claim, *args):
+def lead_process_first(claim, *args):
   """Has process 0 enter `claim(*args)`, and then the others go on.
 
   Yields:
     `leads()`.
   """
-  with claim(*args) if leads() else contextlib.nullcontext():
+  with claim(*args) if is_lead_process() else contextlib.nullcontext():
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('claimed')
-    yield leads()
+    yield is_lead_process()

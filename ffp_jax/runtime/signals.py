@@ -12,7 +12,7 @@ _saves = []
 
 
 @contextlib.contextmanager
-def save_first(save):
+def save_on_signal(save):
   """Has `save()` called, from another thread, before a signal ends this."""
   _saves.append(save)
   try:
@@ -21,7 +21,7 @@ def save_first(save):
     _saves.remove(save)
 
 
-def leave(message: str):
+def exit_resumable(message: str):
   """Prints one line and exits with EXIT_CODE, waiting for nobody."""
   line = f'ffp_jax: {" ".join(message.split())}'
   print(line, file=sys.stderr, flush=True)
@@ -53,6 +53,6 @@ def exit_on_signals(command: str):
         save()
     except Exception as error:  # the checkpoint before is as good as ever
       saved = f'could not save ({" ".join(str(error).split())[:200]})'
-    leave(f'{name}: {saved}; go on with: {command}')
+    exit_resumable(f'{name}: {saved}; go on with: {command}')
 
   threading.Thread(target=wait, daemon=True).start()

@@ -2,33 +2,40 @@
 
 import contextlib
 import dataclasses
-import errno
+import fcntl
 import json
-import math
 import os
 import pathlib
 import sys
 import time
 
 from absl import logging
-from etils import epath
 from tqdm import tqdm
+
+from ffp_jax.errors import RequestError
+from ffp_jax.runtime.storage import (
+  append_text,
+  is_local,
+  read_json_lines,
+  to_json,
+  write_atomically,
+)
 
 _LOG_SECONDS = 10  # between progress lines where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class Book:
+class Workdir:
   """Where a run writes its times, metrics and JSON files.
 
   Attributes:
-    workdir: need not exist until something is written.
+    path: need not exist until something is written.
     writes: False in all processes of a run but one, which only read.
     seconds: by stage, in the order of `timed`, over all processes that have
       worked on this run; kept in seconds.json.
   """
 
-  workdir: pathlib.Path
+  path: pathlib.Path
   writes: bool = True
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   _since: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -59,13 +66,13 @@ class Book:
   def append(self, line: dict):
     """Adds a line, which has a step, to metrics.jsonl; NaN becomes null."""
     if self.writes:
-      self.workdir.mkdir(parents=True, exist_ok=True)
-      _append(self._metrics, _json(line) + '\n')
+      self.path.mkdir(parents=True, exist_ok=True)
+      append_text(self._metrics, to_json(line) + '\n')
     self._count_time()
 
   @property
   def _metrics(self):
-    return self.workdir / 'metrics.jsonl'
+    return self.path / 'metrics.jsonl'
 
   def has_metrics(self) -> bool:
     """Whether a search has taken a step."""
@@ -77,17 +84,21 @@ class Book:
     A line that a crash tore is dropped too, so that `append` starts a new one.
     """
     if self.writes and self._metrics.exists():
-      kept = [line for line in lines(self._metrics) if line['step'] < step]
-      replace(self._metrics, ''.join(_json(line) + '\n' for line in kept))
+      kept = [
+        line for line in read_json_lines(self._metrics) if line['step'] < step
+      ]
+      write_atomically(
+        self._metrics, ''.join(to_json(line) + '\n' for line in kept)
+      )
 
   def write_json(self, name: str, content):
     """Writes `workdir/name`, whole or not at all; NumPy is accepted."""
     if self.writes:
-      replace(self.workdir / name, _json(content, indent=2) + '\n')
+      write_atomically(self.path / name, to_json(content, indent=2) + '\n')
 
   def read_json(self, name: str):
     """The content of `workdir/name`, None if there is no such file."""
-    path = self.workdir / name
+    path = self.path / name
     return json.loads(path.read_text()) if path.exists() else None
 
   @contextlib.contextmanager
@@ -128,84 +139,103 @@ class Book:
       yield show
 
 
-def plain(value):
-  """The same content for strict JSON: no NumPy, null for NaN and inf."""
-  if hasattr(value, 'tolist'):  # NumPy
-    value = value.tolist()
-  if isinstance(value, dict):
-    return {key: plain(inner) for key, inner in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(inner) for inner in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
+def changed_keys(config, other: dict) -> list[str]:
+  """Keys whose values differ between a config and one read from JSON."""
+  flat = [_flat(json.loads(config.to_json())), _flat(other)]
+  keys = sorted(flat[0].keys() | flat[1].keys())
+  return [key for key in keys if flat[0].get(key, ...) != flat[1].get(key, ...)]
 
 
-def _json(content, indent=None) -> str:
-  return json.dumps(plain(content), indent=indent, allow_nan=False)
+def _flat(tree, prefix=''):
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out.update(_flat(value, f'{prefix}{key}.'))
+    else:
+      out[prefix + key] = value
+  return out
 
 
-def lines(path) -> list[dict]:
-  """The objects of a file of JSON lines; a torn line is left out."""
-  found = []
-  for line in path.read_bytes().decode(errors='replace').splitlines():
-    try:
-      found.append(json.loads(line))
-    except json.JSONDecodeError:
-      logging.warning('%s: a torn line is left out', path)
-  return found
+# What a run may go on with another value of: no result depends on it, but for
+# the order in which numbers are summed on another mesh. The number of steps is
+# not among them: the learning rates fall over the whole search.
+_MAY_CHANGE = (
+  'checkpoint.',
+  'compare.methods',
+  'compare.sparsities',
+  'compare.seeds',
+  'mesh.',
+  'search.block',
+  'search.remat',
+)
 
 
-def place(name: str):
-  """A path from the command line: of a file system, or of a bucket."""
-  return epath.Path(name) if '://' in name else pathlib.Path(name).expanduser()
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, config):
+  """Holds the workdir against other processes, and config.json in it.
 
+  The lock ends with the process, however that ends. A bucket has none.
 
-def is_local(path) -> bool:
-  """Whether a path is of a file system; in a bucket objects are replaced
-  whole, and nothing can be appended, renamed or locked."""
-  return isinstance(path, pathlib.Path)
-
-
-def _append(path, text):
-  if is_local(path):
-    with open(path, 'a') as file:
-      _write(file, text)
-  else:
-    path.write_text((path.read_text() if path.exists() else '') + text)
-
-
-def replace(path, text):
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if not is_local(path):
-    path.write_text(text)
-    return
-  temp = path.with_name(f'.{path.name}.tmp')
-  with open(temp, 'w') as file:
-    _write(file, text)
-  os.replace(temp, path)
-
-
-def _write(file, text):
-  """As far as the disk, so that a power cut can't reorder what is written."""
-  file.write(text)
-  file.flush()
-  os.fsync(file.fileno())
-
-
-# Disk, quota, and the largest file that is allowed.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def disk_full(error: BaseException) -> str | None:
-  """What the system says of a full disk, None if `error` isn't of one.
-
-  Goes by the text, as libraries wrap the system's errors in their own.
+  Raises:
+    RequestError: the workdir can't be written, is in use, or holds a run
+      with other settings.
   """
-  while error:
-    for code in _FULL:
-      if os.strerror(code) in str(error):
-        return os.strerror(code)
-    error = error.__cause__ or error.__context__
-  return None
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    local = is_local(workdir)
+    lock = open(workdir / 'lock' if local else os.devnull, 'w')
+  except OSError as error:
+    raise RequestError(
+      f'workdir: cannot write to {workdir} ({error.strerror})'
+    ) from error
+  with lock:
+    if local:
+      _lock(lock, workdir)
+    _write_config(workdir, config)
+    yield
+
+
+def _lock(file, workdir):
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise RequestError(
+      f'workdir: another process is at work in {workdir}; wait for it, or use '
+      'another --workdir'
+    ) from error
+  except OSError as error:  # some network file systems
+    logging.warning('%s: cannot be locked (%s)', workdir, error.strerror)
+
+
+def _write_config(workdir, config):
+  path = workdir / 'config.json'
+  try:
+    differ = _differing(config, path) if path.exists() else ['all']
+    if differ:
+      write_atomically(path, config.to_json(indent=2) + '\n')
+  except OSError as error:
+    raise RequestError(
+      f'workdir: cannot write to {workdir} ({error.strerror})'
+    ) from error
+
+
+def _differing(config, path) -> list[str]:
+  """Keys that may differ from those in `path`, and do."""
+  try:
+    other = json.loads(path.read_text())
+  except ValueError as error:
+    raise RequestError(
+      f'workdir: {path} is not valid JSON; use another --workdir'
+    ) from error
+  if not isinstance(other, dict):
+    raise RequestError(
+      f'workdir: {path} is not a configuration; use another --workdir'
+    )
+  differ = changed_keys(config, other)
+  fixed = [key for key in differ if not key.startswith(_MAY_CHANGE)]
+  if fixed:
+    raise RequestError(
+      f'workdir: {path.parent} holds a run with other {", ".join(fixed)}; '
+      'use another --workdir or the same settings'
+    )
+  return differ

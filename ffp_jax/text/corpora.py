@@ -10,8 +10,10 @@ from typing import NamedTuple
 import huggingface_hub
 from absl import logging
 
-from ffp_jax.config import TEXT_BYTES, RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import general_text, mixture, readers
+
+TEXT_BYTES = 8_000_000  # of UTF-8; what follows in a text is not read
 
 
 class Text(NamedTuple):
@@ -91,7 +93,7 @@ def _general() -> Iterator[str]:
     raise RequestError(
       f"data: 'general': {error}; 'pydoc' needs no network"
     ) from error
-  return readers.read(path, TEXT_BYTES, 'text')
+  return readers.read_documents(path, TEXT_BYTES, 'text')
 
 
 _BUILTIN = {'general': _general, 'pydoc': _pydoc}
@@ -106,18 +108,20 @@ class _Source(NamedTuple):
   windows: int | None = None
 
 
-def read(
+def read_text(
   source: str, *, field='', report=False, limit: int = TEXT_BYTES
 ) -> Text:
   """Reads the text that `config.data` or --data names.
 
   Args:
     source: 'general' or 'pydoc'; one of CORPORA, with a split as in
-      'wikitext2:test'; or a path, see `readers.files` and `readers.read`.
-      Files and their documents are joined by blank lines. Or several of these
+      'wikitext2:test'; or a path, see `readers.list_files` and
+      `readers.read_documents`. Files and their documents are joined by blank
+      lines. Or several of these
       with weights, see `mixture.parse`; each has its share of the bytes in
       every stretch of the text.
-    field: what holds a document, see `readers.read`; no matter for a corpus.
+    field: what holds a document, see `readers.read_documents`; no matter for
+      a corpus.
     report: a corpus without a split means the one that papers report, test
       (validation for C4), instead of train.
     limit: bytes; what follows is not read.
@@ -129,14 +133,14 @@ def read(
   parts = mixture.parse(source)
   sources = [_open(x.source, field, report, limit) for x in parts]
   if len(parts) == 1:
-    return _text(sources[0], limit)
+    return _join_documents(sources[0], limit)
   mixed = mixture.interleave(
     [_pieces(x) for x in sources], [x.weight for x in parts]
   )
   name = ','.join(
     f'{x.name}:{part.weight:g}' for x, part in zip(sources, parts, strict=True)
   )
-  return _text(_Source(mixed, name), limit)
+  return _join_documents(_Source(mixed, name), limit)
 
 
 def other_builtin(source: str) -> str:
@@ -160,13 +164,13 @@ def _open(source, field, report, limit) -> _Source:
     return _Source(_BUILTIN[source](), source)
   # Not Path(''), which is the working directory.
   path = pathlib.Path(source).expanduser()
-  files = readers.files(path) if source else []
+  files = readers.list_files(path) if source else []
   if not files:
     raise RequestError(
       f'data: {source!r} is neither {", ".join([*_BUILTIN, *CORPORA])} nor a '
       f'directory or file of {readers.FORMATS}'
     )
-  found = (readers.read(file, limit, field) for file in files)
+  found = (readers.read_documents(file, limit, field) for file in files)
   return _Source(itertools.chain.from_iterable(found), source)
 
 
@@ -178,7 +182,7 @@ def _open_corpus(name, split, *, report, limit) -> _Source:
       f'data: {name} has no split {split!r}, only {", ".join(corpus.splits)}'
     )
   part = corpus.splits[split]
-  found = readers.read(_fetch(name, corpus, part.file), limit)
+  found = readers.read_documents(_fetch(name, corpus, part.file), limit)
   found = itertools.islice(found, part.documents)
   return _Source(found, f'{name}:{split}', corpus.join, part.windows)
 
@@ -221,7 +225,7 @@ def _fetch(name, corpus, file) -> pathlib.Path:
     ) from error
 
 
-def _text(source: _Source, limit) -> Text:
+def _join_documents(source: _Source, limit) -> Text:
   """Joins documents until there are `limit` bytes, and cuts there.
 
   Those that are None are left out, which is logged.

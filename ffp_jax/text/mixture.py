@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 _PIECE = 2048  # characters at least
 # Up to twice as many stay whole; a cut comes after a line, or else a word.

@@ -5,7 +5,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 from ffp_jax.text import records
 
 _SAID = ('content', 'value', 'text')  # in a message of a chat
@@ -34,7 +34,7 @@ def _kind(path: pathlib.Path) -> tuple[str, str] | None:
   return (last, '') if last in known else None
 
 
-def files(path: pathlib.Path) -> list[pathlib.Path]:
+def list_files(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the text files that a path stands for, by name.
 
   Args:
@@ -101,7 +101,7 @@ def _document(value, where) -> str | None:
   return value
 
 
-def read(
+def read_documents(
   path: pathlib.Path, limit: int, field: str = ''
 ) -> Iterator[str | None]:
   """Yields the documents of a file, lazily; None for those that are null.

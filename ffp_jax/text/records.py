@@ -10,7 +10,7 @@ import json
 import lzma
 import re
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 # What holds the document if nobody says: the first that is there.
 FIELDS = ('text', 'sentence', 'content', 'messages', 'conversations')

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ffp_jax.config import RequestError
-from ffp_jax.export.staging import staged
+from ffp_jax.errors import RequestError
+from ffp_jax.runtime.storage import staged
 
 
 def order(

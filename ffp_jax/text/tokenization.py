@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from ffp_jax.config import RequestError
-from ffp_jax.models import families
+from ffp_jax.checkpoints import model_config
+from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
 
 # What transformers reads beside the vocabulary, all of it JSON.
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
   bos: int | None  # the tokenizer's beginning-of-sequence id
 
 
-def load(directory: pathlib.Path):
+def load_tokenizer(directory: pathlib.Path):
   """Returns a model's own tokenizer, of transformers; runs no code of its own.
 
   Raises:
@@ -77,17 +77,17 @@ def _class_of(directory: pathlib.Path, transformers):
   return transformers.AutoTokenizer
 
 
-def encode(directory: pathlib.Path, text: str) -> Tokens:
+def tokenize(directory: pathlib.Path, text: str) -> Tokens:
   """Returns a text by the model's own tokenizer, tokenised once.
 
   Raises:
     RequestError: see `load` and `ids_of`.
   """
-  tokenizer = load(directory)
-  return Tokens(ids_of(tokenizer, text), tokenizer.bos_token_id)
+  tokenizer = load_tokenizer(directory)
+  return Tokens(token_ids(tokenizer, text), tokenizer.bos_token_id)
 
 
-def ids_of(tokenizer, text: str) -> np.ndarray:
+def token_ids(tokenizer, text: str) -> np.ndarray:
   """Returns the ids of a whole text, int32 [N].
 
   Raises:
@@ -103,7 +103,7 @@ def ids_of(tokenizer, text: str) -> np.ndarray:
   return np.asarray(ids, np.int32)
 
 
-def ends(directory: pathlib.Path, tokenizer) -> frozenset[int]:
+def end_ids(directory: pathlib.Path, tokenizer) -> frozenset[int]:
   """Returns the ids that end a text: the model's own and the tokenizer's EOS.
 
   As in transformers, the model's are those of generation_config.json, even if
@@ -115,7 +115,7 @@ def ends(directory: pathlib.Path, tokenizer) -> frozenset[int]:
   """
   path = directory / 'generation_config.json'
   if _json_fault(path):
-    values = families.read_json(directory)
+    values = model_config.read_config_json(directory)
   else:
     values = json.loads(path.read_text(encoding='utf-8'))
   stated = values.get('eos_token_id')
@@ -129,7 +129,7 @@ def ends(directory: pathlib.Path, tokenizer) -> frozenset[int]:
   return frozenset(found)
 
 
-def check(config: ModelConfig, tokens, context: int):
+def check_tokens(config: ModelConfig, tokens, context: int):
   """Refuses what a lookup would clamp in silence; warns of unknown positions.
 
   Raises:

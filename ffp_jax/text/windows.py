@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffp_jax.config import RequestError
+from ffp_jax.errors import RequestError
 
 
 class Splits(NamedTuple):

@@ -1,0 +1,104 @@
+"""config.json of a model directory, read as the decoder's configuration."""
+
+import dataclasses
+import json
+import pathlib
+
+from ffp_jax.checkpoints import directory as directories
+from ffp_jax.checkpoints.stored import FORMATS
+from ffp_jax.errors import RequestError
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.families import EMBED, FAMILIES, HEAD_NAME
+from ffp_jax.models.json_fields import Fields
+
+
+def read_config_json(directory: pathlib.Path) -> dict:
+  """config.json of a model directory that can be read on.
+
+  Raises:
+    RequestError: it is missing, no JSON object, of a family we don't know,
+      or of a quantised model.
+  """
+  path = directory / 'config.json'
+  try:
+    hf = json.loads(path.read_bytes())  # which sees to a byte-order mark
+  except FileNotFoundError as error:
+    if (directory / 'adapter_config.json').exists():
+      raise RequestError(
+        f'{directory}: an adapter, not a model; merge it into its model first '
+        '(PEFT: merge_and_unload, then save_pretrained)'
+      ) from error
+    raise RequestError(
+      f'{directory}: no config.json; is this a model directory?'
+    ) from error
+  except (ValueError, RecursionError) as error:
+    raise RequestError(f'{path}: not valid JSON ({error})') from error
+  family = hf.get('model_type') if isinstance(hf, dict) else None
+  if family not in tuple(FAMILIES):
+    known = ', '.join(FAMILIES)
+    raise RequestError(
+      f'{path}: model_type {family!r} is not supported; use one of {known}'
+    )
+  _refuse_stored_otherwise(path, hf)
+  return {key: hf[key] for key in hf if key != 'quantization_config'}
+
+
+def _refuse_stored_otherwise(path, hf):
+  """Refuses weights that are not stored as they are, in the usual files."""
+  if hf.get('transformers_weights'):
+    raise RequestError(
+      f'{path}: transformers_weights names {hf["transformers_weights"]!r}; '
+      f'give that file the name {FORMATS[0]} and remove the key'
+    )
+  quantised = hf.get('quantization_config') or {}
+  sparse = isinstance(quantised, dict) and quantised.get('sparsity_config')
+  if not quantised or sparse and _dense(quantised) and _dense(sparse):
+    return
+  if sparse and not _dense(sparse):
+    raise RequestError(
+      f'{path}: the weights are compressed ({sparse.get("format")}); use the '
+      'model they were made from, or save it anew with save_compressed=False'
+    )
+  raise RequestError(
+    f'{path}: the weights are quantised (quantization_config); use the '
+    'model they were made from'
+  )
+
+
+def _dense(scheme) -> bool:
+  """Whether compressed-tensors stores plain weights, as of sparse models."""
+  return (
+    isinstance(scheme, dict)
+    and scheme.get('format') == 'dense'
+    and not scheme.get('config_groups')
+    and not scheme.get('kv_cache_scheme')
+  )
+
+
+def read_model_config(directory: pathlib.Path) -> ModelConfig:
+  """The decoder's config of a dense or sliced model directory.
+
+  `tied` is what the weights say, where there are any; whatever is written
+  says it after them.
+
+  Raises:
+    RequestError: config.json is missing, broken, incomplete or unsupported;
+      or says that weights are tied, and they can't be opened.
+  """
+  hf = read_config_json(directory)
+  family = FAMILIES[hf['model_type']]
+  fields = Fields(str(directory / 'config.json'), family.absent | hf)
+  config = family.config(fields)
+  if config.tied:
+    embed = family.names[1]['/'.join(EMBED)].name
+    tied = directories.is_tied(directory, embed, HEAD_NAME)
+    config = dataclasses.replace(config, tied=tied)
+  if 'ffp_jax' not in hf:
+    return config
+  kept = Fields(f'{fields.where}: ffp_jax', fields.group('ffp_jax'))
+  L = config.layers
+  return dataclasses.replace(
+    config,
+    kept_groups=kept.integers('kept_groups', length=L, most=config.groups),
+    kept_ffn=kept.integers('kept_ffn', length=L, most=config.ffn),
+  )
