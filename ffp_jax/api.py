@@ -106,18 +106,21 @@ def prune_model(
     return last
 
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    # The mesh of the run may be another than the model was loaded on.
+    places = sharding.param_shardings(model.params)
+    params = jax.device_put(model.params, places)
     first = search.initial_state(config, sublayers)
     scorer = scoring.Scorer(model.config)
     found = prune.prune(
       config,
       job,
-      model.params,
+      params,
       first,
       scorer,
       follow=follow,
       timed=lambda stage: contextlib.nullcontext(),
     )
-    held_out = prune.evaluate(config, job, model.params, found, scorer)
+    held_out = prune.evaluate(config, job, params, found, scorer)
     small = slicing.slice_model(
       model, found.params['searched'], found.keep['searched']
     )
