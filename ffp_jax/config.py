@@ -95,6 +95,9 @@ def defaults() -> ml_collections.ConfigDict:
   return config
 
 
+get_config = defaults  # so that this file is one that --config can name
+
+
 def describe_keys(config: ml_collections.ConfigDict) -> str:
   """Returns every key of a config, its value and what it means, as lines.
 
