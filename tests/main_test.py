@@ -8,6 +8,7 @@ import tempfile
 
 from absl.testing import absltest, parameterized
 
+from ffp_jax import console
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
