@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   del argv
-  workdir, again = cli.begin_command('ffp_jax.main', _WORKDIR.value)
+  workdir, again = cli.begin_command('ffp_jax.main', flags.FLAGS.workdir)
   # Imported here, so that a wrong flag is refused at once.
   from ffp_jax import prune, report
   from ffp_jax.runtime import sharding
