@@ -77,7 +77,8 @@ def begin_command(module: str, workdir: str):
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
   path = storage.as_path(workdir)
-  if not jax.config.jax_compilation_cache_dir  # ty: ignore[unresolved-attribute]:
+  # ty: ignore[missing-attribute]
+  if not jax.config.jax_compilation_cache_dir:
     cache = str(path.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
   return path, again
