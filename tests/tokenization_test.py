@@ -442,7 +442,7 @@ class CheckTest(parameterized.TestCase):
       tokenization.check_tokens(config, np.array([0, config.vocab]), 8)
 
   def test_plain_positions_reach_as_far_as_stated(self):
-    self.assertEqual(rope.Scaling().reach(64), 64)
+    self.assertEqual(rope.Scaling().max_context(64), 64)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ import pathlib
 from ffp_jax.checkpoints import directory as directories
 from ffp_jax.checkpoints.stored import FORMATS
 from ffp_jax.errors import RequestError
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.families import EMBED, FAMILIES, HEAD_NAME
 from ffp_jax.models.json_fields import Fields
 
@@ -87,10 +87,10 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
   """
   hf = read_config_json(directory)
   family = FAMILIES[hf['model_type']]
-  fields = Fields(str(directory / 'config.json'), family.absent | hf)
+  fields = Fields(str(directory / 'config.json'), family.defaults | hf)
   config = family.config(fields)
   if config.tied:
-    embed = family.names[1]['/'.join(EMBED)].name
+    embed = family.names.outside['/'.join(EMBED)].name
     tied = directories.is_tied(directory, embed, HEAD_NAME)
     config = dataclasses.replace(config, tied=tied)
   if 'ffp_jax' not in hf:

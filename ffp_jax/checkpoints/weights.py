@@ -15,7 +15,7 @@ from ffp_jax.checkpoints import model_config, orbax_tree, stored
 from ffp_jax.checkpoints.stored import Stored
 from ffp_jax.errors import RequestError
 from ffp_jax.models import families
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.config import ModelConfig
 from ffp_jax.runtime import sharding
 
 _PIECE = 1 << 20  # numbers read at once: little memory, near the cache

@@ -12,7 +12,7 @@ from absl import logging
 
 from ffp_jax.checkpoints import model_config
 from ffp_jax.errors import RequestError
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.config import ModelConfig
 
 # What transformers reads beside the vocabulary, all of it JSON.
 _SETTINGS = (
@@ -140,7 +140,7 @@ def check_tokens(config: ModelConfig, tokens, context: int):
       f'model: the tokenizer gives id {tokens.max()}, the embedding has '
       f'{config.vocab} rows; the two do not belong together'
     )
-  most = config.rope_scaling.reach(config.max_positions)
+  most = config.rope_scaling.max_context(config.max_positions)
   if context <= most:
     return
   problem = f'text.context: {context} is more than the {most} positions of this'
