@@ -10,7 +10,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax.checkpoints import gguf_model, hub, model_config, weights
+from ffp_jax.checkpoints import gguf_model, hub, model_config, shards, weights
 from ffp_jax.models import families
 from ffp_jax.text import tokenization
 from tests.testing import CheckpointTestCase
@@ -173,7 +173,7 @@ class WeightsTest(_TestCase):
     model = _model(**changes)
     config, params = self.reference(model)
     for piece in (1 << 20, 100):
-      with mock.patch.object(weights, '_PIECE', piece):
+      with mock.patch.object(shards, '_PIECE', piece):
         folder = hub.resolve_model(str(self.written(model)))
         self.assertEqual(model_config.read_model_config(folder), config)
         self.assert_trees_equal(self.load(folder), params)

@@ -17,7 +17,7 @@ import transformers
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from ffp_jax.checkpoints import directory, model_config, weights
+from ffp_jax.checkpoints import directory, model_config, shards, weights
 from ffp_jax.models import families
 from tests import testing
 from tests.testing import CheckpointTestCase as _TestCase
@@ -168,7 +168,7 @@ class FlaxTest(_TestCase):
     with mock.patch.object(flax.serialization, 'MAX_CHUNK_SIZE', 1000):
       folder = self.written(name)
     self.assertIn(b'msgpack_chunked', (folder / _FLAX).read_bytes())
-    with mock.patch.object(weights, '_PIECE', 100):
+    with mock.patch.object(shards, '_PIECE', 100):
       self.assert_trees_equal(self.load(folder), testing.pair(name).params)
 
   def test_shards(self):
@@ -826,7 +826,7 @@ class ShardingTest(_TestCase):
             break
       return P(*spec)
 
-    with mock.patch.object(weights, '_PIECE', piece):
+    with mock.patch.object(shards, '_PIECE', piece):
       params = self.placed(self.saved(name), rule)
     self.assert_trees_equal(params, testing.pair(name).params)
     widest = params['stack']['attention']['query']
@@ -866,13 +866,13 @@ class ShardingTest(_TestCase):
 
   def test_on_cpu_nothing_is_copied(self):
     made = []
-    aligned = weights._aligned
+    aligned = shards._aligned
 
     def remember(*args):
       made.append(aligned(*args))
       return made[-1]
 
-    with mock.patch.object(weights, '_aligned', remember):
+    with mock.patch.object(shards, '_aligned', remember):
       params = self.load(self.saved('llama_grouped'))
     ours = {x.ctypes.data for x in made}
     theirs = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
