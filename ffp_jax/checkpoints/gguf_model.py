@@ -176,7 +176,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
 
 @functools.lru_cache(maxsize=1)  # parsing a big vocabulary takes seconds
 def _open_tensors(path, _):
-  """Does so, cached by path and time of change."""
+  """Opens the tensors; cached by path and time of change."""
   reader = open_file(path)
   config = hf_config(reader)
   layers = config['num_hidden_layers']

@@ -113,7 +113,7 @@ def _declare_adapter(module, name, inputs, outputs):
 
 def _multiply(module, name, x):
   """Multiplies [...,I] by a weight and its low-rank update: [...,O]."""
-  # As matrices: XLA's backward pass is slow on more axes.
+  # Multiplies matrices, as XLA's backward pass is slow on more axes.
   y = x @ getattr(module, name).reshape(x.shape[-1], -1)
   if not module.config.adapter_rank:
     return y
