@@ -9,7 +9,7 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lm_eval.tasks
@@ -21,7 +21,7 @@ from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
-from ffp_jax.evaluation import likelihood
+from ffp_jax.evaluation import batches, likelihood
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import ModelConfig
 
@@ -111,52 +111,6 @@ def score_tasks(
   }
 
 
-class Batch(NamedTuple):
-  """Requests that are computed together."""
-
-  index: list[int]  # indices of the requests, at most B
-  tokens: np.ndarray  # int32 [B,T], right-padded; the last rows may be padding
-  lengths: np.ndarray  # int32 [B], tokens before the padding, 1 or more
-
-
-def make_batches(
-  rows: list[list[int]],
-  *,
-  max_length: int,
-  batch_tokens: int,
-  new_tokens: int = 0,
-) -> Iterator[Batch]:
-  """Sorts rows by length, longest first, and pads them to few shapes.
-
-  Args:
-    rows: token ids, none empty.
-    max_length: tokens of the longest shape; other shapes are powers of two.
-    batch_tokens: approximate number of tokens in a batch.
-    new_tokens: number of tokens that each row will grow by.
-
-  Yields:
-    `Batch`es.
-  """
-
-  def padded_length(length):
-    power_of_two = 1 << (length - 1).bit_length()
-    return min(max_length, max(likelihood.MIN_LENGTH, power_of_two))
-
-  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-  for time, group in itertools.groupby(
-    order, lambda i: padded_length(len(rows[i]))
-  ):
-    same, count = list(group), max(1, batch_tokens // (time + new_tokens))
-    for start in range(0, len(same), count):
-      index = same[start : start + count]
-      padded = np.zeros((count, time), np.int32)
-      lengths = np.ones(count, np.int32)
-      for row, i in enumerate(index):
-        lengths[row] = len(rows[i])
-        padded[row, : lengths[row]] = rows[i]
-      yield Batch(index, padded, lengths)
-
-
 class JaxLM(TemplateLM):
   """A decoder, dense or sliced, behind lm_eval's interface of a model.
 
@@ -223,7 +177,7 @@ class JaxLM(TemplateLM):
     ):
       by_shape.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
     for (count, size), sequences in by_shape.items():
-      for batch in make_batches(
+      for batch in batches.make_batches(
         [sequence.prefix for sequence in sequences],
         max_length=self.max_length,
         batch_tokens=self._batch_tokens,
@@ -271,7 +225,7 @@ class JaxLM(TemplateLM):
       settings = _generation_settings(requests[index[0]].args[1], self)
       max_prompt = self.max_length - settings.max_tokens
       rows = [self.tok_encode(requests[i].args[0])[-max_prompt:] for i in index]
-      for batch in make_batches(
+      for batch in batches.make_batches(
         rows,
         max_length=max_prompt,
         batch_tokens=self._batch_tokens,
@@ -284,7 +238,7 @@ class JaxLM(TemplateLM):
     return answers
 
   def _generate(
-    self, batch: Batch, settings: '_GenerationSettings'
+    self, batch: batches.Batch, settings: '_GenerationSettings'
   ) -> list[str]:
     """Returns the text that continues each prompt, up to its stop."""
     steps = decoding.generate_tokens(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffp_jax.evaluation.batches import MIN_LENGTH
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import (
   Cache,
@@ -21,7 +22,6 @@ from ffp_jax.models.decoder import (
   positions_from_zero,
 )
 
-MIN_LENGTH = 32  # tokens of the shortest padded row
 _MIN_SUFFIX = 16  # tokens of the shortest padded suffix
 _MIN_SCORED = 16  # scored positions of the smallest shape
 

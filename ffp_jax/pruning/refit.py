@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
-from ffp_jax.pruning import calibration
+from ffp_jax.pruning import calibration, ridge
 from ffp_jax.runtime.sharding import constrain
 
 
@@ -79,7 +79,7 @@ def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   for rank_U, sublayer in zip(ranks, calibration.SUBLAYERS, strict=True):
     weight = sublayer.weight(params)
     inputs = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
-    gram = calibration.input_moments(inputs, weight).gram_IxI
+    gram = ridge.input_moments(inputs, weight).gram_IxI
     basis, weight = refit_basis(gram, weight, rank_U, strength)
     projection = sublayer.with_weight(params, weight)[sublayer.name][
       sublayer.projection
