@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on TPU slices of a GKE cluster made by xpk, one process per host. The
-# image is this clone on a Python image; requirements are installed at the start.
+# image is this clone on a Python image; the requirements are installed first.
 # Usage: bash launch/gke.sh [--dry_run] --cluster=C --workload=W --tpu-type=T
 #   [XPK OPTION ...] -- --config=FILE --workdir=gs://BUCKET/DIR ...
 source "$(dirname "$0")/steps.sh"

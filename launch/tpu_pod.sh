@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on a Cloud TPU slice, one process per host: creates the slice unless it
-# exists, installs and runs on all of its hosts, and fetches the result to runs/.
+# Runs on a Cloud TPU slice, one process per host. Creates the slice unless it
+# exists, installs and runs on all of its hosts, and fetches the result.
 # Usage: bash launch/tpu_pod.sh [--dry_run] NAME --zone=Z --accelerator-type=T
 #   --version=V [CREATE OPTION ...]
 #   -- --config=FILE --workdir=gs://BUCKET/DIR ...
