@@ -31,7 +31,7 @@ from tests import tiny_run
 
 
 def get_config():
-  return tiny_run.config(**{'search.steps': (0, 1)})
+  return tiny_run.config(**{'search.steps': (0, 1), 'search.refit': 0.0})
 """
 _COMPARISON = """
 from ffp_jax.baselines import settings
@@ -162,7 +162,7 @@ class CommandTest(parameterized.TestCase):
     said = _call(
       'ffp_jax.frontier --config=FOLDER/config.py --workdir=FOLDER/frontier '
       '--config.model=FOLDER/model --config.data=FOLDER/text.txt '
-      '--sparsities=0.2,0.3 --steps=0'
+      '--sparsities=0.3'
     )
     self.assertIn('30', said)
     self.assertTrue((_inputs() / 'frontier' / 'frontier.html').exists())
