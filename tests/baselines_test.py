@@ -112,20 +112,19 @@ def _config():
   config.search.context = _CONTEXT
   config.search.candidates = 4
   config.policy.hidden = (8,)
-  config.compare.settings.amc.hidden = 32
   config.search.attention_prior = 0.0
   return config
 
 
 def _answers(name, problem, seed=0, **changes):
-  """Every incumbent of a method, with the settings that are on record."""
-  config = _config()
-  settings = {**config.compare.settings.get(name, {}), **changes}
+  """Every incumbent of a method, with its own settings but for `changes`."""
   if name.startswith('fastforward'):
-    settings['config'] = config
+    changes['config'] = _config()
+  if name == 'amc':
+    changes['hidden'] = 32
   out = []
   try:
-    for counts in baselines.METHODS[name](problem, seed, **settings):
+    for counts in baselines.METHODS[name](problem, seed, **changes):
       out.append(np.array(counts))
   except OutOfTokens:
     pass
@@ -166,7 +165,7 @@ class AllTest(parameterized.TestCase):
     found = {'np': np}
     exec(code, found)
     with mock.patch.dict(baselines.METHODS, own=found['coordinate']):
-      first, *_, last = _answers('own', _problem(), step=1.0, rows=2)
+      first, *_, last = _answers('own', _problem())
     self.assertLess(_harm_of(last), 0.8 * _harm_of(first))
 
   @parameterized.named_parameters(_named((*_MEASURED, *_SEARCHES)))
@@ -355,18 +354,20 @@ class SensitivityTest(parameterized.TestCase):
       for picks in itertools.product(*map(range, sizes))
       if sum(c[i] for c, i in zip(costs, picks, strict=True)) <= limit
     )
-    self.assertEqual(tuple(sensitivity.least(values, costs, limit)), best[1])
+    self.assertEqual(
+      tuple(sensitivity.solve_knapsack(values, costs, limit)), best[1]
+    )
 
   def test_knapsack_of_awkward_costs_holds_the_budget(self):
     source = np.random.default_rng(0)
     values = [-np.sort(source.random(5)) for _ in range(6)]
     costs = [np.sort(source.integers(1, 10**9, 5)) for _ in range(6)]
     limit = 2_500_000_000
-    picks = sensitivity.least(values, costs, limit)
+    picks = sensitivity.solve_knapsack(values, costs, limit)
     spent = sum(c[i] for c, i in zip(costs, picks, strict=True))
     self.assertLessEqual(spent, limit)
     self.assertEqual(
-      sensitivity.least(values, costs, 1), [0] * 6
+      sensitivity.solve_knapsack(values, costs, 1), [0] * 6
     )  # nothing fits
 
 
@@ -375,7 +376,7 @@ class AmcTest(absltest.TestCase):
     problem, source = _problem(), np.random.default_rng(0)
     cost = _SITES.units * _SITES.unit_cost
     for _ in range(20):
-      ratio, states, actions = amc._walk(problem, source, None, 8, 0.5)
+      ratio, states, actions = amc._run_episode(problem, source, None, 8, 0.5)
       self.assertLessEqual(ratio @ cost, problem.limit + 1e-6)
       self.assertTrue(np.all(ratio >= 0.1))
       # Front to back: attention and FFN of each layer.
@@ -387,7 +388,7 @@ class AmcTest(absltest.TestCase):
       np.testing.assert_allclose(states[1:-1, 7], actions[:-1], rtol=1e-6)
 
   def test_agent_finds_the_best_action(self):
-    agent, update = amc._agent(0, 32, 1e-3, 1e-2, 0.1)
+    agent, update = amc._make_agent(0, 32, 1e-3, 1e-2, 0.1)
     source = np.random.default_rng(0)
     states = source.random((300, 64, 8), np.float32)
     actions = source.random((300, 64), np.float32)
@@ -395,7 +396,7 @@ class AmcTest(absltest.TestCase):
     reward = -np.square(actions - best).astype(np.float32)
     batches = (states, actions, reward, states, np.ones((300, 64), bool))
     agent = update(agent, batches)
-    found = amc._act(32)(agent.params['actor'], states[0])
+    found = amc._make_actor(32)(agent.params['actor'], states[0])
     # No constant comes closer than 0.3.
     self.assertLess(np.mean(np.abs(found - best[0])), 0.2)
 
