@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ffp_jax.reporting import plots
+from ffp_jax.reporting import figures
 from ffp_jax.runtime.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def write_markdown(path: pathlib.Path, blocks: Iterable[Block]):
   blocks = list(blocks)
   for block in blocks:
     if isinstance(block, Picture):
-      path.with_name(block.file).write_bytes(plots.png(block.figure))
+      path.with_name(block.file).write_bytes(figures.png(block.figure))
   write_atomically(path, markdown(blocks))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffp_jax.reporting import blocks, labels, plots
+from ffp_jax.reporting import blocks, figures, labels
 from ffp_jax.reporting.blocks import Block, Heading, Picture, Table, Text
 from ffp_jax.runtime.storage import to_json_types
 
@@ -227,18 +227,18 @@ def curves(results: Mapping[str, Any]) -> 'Figure':
   """
   panels = list(_grouped(results['runs']))
   title = 'Calibrated perplexity of the incumbents, lower is better'
-  picture, axes = plots.figure(1 + 3.6 * len(panels), title, len(panels))
+  figure, axes = figures.new_figure(1 + 3.6 * len(panels), title, len(panels))
   for ax, (sparsity, groups) in zip(axes[:, 0], panels, strict=True):
     for i, (method, runs) in enumerate(groups):
       checkpoints = zip(*(run['checkpoints'] for run in runs), strict=True)
       x, y = zip(*map(_mean_point, checkpoints), strict=True)
       ax.plot(x, y, label=method, marker='o', markersize=3, **_line_style(i))
-    plots.log_scale(ax)
+    figures.log_scale(ax)
     ax.set(title=f'{sparsity:.0%} removed', ylabel='perplexity, calibrated')
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
   axes[-1, 0].set(xlabel='evaluated tokens')
   axes[-1, 0].xaxis.set_major_formatter('{x:,.0f}')
-  return picture
+  return figure
 
 
 def _mean_point(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
@@ -255,7 +255,9 @@ def kept(results: Mapping[str, Any]) -> 'Figure':
   """
   *_, (sparsity, groups) = _grouped(results['runs'])
   title = f'Share kept in every layer, {sparsity:.0%} removed'
-  picture, axes = plots.figure(1 + 1.3 * len(groups), title, len(groups), 2)
+  figure, axes = figures.new_figure(
+    1 + 1.3 * len(groups), title, len(groups), 2
+  )
   units = np.array(results['units'])
   for row, (method, runs) in zip(axes, groups, strict=True):
     share = np.mean([run['counts'] for run in runs], axis=0) / units
@@ -267,7 +269,7 @@ def kept(results: Mapping[str, Any]) -> 'Figure':
   axes[0, 1].set(title='FFN channels')
   for ax in axes[-1]:
     ax.set(xlabel='layer')
-  return picture
+  return figure
 
 
 def _line_style(i: int) -> dict[str, Any]:

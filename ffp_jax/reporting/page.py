@@ -4,7 +4,7 @@ import html
 import importlib.resources
 from collections.abc import Iterable
 
-from ffp_jax.reporting import plots
+from ffp_jax.reporting import figures
 from ffp_jax.reporting.blocks import (
   Block,
   Code,
@@ -77,7 +77,7 @@ def _html(block: Block) -> str:
 
 def _picture(picture: Picture) -> str:
   parts = [
-    f'<figure>\n{plots.svg(picture.figure, picture.name)}',
+    f'<figure>\n{figures.svg(picture.figure, picture.name)}',
     f'<figcaption>{html.escape(picture.text)}</figcaption>\n</figure>',
   ]
   if picture.data:

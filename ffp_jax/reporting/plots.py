@@ -1,36 +1,27 @@
-"""Plots of runs, as PNG or as SVG that takes its colours from the page."""
+"""The plots of runs."""
 
-import io
 import itertools
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-from xml.etree import ElementTree
-
-import numpy as np
 
 from ffp_jax.reporting import labels as labels_lib
+from ffp_jax.reporting.figures import (
+  BLUE,
+  GREY,
+  ORANGE,
+  RULE,
+  log_scale,
+  needs_log_scale,
+  new_figure,
+)
 from ffp_jax.reporting.labels import MODELS
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes  # slow to import
   from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, RULE = '#0072b2', '#d55e00', '#595959', '#d0d0d0'
-# Names in page.css of the colours that change on a dark screen.
-THEME = {
-  '#000000': 'ink',
-  '#ffffff': 'paper',
-  GREY: 'pale',
-  RULE: 'rule',
-  BLUE: 'blue',
-  ORANGE: 'orange',
-  MODELS['searched'][1]: 'sky',
-  MODELS['uniform'][1]: 'sand',
-}
 _LABEL_WIDTH = 0.18  # of a stage's label, as a share of the axes' width
-_LOG_SCALE_RATIO = 10  # of maximum to minimum, above which a scale is log
 _MAX_MARKED_STEPS = 100  # in longer searches markers would overlap
 
 
@@ -43,128 +34,13 @@ class Point(NamedTuple):
   best: bool  # on the Pareto frontier
 
 
-def figure(
-  height: float, title: str, rows: int = 1, columns: int = 1
-) -> tuple['Figure', np.ndarray]:
-  """Returns an empty figure and its axes.
-
-  Args:
-    height: in inches.
-    title: above the axes.
-    rows, columns: numbers of axes.
-
-  Returns:
-    (figure, axes of shape [rows, columns]).
-  """
-  from matplotlib.figure import Figure  # slow to import
-
-  picture = Figure(figsize=(8, height), dpi=150, layout='constrained')
-  picture.suptitle(title, x=0.01, ha='left', fontsize=12, fontweight='bold')
-  axes = picture.subplots(rows, columns, sharex=True, squeeze=False)
-  for ax in axes.flat:
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.set_axisbelow(True)
-  return picture, axes
-
-
-def png(picture: 'Figure') -> bytes:
-  """Returns the content of a PNG file of the picture."""
-  picture.savefig(file := io.BytesIO(), format='png')
-  return file.getvalue()
-
-
-def svg(picture: 'Figure', name: str) -> str:
-  """Returns the picture as an SVG element to embed in an HTML page.
-
-  The same picture and name always give the same text.
-
-  Args:
-    picture: from one of the functions below.
-    name: unique on the page, since ids within the element are made from it.
-  """
-  import matplotlib  # slow to import
-
-  settings: dict[Any, Any] = {
-    'font.sans-serif': ['DejaVu Sans', 'Verdana'],  # of equal widths
-    'svg.fonttype': 'none',
-    'svg.hashsalt': name,
-  }
-  with matplotlib.rc_context(settings):
-    picture.savefig(file := io.StringIO(), format='svg', transparent=True)
-  text = file.getvalue()
-  root = ElementTree.fromstring(text)
-  for tag in ('metadata', 'defs'):  # the first defs holds a style sheet
-    root.remove(_find(root, tag))
-  linked = set(re.findall(r'["(]#(\w+)', text))
-  for element in root.iter():
-    _simplify(element, linked)
-  # Black elements have no colour of their own and inherit that of the root.
-  root.attrib = {
-    'role': 'img',
-    'aria-label': f'{picture.get_suptitle()}; all of it is in the table that '
-    'follows.',
-    'viewBox': root.attrib['viewBox'],
-    'style': 'fill: var(--ink); stroke-linejoin: round',
-  }
-  return ElementTree.tostring(root, encoding='unicode')
-
-
-def _find(root: ElementTree.Element, tag: str) -> ElementTree.Element:
-  return next(element for element in root if element.tag.endswith('}' + tag))
-
-
-def _simplify(element: ElementTree.Element, linked: set[str]):
-  """Removes namespaces, blanks and unused ids; uses the page's colours.
-
-  Args:
-    element: changed in place.
-    linked: ids that other elements refer to.
-  """
-  attributes = {
-    name.rpartition('}')[2]: ' '.join(value.split())
-    for name, value in element.items()
-  }
-  if attributes.get('id') not in linked:
-    attributes.pop('id', None)
-  if 'style' in attributes:
-    attributes['style'] = re.sub(
-      '#[0-9a-f]{6}', _css_colour, attributes['style']
-    )
-  element.attrib = attributes
-  element.tag = element.tag.rpartition('}')[2]
-  if not (element.text or '').strip():
-    element.text = None
-  element.tail = None
-
-
-def _css_colour(match: re.Match) -> str:
-  colour = match[0]
-  return f'var(--{THEME[colour]})' if colour in THEME else colour
-
-
-def log_scale(ax: 'Axes'):
-  """Makes the vertical scale logarithmic, with plain numbers at its ticks."""
-  from matplotlib import ticker  # slow to import
-
-  ax.set_yscale('log')
-  ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-  ax.yaxis.set_major_formatter('{x:,g}')
-  ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _needs_log_scale(values: Iterable[float | None]) -> bool:
-  """Returns whether the values that are finite lie far apart."""
-  known = [value for value in values if value is not None]
-  return bool(known) and 0 < _LOG_SCALE_RATIO * min(known) < max(known)
-
-
 def kept(allocation: Mapping[str, Any]) -> 'Figure':
   """Draws the share kept in every layer, attention above FFN.
 
   Args:
     allocation: content of allocation.json.
   """
-  picture, axes = figure(4.6, 'Share kept in every layer', rows=2)
+  figure, axes = new_figure(4.6, 'Share kept in every layer', rows=2)
   axes = axes[:, 0]
   layers = allocation['layers']
   mean = 1 - allocation['sparsity_target']
@@ -190,7 +66,7 @@ def kept(allocation: Mapping[str, Any]) -> 'Figure':
     ax.tick_params(axis='x', length=0)
   axes[-1].xaxis.get_major_locator().set_params(integer=True)
   axes[-1].set(xlabel='layer', xlim=(-0.7, len(layers) - 0.3))
-  return picture
+  return figure
 
 
 def perplexity(results: Mapping[str, Any]) -> 'Figure':
@@ -201,9 +77,9 @@ def perplexity(results: Mapping[str, Any]) -> 'Figure':
   """
   rows = [(*MODELS[k], results[k]['ppl']) for k in MODELS if k in results]
   title = 'Held-out perplexity, lower is better'
-  picture, [[ax]] = figure(1.3 + 0.4 * len(rows), title)
+  figure, [[ax]] = new_figure(1.3 + 0.4 * len(rows), title)
   labels, colors, values = zip(*rows, strict=True)
-  log = _needs_log_scale(values)
+  log = needs_log_scale(values)
   # Perplexity is at least 1: from there, bars on a log scale have lengths in
   # proportion to the loss.
   base = 1.0 if log else 0.0
@@ -220,9 +96,9 @@ def perplexity(results: Mapping[str, Any]) -> 'Figure':
   ax.tick_params(axis='y', length=0)
   ax.set_xlabel('perplexity (log scale)' if log else 'perplexity')
   protocol = '\n'.join(labels_lib.protocol(results['protocol'], shorten=True))
-  note = picture.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
+  note = figure.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
   note.set_parse_math(False)  # a path may hold dollar signs
-  return picture
+  return figure
 
 
 def search(metrics: Sequence[Mapping[str, Any]]) -> 'Figure':
@@ -231,7 +107,7 @@ def search(metrics: Sequence[Mapping[str, Any]]) -> 'Figure':
   Args:
     metrics: lines of metrics.jsonl, at least one.
   """
-  picture, [[ax]] = figure(4.2, 'Reward of the candidates, higher is better')
+  figure, [[ax]] = new_figure(4.2, 'Reward of the candidates, higher is better')
   ends = list(itertools.accumulate(line['candidates'] for line in metrics))
   stages = [
     list(group)
@@ -253,20 +129,20 @@ def search(metrics: Sequence[Mapping[str, Any]]) -> 'Figure':
       label = label if stage is stages[0] else None
       style = {'linestyle': dash, 'marker': marker, 'markerfacecolor': fill}
       ax.plot(x, y, color=color, label=label, markersize=4, **style)
-  _mark_stages(picture, ax, [stage[0] for stage in stages], ends[-1])
+  _mark_stages(figure, ax, [stage[0] for stage in stages], ends[-1])
   ax.set(xlabel='candidates evaluated', ylabel='reward', xlim=(0, ends[-1]))
   ax.xaxis.get_major_locator().set_params(integer=True)
   ax.xaxis.set_major_formatter('{x:,.0f}')
   ax.grid(axis='y', color=RULE, linewidth=0.5)
-  if _needs_log_scale(line[key] for line in metrics for key in names):
+  if needs_log_scale(line[key] for line in metrics for key in names):
     log_scale(ax)
   if len(names) > 1:
-    picture.legend(loc='outside lower right', ncols=2, frameon=False)
-  return picture
+    figure.legend(loc='outside lower right', ncols=2, frameon=False)
+  return figure
 
 
 def _mark_stages(
-  picture: 'Figure',
+  figure: 'Figure',
   ax: 'Axes',
   firsts: list[tuple[int, Mapping[str, Any]]],
   total: int,
@@ -274,7 +150,7 @@ def _mark_stages(
   """Marks where stages start by lines with labels above the axes.
 
   Args:
-    picture: made higher to hold the labels.
+    figure: made higher to hold the labels.
     ax: with the number of evaluated candidates on the horizontal axis.
     firsts: (candidates evaluated, line of metrics) after the first step of
       each stage.
@@ -300,7 +176,7 @@ def _mark_stages(
       color=GREY,
       arrowprops=line_to_axes,
     )
-  picture.set_figheight(picture.get_figheight() + 0.4 * max(rows.values()))
+  figure.set_figheight(figure.get_figheight() + 0.4 * max(rows.values()))
 
 
 def frontier(points: Sequence[Point]) -> 'Figure':
@@ -309,7 +185,7 @@ def frontier(points: Sequence[Point]) -> 'Figure':
   Args:
     points: with finite perplexities, at least one of them the best.
   """
-  picture, [[ax]] = figure(4.2, 'Perplexity against parameters')
+  figure, [[ax]] = new_figure(4.2, 'Perplexity against parameters')
   spots = [(point.params / 1e6, point.ppl) for point in points]
   styles = {False: (BLUE, 'none', 'white'), True: (ORANGE, '-', ORANGE)}
   for best, (color, line, fill) in styles.items():  # the frontier on top
@@ -320,20 +196,20 @@ def frontier(points: Sequence[Point]) -> 'Figure':
     ax.plot(*zip(*chosen, strict=True), color=color, **style)
   ax.set(xlabel='parameters, millions', ylabel='perplexity')
   ax.margins(0.08)
-  if _needs_log_scale(point.ppl for point in points):
+  if needs_log_scale(point.ppl for point in points):
     log_scale(ax)
   ax.grid(axis='y', color=RULE, linewidth=0.5)
-  _label(picture, ax, [point.label for point in points], spots)
-  return picture
+  _label(figure, ax, [point.label for point in points], spots)
+  return figure
 
 
 def _label(
-  picture: 'Figure', ax: 'Axes', labels: Sequence[str], spots: Sequence[tuple]
+  figure: 'Figure', ax: 'Axes', labels: Sequence[str], spots: Sequence[tuple]
 ):
   """Labels points, higher up where a label would cover a point or label."""
   from matplotlib.transforms import Bbox  # slow to import
 
-  picture.draw_without_rendering()  # lays out the axes
+  figure.draw_without_rendering()  # lays out the axes
   centers = ax.transData.transform(spots)
   taken = [Bbox([center - 6, center + 6]) for center in centers]
   for spot, label in sorted(zip(spots, labels, strict=True)):
