@@ -162,7 +162,7 @@ def run_missing(config, job, seed: int, load, files):
     'tokens': config.compare.tokens,
     'units': job.sublayers.units,
   }
-  device_sublayers = prune.rank_units(config, job, model.params)
+  device_sublayers = prune.rank_units(job, model.params)
 
   @functools.cache
   def refit(strength):

@@ -1,89 +1,126 @@
 """Every default, and the checks that need no model."""
 
+import inspect
+import re
+
 import ml_collections
 
 from ffp_jax.errors import RequestError
 
 
 def defaults() -> ml_collections.ConfigDict:
-  """Every key a run has, at the value that suits the demo on two cores."""
+  """Returns every key of a run, at the value that suits the demo on two cores.
+
+  The comment above or beside a key is what `--help_config` prints.
+  """
   config = ml_collections.ConfigDict()
-  config.model = 'demo'  # 'demo', a Hugging Face directory or a hub id
-  # Or general, wikitext2, ptb, c4, a file or a directory; or several of them
-  # with weights: 'general:0.7,a.jsonl:0.3'.
+  # Model to prune: 'demo', a Hugging Face directory, a .gguf file, a hub id.
+  config.model = 'demo'
+  # Text: general, pydoc, wikitext2, ptb, c4, a file or a directory; or several
+  # of them with weights: 'general:0.7,a.jsonl:0.3'.
   config.data = 'pydoc'
-  config.dtype = 'auto'  # float32 on CPU, bfloat16 elsewhere
-  config.seed = 0
+  config.dtype = 'auto'  # of the weights: float32 on CPU, bfloat16 elsewhere
+  config.seed = 0  # of the text's split and of the search
 
   config.text = ml_collections.ConfigDict()
-  config.text.field = ''  # that holds a document; '': records.FIELDS
-  config.text.context = 512
-  config.text.calibration_windows = 16  # importance and ridge
-  config.text.validation_windows = 8  # choose the ridge strength
-  config.text.reward_windows = 16
-  config.text.heldout_windows = 24  # from the end of the text
-  # Of another kind, for figures alone; '': the other of pydoc and general.
+  config.text.field = ''  # that holds a document; '' for the first known name
+  config.text.context = 512  # tokens per window
+  config.text.calibration_windows = 16  # for importance and calibration
+  config.text.validation_windows = 8  # to choose the ridge strength
+  config.text.reward_windows = 16  # to score candidates
+  config.text.heldout_windows = 24  # for the reported figures; the text's end
+  # Text of another kind, for figures alone; '' for the other built-in one.
   config.text.other = ''
 
   config.budget = ml_collections.ConfigDict()
-  config.budget.sparsity = 0.2  # removed / prunable parameters
-  config.budget.round_ffn = 8
-  config.budget.round_heads = 1
-  # Of the same sublayers, what else has to go at least, as a share; 0: nothing.
-  config.budget.flops = 0.0
-  config.budget.flops_context = 2048  # tokens
-  config.budget.kv_cache = 0.0
-  config.budget.latency = 0.0
-  config.budget.latency_table = ''  # JSON of milliseconds, see resources.py
+  # Share of the parameters of attention and FFN to remove, at least.
+  config.budget.sparsity = 0.2
+  config.budget.round_ffn = 8  # FFN channels are kept in multiples of this
+  config.budget.round_heads = 1  # key/value groups are kept in multiples
+  config.budget.flops = 0.0  # share of the FLOPs to remove too
+  config.budget.flops_context = 2048  # tokens at which FLOPs are counted
+  config.budget.kv_cache = 0.0  # share of the key/value cache to remove too
+  config.budget.latency = 0.0  # share of the measured time to remove too
+  config.budget.latency_table = ''  # JSON of ffp_jax.benchmarks.latency
 
   config.search = ml_collections.ConfigDict()
-  # The curriculum: one entry a stage.
+  # The curriculum's stages: share of the sparsity in each.
   config.search.sparsity_shares = (0.5, 1.0)
-  config.search.steps = (4, 20)
-  config.search.rows = (2, 2)  # of search.context tokens, a candidate
-  config.search.context = 256  # short: attention is cheaper
-  config.search.candidates = 1  # proposals a step
-  config.search.antithetic = True  # in pairs, and the mean if they are odd
-  config.search.block = 0  # candidates scored at once; 0: as many as fit
-  config.search.window = 0.2  # removed units next to a cut, a share of all
-  # Ridge strength with which candidates are calibrated; 0: as they are cut.
+  config.search.steps = (4, 20)  # steps of each stage
+  config.search.rows = (2, 2)  # reward rows per candidate in each stage
+  config.search.context = 256  # tokens per reward row
+  config.search.candidates = 1  # proposals per step; 1 is the policy's mean
+  config.search.antithetic = True  # sample pairs, and the mean if odd
+  config.search.block = 0  # candidates scored at once; 0 for what fits
+  # Share of a sublayer's units, next to return, that give its gradient.
+  config.search.window = 0.2
+  # Ridge strength of refit candidates; 0 scores them as they are cut.
   config.search.refit = 0.1
-  config.search.min_ratio = 0.1
-  # How proposals meet the budget: 'project', or 'cut' from the first layer on.
+  config.search.min_ratio = 0.1  # smallest share that a sublayer may keep
+  # How proposals meet the budget: 'project', or 'cut' as published.
   config.search.repair = 'project'
-  config.search.attention_prior = 2.0  # first priority; FFN's is 0
-  config.search.finalists = 1  # best candidates that are re-scored
-  config.search.remat = False  # recompute activations: less memory
+  config.search.attention_prior = 2.0  # first priority; that of an FFN is 0
+  config.search.finalists = 1  # best candidates re-scored beside the mean
+  config.search.remat = False  # recompute activations, for less memory
   config.search.init_from = ''  # workdir of a run whose policy to start from
 
   config.policy = ml_collections.ConfigDict()
-  config.policy.hidden = (64, 64)
-  config.policy.std = 0.25  # of a priority, at first
+  config.policy.hidden = (64, 64)  # widths of the network
+  config.policy.std = 0.25  # first standard deviation of a priority
   config.policy.learning_rate = 0.2  # of the free mean and spread
-  config.policy.network_learning_rate = 1e-3
-  config.policy.adam_decay = 0.95
-  config.policy.max_norm = 1.0
-  config.policy.epochs = 1
-  config.policy.clip = 0.2
-  config.policy.score_weight = 0.0
-  config.policy.pathwise_weight = 1.0
-  config.policy.value_weight = 0.0  # of use to the score function alone
-  config.policy.entropy_weight = 0.0
+  config.policy.network_learning_rate = 1e-3  # of the network
+  config.policy.adam_decay = 0.95  # Adam's second
+  config.policy.max_norm = 1.0  # at which gradients are clipped
+  config.policy.epochs = 1  # updates per step
+  config.policy.clip = 0.2  # PPO's epsilon
+  config.policy.score_weight = 0.0  # of PPO's score function
+  config.policy.pathwise_weight = 1.0  # of the gradient through the masks
+  config.policy.value_weight = 0.0  # of PPO's value loss
+  config.policy.entropy_weight = 0.0  # of the entropy bonus
 
   config.calibration = ml_collections.ConfigDict()
-  config.calibration.enabled = True
-  config.calibration.windows = 0  # of text.calibration_windows; 0: all
-  config.calibration.strengths = (0.01, 0.1, 1.0)
+  config.calibration.enabled = True  # repair the output projections
+  config.calibration.windows = 0  # of the calibration windows; 0 for all
+  config.calibration.strengths = (0.01, 0.1, 1.0)  # of the ridge, to try
 
-  config.mesh = ml_collections.ConfigDict()  # sizes; -1: what is left
-  config.mesh.candidates = 1  # scored side by side
-  config.mesh.fsdp = 1  # splits weights and rows
+  # Sizes of the mesh axes; one may be -1, for the devices left.
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.candidates = 1  # candidates side by side
+  config.mesh.fsdp = 1  # splits weights and rows of tokens
   config.mesh.tensor = -1  # splits heads and channels
 
   config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.every = 5
-  config.checkpoint.keep = 2
+  config.checkpoint.every = 5  # steps
+  config.checkpoint.keep = 2  # checkpoints besides those at a stage's end
   return config
+
+
+get_config = defaults  # so that this file is one that --config can name
+
+
+def describe_keys(config: ml_collections.ConfigDict) -> str:
+  """Returns every key of a config, its value and what it means, as lines.
+
+  The meaning is the comment at the key's default in this file.
+  """
+  comments, above = {}, []
+  for line in inspect.getsource(defaults).splitlines():
+    if found := re.match(r'  config\.([\w.]+) = .*?(?:  # (.*))?$', line):
+      comments[found[1]] = ' '.join([*above, found[2] or ''])
+    comment = re.match(r'  # (.*)', line)
+    above = [*above, comment[1]] if comment else []
+  found = config.to_dict()
+  stack, lines = [('', found)], []
+  while stack:
+    prefix, value = stack.pop()
+    if isinstance(value, dict):
+      dot = prefix and f'{prefix}.'
+      stack += [(dot + key, value[key]) for key in reversed(value)]
+    else:
+      row = f'--config.{prefix}={value!r}'
+      comment = comments.get(prefix, '').strip()
+      lines.append(f'{row:44}  {comment}'.rstrip())
+  return '\n'.join(lines)
 
 
 # What FastForward Pruning published (arXiv 2511.18977), where it differs; the

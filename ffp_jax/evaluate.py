@@ -1,4 +1,4 @@
-"""Perplexity of a model directory, dense or pruned, or its score in tasks.
+"""Measures a model, dense or pruned: perplexity, or scores in tasks.
 
 python -m ffp_jax.evaluate --model=DIR --data=wikitext2:test --context=2048
 python -m ffp_jax.evaluate --model=DIR --tasks=hellaswag,piqa
@@ -9,94 +9,78 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from ffp_jax import report
-from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.checkpoints.model import find_model, load_model
 from ffp_jax.errors import RequestError, refuse
-from ffp_jax.evaluation import protocols, scoring
-from ffp_jax.models import functional
+from ffp_jax.evaluation import perplexity, protocols
 from ffp_jax.runtime import cli, sharding
-from ffp_jax.text import corpora, tokenization
+from ffp_jax.text import tokenization
 
 
 def evaluate(
-  model,
-  source,
+  model: str,
+  source: str,
   *,
-  context,
-  field='',
-  protocol='gptq',
-  stride=None,
-  max_windows=None,
-  dtype='auto',
+  context: int,
+  field: str = '',
+  protocol: str = 'gptq',
+  stride: int | None = None,
+  max_windows: int | None = None,
+  dtype: str = 'auto',
 ) -> dict:
   """Loads a model and computes its perplexity on a text.
 
   Args:
-    model: directory or hub id, dense or pruned.
+    model: name, as `find_model` takes it.
     source, field: text, as `corpora.read_text` takes it.
-    context: tokens a window.
-    protocol: see `protocols.arrange_windows`.
-    stride: tokens, None for the protocol's own.
-    max_windows: only the first so many times `context` tokens, None for all.
-    dtype: see `functional.resolve_dtype`.
+    context, protocol, stride, max_windows: see `perplexity.make_windows`.
+    dtype: see `load_model`.
 
   Returns:
     dict of the model, ppl, `protocols.Protocol`, dtype, seconds and
     tokens_per_second (scored).
   """
-  stride = protocols.resolve_stride(protocol, context, stride)
-  directory = hub.resolve_model(model)
-  config = model_config.read_model_config(directory)
-  text = corpora.read_text(source, field=field, report=True)
-  tokens = tokenization.tokenize(directory, text.content)
-  tokenization.check_tokens(config, tokens.ids, context)
-  limits = [n * context for n in (max_windows, text.windows) if n]
-  ids = tokens.ids[: min(limits, default=None)]
-  windows, spans = protocols.arrange_windows(protocol, ids, context, stride)
-  cut = len(ids) < len(tokens.ids)
-  part = f'first {len(ids):,} tokens' if cut else 'all'
-  used = protocols.describe_protocol(
-    protocol,
-    text.name,
-    f'{part} of {text.extent}',
-    windows,
-    spans,
-    stride=stride,
-    bos=tokens.bos,
+  protocols.resolve_stride(protocol, context, stride)  # refuses at once
+  files = find_model(model)
+  text = tokenization.read_tokens(
+    files.directory, source, field=field, report=True
   )
-  dtype = functional.resolve_dtype(dtype)
+  windows = perplexity.make_windows(
+    files,
+    text,
+    context=context,
+    protocol=protocol,
+    stride=stride,
+    max_windows=max_windows,
+  )
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-    params = weights.load_params(directory, config, dtype)
-    scorer = scoring.Scorer(config)
-    scorer(params, windows[:1], spans_Wx2=spans[:1])  # compiles
-    start = time.perf_counter()
-    mean = scorer(params, windows, spans_Wx2=spans, label='perplexity')
-    seconds = time.perf_counter() - start
-  return {
-    'model': model,
-    'ppl': float(np.exp(mean)),
-    'protocol': used._asdict(),
-    'dtype': dtype.name,
-    'seconds': round(seconds, 3),
-    'tokens_per_second': round(used.tokens / seconds, 1),
-  }
+    loaded = load_model(files, dtype)
+    found = perplexity.measure(loaded, windows)
+  leaf = jax.tree.leaves(loaded.params)[0]
+  return {'model': model, **found, 'dtype': leaf.dtype.name}
 
 
 def evaluate_tasks(
-  model, names, *, fewshot, limit, context, batch_tokens, dtype
+  model: str,
+  names: list[str],
+  *,
+  fewshot: int | None,
+  limit: int | None,
+  context: int | None,
+  batch_tokens: int,
+  dtype: str,
 ) -> dict:
-  """Loads a model and has it do tasks of the LM Evaluation Harness.
+  """Loads a model and scores it in tasks of the LM Evaluation Harness.
 
   Args:
-    model: directory or hub id, dense or pruned.
+    model: name, as `find_model` takes it.
     names: of the tasks.
     fewshot, limit: see `harness.load_tasks` and `harness.score_tasks`.
-    context: most tokens of a request, None for the model's own positions.
-    batch_tokens: about so many are computed together.
-    dtype: see `functional.resolve_dtype`.
+    context: tokens per request at most; None for the model's own positions.
+    batch_tokens: about as many tokens are computed together.
+    dtype: see `load_model`.
 
   Returns:
     dict of the model, whether it is pruned, tasks, harness, context, dtype
@@ -108,16 +92,15 @@ def evaluate_tasks(
     raise RequestError(
       f'--tasks needs lm_eval ({error}): pip install "lm_eval>=0.4.13,<0.5"'
     ) from error
-  directory = hub.resolve_model(model)
-  config = model_config.read_model_config(directory)
-  tokenizer = tokenization.load_tokenizer(directory)
-  ends = tokenization.end_ids(directory, tokenizer)
+  files = find_model(model)
+  config = files.config
+  tokenizer = tokenization.load_tokenizer(files.directory)
+  ends = tokenization.end_ids(files.directory, tokenizer)
   context = context or config.max_positions
   tokenization.check_tokens(config, (), context)
-  loaded = harness.load_tasks(names, tokenizer, fewshot)
-  dtype = functional.resolve_dtype(dtype)
+  tasks = harness.load_tasks(names, tokenizer, fewshot)
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-    params = weights.load_params(directory, config, dtype)
+    params = load_model(files, dtype).params
     start = time.perf_counter()
     asked = harness.JaxLM(
       params,
@@ -127,7 +110,7 @@ def evaluate_tasks(
       batch_tokens=batch_tokens,
       ends=ends,
     )
-    figures = harness.score_tasks(asked, loaded, limit)
+    figures = harness.score_tasks(asked, tasks, limit)
     seconds = time.perf_counter() - start
   return {
     'model': model,
@@ -135,13 +118,13 @@ def evaluate_tasks(
     'tasks': figures,
     'harness': harness.HARNESS,
     'context': context,
-    'dtype': dtype.name,
+    'dtype': jax.tree.leaves(params)[0].dtype.name,
     'seconds': round(seconds, 3),
   }
 
 
 def task_rows(found: dict) -> dict[str, float]:
-  """Every metric of every task, by a name that tells them apart."""
+  """Returns every metric of every task, named 'task, metric'."""
   return {
     f'{task}, {metric}': value
     for task, figures in found['tasks'].items()
@@ -190,7 +173,7 @@ def _perplexity(args):
 def _tasks(args):
   run = pathlib.Path(args.run).expanduser() if args.run else None
   if run:
-    report.read_run(run)  # so that nothing heavy comes to nothing
+    report.read_run(run)  # fail early if --run is not a finished run
   found = evaluate_tasks(
     args.model,
     args.tasks,
@@ -207,29 +190,39 @@ def _tasks(args):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
+  flags.DEFINE_string('model', 'demo', 'Model directory, .gguf file or hub id.')
   flags.DEFINE_string(
-    'data', 'pydoc', 'pydoc, wikitext2, ptb or c4 (:SPLIT), file or directory.'
+    'data',
+    'pydoc',
+    'Text: general, pydoc, wikitext2, ptb or c4 (:SPLIT), a file, a directory, '
+    'or several with weights (general:0.7,a.jsonl:0.3).',
   )
   flags.DEFINE_string(
-    'field', '', "Of --data, what holds a document; '' for the known names."
+    'field',
+    '',
+    "Field of --data that holds a document; '' for the first known name.",
   )
   flags.DEFINE_integer(
     'context',
     None,
-    "Tokens a window, 512; of --tasks' requests, all of the model's.",
+    "Tokens per window (512), or per request of --tasks (the model's own).",
     lower_bound=2,
   )
   flags.DEFINE_enum(
-    'protocol', 'gptq', protocols.NAMES, 'Windows side by side, or overlapping.'
+    'protocol',
+    'gptq',
+    protocols.NAMES,
+    'Windows side by side (gptq), or overlapping.',
   )
   flags.DEFINE_integer(
-    'stride', None, 'Of --protocol=sliding, in tokens; half the context.'
+    'stride',
+    None,
+    'Stride of --protocol=sliding in tokens; half the context if unset.',
   )
   flags.DEFINE_integer(
     'max_windows',
     None,
-    'Only the first so many x context tokens.',
+    'Number of windows of context tokens to read at most.',
     lower_bound=1,
   )
   flags.DEFINE_enum(
@@ -239,19 +232,22 @@ if __name__ == '__main__':
     'auto: float32 on CPU, bfloat16 elsewhere.',
   )
   flags.DEFINE_list(
-    'tasks', [], "lm_eval's tasks or .yaml files of tasks, instead of a text."
+    'tasks', [], 'Tasks of lm_eval or their .yaml files, instead of a text.'
   )
   flags.DEFINE_integer(
-    'fewshot', None, "Examples in a task's prompt; its own number."
+    'fewshot', None, "Number of examples in a prompt; the task's own if unset."
   )
   flags.DEFINE_integer(
-    'limit', None, 'Only so many examples of a task.', lower_bound=1
+    'limit', None, 'Number of examples to use of each task.', lower_bound=1
   )
   flags.DEFINE_integer(
-    'batch_tokens', 2048, 'Of tasks, computed together.', lower_bound=1
+    'batch_tokens',
+    2048,
+    'Number of tokens of --tasks to compute together.',
+    lower_bound=1,
   )
   flags.DEFINE_string(
-    'run', None, 'Workdir of a finished run whose report takes the tasks too.'
+    'run', None, 'Workdir of a finished run whose report is to show the tasks.'
   )
   flags.DEFINE_string('out', None, 'JSON file to write.')
   app.run(main, flags_parser=parse)

@@ -25,7 +25,7 @@ def points(config, workdir, sparsities, steps: int) -> dict:
   """The run of each sparsity: its directory to its configuration.
 
   Args:
-    config: of the first; `projection.sparsity` is not used.
+    config: of the first; `budget.sparsity` is not used.
     workdir: gets a directory a sparsity.
     sparsities: in rising order, each in [0, 1).
     steps: search steps of each but the first, in the last stage.

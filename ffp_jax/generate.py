@@ -1,108 +1,50 @@
-"""What a model says: a first look at a pruned one, beside the dense one.
+"""Continues a prompt with a pruned model, and with the dense one beside it.
 
 python -m ffp_jax.generate --model=DIR --dense=DIR2 --prompt='Once upon'
 """
 
-import itertools
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from absl import app, flags
 
-from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.checkpoints.model import find_model, load_model
 from ffp_jax.errors import RequestError, refuse
-from ffp_jax.models import decoding, functional
+from ffp_jax.models import decoding
 from ffp_jax.runtime import cli, sharding
-from ffp_jax.text import tokenization
+from ffp_jax.text import prompts
 
 
-def prepare(model: str, prompt: str, new: int):
-  """Whether a model can go on with a prompt, before its weights are read.
-
-  Returns:
-    (directory, `ModelConfig`, tokenizer, token ids, ids that end a text).
-
-  Raises:
-    RequestError: it can't.
-  """
-  directory = hub.resolve_model(model)
-  config = model_config.read_model_config(directory)
-  tokenizer = tokenization.load_tokenizer(directory)
-  ids = tokenization.token_ids(tokenizer, prompt)
-  ends = tokenization.end_ids(directory, tokenizer)
-  if not ids.size:
-    raise RequestError('--prompt: gives no token; say something')
-  tokenization.check_tokens(config, ids, 0)
-  decoding.check_slots(config, len(ids) + new)
-  return directory, config, tokenizer, ids, ends
-
-
-def pieces(params, config, tokenizer, ids, *, ends, new, temperature, seed):
-  """What a model goes on with, as it comes.
+def generate(
+  models: Sequence[str],
+  prompt: str,
+  *,
+  new: int,
+  temperature: float,
+  seed: int,
+  dtype: str,
+) -> None:
+  """Prints what each model continues a prompt with.
 
   Args:
-    params: of the decoder.
-    config: its `ModelConfig`.
-    tokenizer: of transformers.
-    ids: of the prompt, one or more.
-    ends: token ids; any of them ends it.
-    new: most tokens.
-    temperature, seed: see `decoding.generate_tokens`.
-
-  Yields:
-    Text that follows the prompt and the text before.
-  """
-  steps = decoding.generate_tokens(
-    params,
-    ids[None],
-    np.array([len(ids)]),
-    config=config,
-    slots=len(ids) + new,
-    temperature=temperature,
-    seed=seed,
-  )
-  made, said = list(ids), tokenizer.decode(ids)
-  for chosen in itertools.islice(steps, new):
-    made.append(chosen.item())
-    if made[-1] in ends:
-      return
-    text = tokenizer.decode(made)
-    if not text.endswith('\N{REPLACEMENT CHARACTER}'):  # half a character
-      yield text[len(said) :]
-      said = text
-
-
-def generate(models, prompt, *, new, temperature, seed, dtype):
-  """Prints what each model goes on with.
-
-  Args:
-    models: directories or hub ids.
-    prompt: text.
-    new: most new tokens.
-    temperature, seed: see `decoding.generate_tokens`.
-    dtype: see `functional.resolve_dtype`.
+    models: names, as `find_model` takes them.
+    prompt: the text to continue.
+    new: tokens to generate at most.
+    temperature, seed: see `prompts.stream_text`.
+    dtype: see `load_model`.
 
   Raises:
-    RequestError: one of them can't; nothing is printed then.
+    RequestError: one of the models can't; nothing is printed then.
   """
-  ready = [prepare(model, prompt, new) for model in models]
-  dtype = functional.resolve_dtype(dtype)
-  for model, (directory, config, tokenizer, ids, ends) in zip(
-    models, ready, strict=True
-  ):
-    config = decoding.unroll_layers(config)
+  found = [find_model(name) for name in models]
+  ready = [prompts.make_prompt(files, prompt, new) for files in found]
+  for name, files, asked in zip(models, found, ready, strict=True):
+    config = decoding.unroll_layers(files.config)
     with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-      params = weights.load_params(directory, config, dtype)
-      print(f'--- {model}\n{prompt}', end='', flush=True)
-      for piece in pieces(
-        params,
-        config,
-        tokenizer,
-        ids,
-        ends=ends,
-        new=new,
-        temperature=temperature,
-        seed=seed,
+      model = load_model(files._replace(config=config), dtype)
+      print(f'--- {name}\n{prompt}', end='', flush=True)
+      for piece in prompts.stream_text(
+        model.params, config, asked, temperature=temperature, seed=seed
       ):
         print(piece, end='', flush=True)
       print('\n')
@@ -125,18 +67,23 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
-  flags.DEFINE_string('dense', None, 'Another, which speaks before.')
-  flags.DEFINE_string('prompt', 'Once upon a time', 'What they go on with.')
-  flags.DEFINE_integer('tokens', 64, 'Most new tokens.', lower_bound=1)
-  flags.DEFINE_float(
-    'temperature', 0.0, '0: always the likeliest token.', lower_bound=0.0
+  flags.DEFINE_string('model', 'demo', 'Model directory, .gguf file or hub id.')
+  flags.DEFINE_string('dense', None, 'Dense model to print beside it, first.')
+  flags.DEFINE_string('prompt', 'Once upon a time', 'Prompt to continue.')
+  flags.DEFINE_integer(
+    'tokens', 64, 'Number of tokens to generate at most.', lower_bound=1
   )
-  flags.DEFINE_integer('seed', 0, 'Of the choices, where it is above 0.')
+  flags.DEFINE_float(
+    'temperature',
+    0.0,
+    'Sampling temperature; 0 takes the likeliest token each time.',
+    lower_bound=0.0,
+  )
+  flags.DEFINE_integer('seed', 0, 'Seed of the sampling.')
   flags.DEFINE_enum(
     'dtype',
     'auto',
     ('auto', 'float32', 'bfloat16'),
-    'auto: float32 on CPU, bfloat16 elsewhere.',
+    'Type of the weights; auto: float32 on CPU, bfloat16 elsewhere.',
   )
   app.run(main, flags_parser=cli.parse_flags)

@@ -38,9 +38,31 @@ def _with(**overrides):
   return config
 
 
+def _leaves(tree, prefix=''):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
 class ValidateTest(_TestCase):
   def test_defaults_are_valid(self):
     config_lib.validate(config_lib.defaults())
+
+  def test_every_key_is_described(self):
+    config = config_lib.defaults()
+    lines = config_lib.describe_keys(config).splitlines()
+    flat = [name for name, _ in _leaves(config.to_dict())]
+    named = [line.partition('=')[0].removeprefix('--config.') for line in lines]
+    self.assertCountEqual(named, flat)
+    for line in lines:
+      self.assertRegex(line, r'^--config\.[\w.]+=\S.*  \S')
+
+  def test_describes_the_values_that_are_set(self):
+    said = config_lib.describe_keys(_with(**{'search.context': 128}))
+    self.assertIn('--config.search.context=128 ', said)
+    self.assertIn('tokens per reward row', said)
 
   def test_defaults_are_made_anew(self):
     config_lib.defaults().budget.sparsity = 0.9

@@ -18,8 +18,7 @@ from absl import flags
 from absl.testing import absltest, parameterized
 from huggingface_hub import errors
 
-import ffp_jax
-from ffp_jax import evaluate
+from ffp_jax import evaluate, evaluation
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
@@ -368,10 +367,10 @@ class CommandTest(parameterized.TestCase):
     missing = {'lm_eval': None, 'lm_eval.tasks': None}
     with (
       mock.patch.dict('sys.modules', missing),
-      mock.patch.dict(vars(ffp_jax)),
+      mock.patch.dict(vars(evaluation)),
     ):
       sys.modules.pop('ffp_jax.evaluation.harness', None)
-      vars(ffp_jax).pop('tasks', None)
+      vars(evaluation).pop('harness', None)
       self.refused('--tasks needs', 'pip install "lm_eval', tasks=['piqa'])
 
   def test_no_such_task(self):

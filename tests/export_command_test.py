@@ -9,7 +9,6 @@ from absl.testing import absltest, parameterized
 
 from ffp_jax import export
 from ffp_jax.checkpoints import hub, model_config, weights
-from ffp_jax.checkpoints import model as model_lib
 from ffp_jax.export import formats
 from ffp_jax.runtime import storage
 from tests import testing, tiny_run
@@ -35,7 +34,7 @@ class RefusedTest(_TestCase):
 
   def setUp(self):
     super().setUp()
-    load = mock.patch.object(model_lib, 'load', side_effect=AssertionError)
+    load = mock.patch.object(formats, 'load_model', side_effect=AssertionError)
     self.enterContext(load)
 
   @parameterized.parameters('hf', 'hf_dense')

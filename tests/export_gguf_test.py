@@ -465,7 +465,7 @@ class TokenizerTest(_TestCase):
       notes=[],
     )
     path = self.folder() / 'dense.gguf'
-    model = model_lib.load(*model_lib.find(str(folder)), 'float32')
+    model = model_lib.load_model(str(folder), 'float32')
     gguf_file.write(model, path, 'float32', vocabulary)
     return path
 

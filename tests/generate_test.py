@@ -15,8 +15,8 @@ from absl.testing import absltest, parameterized
 from ffp_jax import export, generate
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError
-from ffp_jax.models import functional
-from ffp_jax.text import tokenization
+from ffp_jax.models import decoding, functional
+from ffp_jax.text import prompts, tokenization
 from tests import testing, tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -98,12 +98,9 @@ class GenerateTest(parameterized.TestCase):
     spoken = tokenizer('ab!cd')['input_ids']
     for ends in {spoken[2]}, {spoken[2], spoken[4]}, {spoken[4], spoken[2], 0}:
       steps = iter([np.array([[token]]) for token in spoken])
-      with mock.patch.object(
-        generate.decoding, 'continuations', return_value=steps
-      ):
-        said = generate.pieces(
-          None, None, tokenizer, ids, ends=ends, new=9, temperature=0.0, seed=0
-        )
+      with mock.patch.object(decoding, 'generate_tokens', return_value=steps):
+        prompt = prompts.Prompt(tokenizer, ids, ends, 9)
+        said = prompts.stream_text(None, None, prompt)
         self.assertEqual(list(said), ['a', 'b'])
 
   @parameterized.parameters('generation_config.json', 'config.json')
@@ -138,12 +135,9 @@ class GenerateTest(parameterized.TestCase):
     spoken = tokenizer('a\N{SNOWMAN}b')['input_ids']
     self.assertGreater(len(spoken), 3)
     steps = iter([np.array([[token]]) for token in spoken])
-    with mock.patch.object(
-      generate.decoding, 'continuations', return_value=steps
-    ):
-      said = generate.pieces(
-        None, None, tokenizer, ids, ends=(), new=9, temperature=0.0, seed=0
-      )
+    with mock.patch.object(decoding, 'generate_tokens', return_value=steps):
+      prompt = prompts.Prompt(tokenizer, ids, frozenset(), 9)
+      said = prompts.stream_text(None, None, prompt)
       self.assertEqual(list(said), ['a', '\N{SNOWMAN}', 'b'])
 
   def test_no_prompt(self):

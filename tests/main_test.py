@@ -8,6 +8,7 @@ import tempfile
 
 from absl.testing import absltest, parameterized
 
+from ffp_jax import console
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -77,9 +78,21 @@ class RefusedTest(_TestCase):
     self.assert_refused(done, word)
     self.assertFalse(self.workdir.exists())
 
-  def test_no_config(self):
-    done = _call('ffp_jax.main', f'--workdir={self.workdir}')
-    self.assert_refused(done, '--config')
+  def test_without_a_config_the_defaults(self):
+    done = _call(
+      'ffp_jax.main', '--config.model=/no/such', f'--workdir={self.workdir}'
+    )
+    self.assert_refused(done, '/no/such')
+    done = _call('ffp_jax.main', '--config.seed=7', '--help_config')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('--config.seed=7 ', done.stdout)
+
+  def test_console(self):
+    done = _call('ffp_jax.console', 'plot')
+    self.assert_refused(done, 'usage: ffp-jax prune|')
+    for command in console.COMMANDS:
+      done = _call('ffp_jax.console', command, '--no_such_flag=1')
+      self.assert_refused(done, 'no_such_flag')
 
   def test_no_such_config(self):
     done = _call(

@@ -1,76 +1,105 @@
-"""A model directory, dense or pruned, as what every format is made from."""
+"""A model in memory, dense or pruned, and the files that it comes from."""
 
+import dataclasses
+import functools
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.checkpoints import hub, model_config, weights
-from ffp_jax.errors import RequestError
+from ffp_jax.models import functional
 from ffp_jax.models.decoder import ModelConfig
 
 
-class Model(NamedTuple):
-  """A model in memory, and the directory that it is from."""
+class ModelFiles(NamedTuple):
+  """A model on disk, of which no weight is read yet."""
 
   directory: pathlib.Path
   description: dict  # config.json
   config: ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model in memory.
+
+  Attributes:
+    directory: the model directory that tokenizer and settings come from.
+    description: config.json.
+    config: the decoder's configuration.
+    params: the decoder's parameters, nested dict of arrays.
+    file_dtype: the type of most weights in the file, and so of what is
+      written unless another is asked for.
+  """
+
+  directory: pathlib.Path
+  description: dict
+  config: ModelConfig
   params: dict
+  file_dtype: np.dtype
 
   @property
   def family(self) -> str:
+    """Returns the `model_type` of config.json."""
     return self.description['model_type']
 
-  def tensors(self):
-    """(Hugging Face name, array) of every tensor."""
+  @functools.cached_property
+  def tokenizer(self) -> Any:
+    """Returns the model's own tokenizer, of transformers."""
+    from ffp_jax.text import tokenization  # transformers is slow to import
+
+    return tokenization.load_tokenizer(self.directory)
+
+  def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (Hugging Face name, array) of every tensor."""
     return weights.named_tensors(self.params, self.config, self.family)
 
 
-def find(name: str) -> tuple[pathlib.Path, dict, ModelConfig]:
-  """A model's directory and what config.json has to say, no weight read.
+def find_model(name: str) -> ModelFiles:
+  """Finds a model and reads its config.json.
 
   Args:
-    name: as `hub.resolve_model` takes it.
+    name: 'demo', a directory, a .gguf file or a hub id, as
+      `hub.resolve_model` takes it.
 
   Raises:
     RequestError: there is no such model, or it is broken.
   """
   directory = hub.resolve_model(name)
   config = model_config.read_model_config(directory)
-  description = model_config.read_config_json(directory) | {
-    'tie_word_embeddings': config.tied
-  }
-  return directory, description, config
+  description = model_config.read_config_json(directory)
+  tied = {'tie_word_embeddings': config.tied}  # as the weights have it
+  return ModelFiles(directory, description | tied, config)
 
 
-def load(directory, description, config, dtype: str | None) -> Model:
-  """Reads the weights.
+def load_model(model: str | ModelFiles, dtype: str | None = 'auto') -> Model:
+  """Loads a model onto the devices of the mesh that is set.
 
   Args:
-    directory, description, config: from `find`.
-    dtype: 'float32', 'float16' or 'bfloat16'; None for that of the file.
+    model: a name as `find_model` takes it, or what that returned.
+    dtype: 'float32', 'float16' or 'bfloat16' for the parameters; 'auto' for
+      float32 on CPU and bfloat16 elsewhere; None for that of the file.
 
   Raises:
-    RequestError: see `weights.load_params`.
+    RequestError: there is no such model, or a file of it is missing, damaged
+      or holds what is not finite.
   """
+  files = find_model(model) if isinstance(model, str) else model
+  directory, description, config = files
+  wanted = functional.resolve_dtype(dtype or 'float32')
+  found = weights.check_files(directory, config, wanted)
+  file_dtype = weights.main_dtype(*found)
   if dtype is None:
-    found = weights.check_files(directory, config, jnp.float32)
-    dtype = weights.main_dtype(*found)
-  params = weights.load_params(directory, config, jnp.dtype(dtype))
-  return Model(directory, description, config, jax.tree.map(np.asarray, params))
+    wanted = file_dtype
+  params = weights.load_params(directory, config, wanted)
+  return Model(directory, description, config, params, file_dtype)
 
 
-def need_pruned(config: ModelConfig, name: str):
-  """Refuses a dense model.
-
-  Raises:
-    RequestError: it is dense.
-  """
-  if not config.sliced:
-    raise RequestError(
-      f'--model: {name} is not pruned, and already what --format=hf and '
-      'hf_dense make; use it as it is, or --format=gguf or orbax'
-    )
+def to_numpy(model: Model) -> Model:
+  """Returns a model whose parameters are NumPy arrays on this host."""
+  return dataclasses.replace(
+    model, params=jax.tree.map(np.asarray, model.params)
+  )

@@ -1,4 +1,4 @@
-"""A masked model to a physically smaller one, and to disk."""
+"""Slicing: turns a masked model into a physically smaller one, on disk too."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.checkpoints.model import Model
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.runtime.sharding import to_host
 from ffp_jax.runtime.storage import staged
@@ -40,35 +41,38 @@ COMPANIONS = (
 )
 
 
-def slice_params(params, config: ModelConfig, keep: Masks):
+def slice_params(
+  params: dict, config: ModelConfig, keep: Masks
+) -> tuple[dict, ModelConfig]:
   """Drops the removed units from the arrays.
 
   Args:
     params: of the dense decoder, stacked.
-    config: its `ModelConfig`.
+    config: the dense decoder's.
     keep: masks, [L,K] and [L,F].
 
   Returns:
-    (params of the sliced decoder, its `ModelConfig`).
+    (NumPy parameters of the sliced decoder, its `ModelConfig`).
   """
-  kept = Masks(*(to_host(mask) > 0 for mask in keep))
+  attention, ffn = (to_host(mask) > 0 for mask in keep)
   ends = {name: tree for name, tree in params.items() if name != 'stack'}
   small = jax.tree.map(to_host, ends)
   for i in range(config.layers):
-    units = {'attention': kept.attention[i], 'ffn': kept.ffn[i]}
+    units = {'attention': attention[i], 'ffn': ffn[i]}
     small[f'layer_{i}'] = {
       module: _slice_module(module, tree, i, units.get(module))
       for module, tree in params['stack'].items()
     }
   sliced = dataclasses.replace(
     config,
-    kept_groups=tuple(int(n) for n in kept.attention.sum(-1)),
-    kept_ffn=tuple(int(n) for n in kept.ffn.sum(-1)),
+    kept_groups=tuple(int(n) for n in attention.sum(-1)),
+    kept_ffn=tuple(int(n) for n in ffn.sum(-1)),
   )
   return small, sliced
 
 
 def _slice_module(module, tree, layer, units):
+  """Returns one layer's parameters of a part, without the removed units."""
   if units is None:  # a norm
     return {
       name: {leaf: to_host(x[layer]) for leaf, x in inner.items()}
@@ -85,16 +89,17 @@ def _slice_module(module, tree, layer, units):
 
 
 def save(
-  params,
+  params: dict,
   config: ModelConfig,
   source: pathlib.Path,
   out: pathlib.Path,
   *,
-  dtype=None,
-):
+  dtype: np.dtype | None = None,
+) -> int:
   """Writes a sliced model as a directory that every command can load.
 
-  Written beside `out` and renamed, so `out` is complete or absent.
+  The directory is written beside `out` and renamed: `out` is complete or
+  absent.
 
   Args:
     params, config: from `slice_params`.
@@ -105,13 +110,8 @@ def save(
   Returns:
     Bytes of the weights file.
   """
-  description = model_config.read_config_json(source)
+  description = describe_sliced(model_config.read_config_json(source), config)
   family = description['model_type']
-  description['tie_word_embeddings'] = config.tied
-  description['ffp_jax'] = {
-    'kept_groups': list(config.kept_groups),
-    'kept_ffn': list(config.kept_ffn),
-  }
   for stale in out.parent.glob('.pruned.*'):  # of a process that was killed
     shutil.rmtree(stale)
   with staged(out) as stage:
@@ -122,6 +122,33 @@ def save(
     if out.exists():
       epath.Path(out).rmtree()
   return size
+
+
+def describe_sliced(description: dict, config: ModelConfig) -> dict:
+  """Returns config.json of a sliced model, given that of the dense one."""
+  kept = {
+    'kept_groups': list(config.kept_groups or ()),
+    'kept_ffn': list(config.kept_ffn or ()),
+  }
+  tied = {'tie_word_embeddings': config.tied}
+  return description | tied | {'ffp_jax': kept}
+
+
+def slice_model(model: Model, params: dict, keep: Masks) -> Model:
+  """Returns the small model in memory.
+
+  Args:
+    model: the dense one.
+    params: of its decoder, calibrated; stacked.
+    keep: masks, [L,K] and [L,F].
+  """
+  small, config = slice_params(params, model.config, keep)
+  return dataclasses.replace(
+    model,
+    params=small,
+    config=config,
+    description=describe_sliced(model.description, config),
+  )
 
 
 def copy_companions(source: pathlib.Path, out: pathlib.Path):

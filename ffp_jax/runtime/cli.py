@@ -1,32 +1,40 @@
-"""What commands have in common: flags, log, errors, compiled programs."""
+"""What the commands share: flags, log, exit codes, compiled programs."""
 
 import contextlib
 import shlex
 import sys
 
+import ml_collections
 from absl import flags, logging
 
+from ffp_jax import config as config_lib
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.runtime import signals, storage
 
+_HELP_CONFIG = flags.DEFINE_boolean(
+  'help_config', False, 'Print every key of --config with its value and stop.'
+)
 
-def parse_flags(argv, **required):
-  """Reads the flags; refuses what isn't one, before any heavy import.
+
+def parse_flags(argv: list[str], **required: str) -> list[str]:
+  """Reads the flags and refuses what isn't one, before any heavy import.
 
   Args:
     argv: of the process.
-    **required: flag to what to give, for those that can't be left out.
+    **required: for each flag that can't be left out, what to give for it.
 
   Returns:
     The name of the program, alone in a list.
   """
   try:
     rest = flags.FLAGS(argv)
+    if _HELP_CONFIG.value:
+      _print_config()
     if 'config' in flags.FLAGS and flags.FLAGS['config'].present:
       _ = flags.FLAGS.config.model  # a file that didn't load fails here
   except (AttributeError, KeyError) as error:
     key = str(error).strip('"\'')
-    refuse(f'--config: no key {key!r}; see ffp_jax/config.py')
+    refuse(f'--config: no key {key!r}; see --help_config')
   except (flags.Error, OSError, TypeError, ValueError) as error:
     refuse(error)
   for name, give in required.items():
@@ -35,6 +43,17 @@ def parse_flags(argv, **required):
   if len(rest) > 1:
     refuse(f'unknown argument {rest[1]!r}; options are --NAME=VALUE')
   return rest
+
+
+def _print_config():
+  """Prints the keys of --config, or the defaults, and ends the process."""
+  config = None
+  if 'config' in flags.FLAGS:
+    config = flags.FLAGS['config'].value
+  if not isinstance(config, ml_collections.ConfigDict):
+    config = config_lib.defaults()
+  print(config_lib.describe_keys(config))
+  sys.exit(0)
 
 
 def begin_command(module: str, workdir: str):
@@ -58,6 +77,7 @@ def begin_command(module: str, workdir: str):
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
   path = storage.as_path(workdir)
+  # ty: ignore[missing-attribute]
   if not jax.config.jax_compilation_cache_dir:
     cache = str(path.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)

@@ -93,6 +93,9 @@ def disk_full(error: BaseException) -> str | None:
     for code in _FULL:
       if os.strerror(code) in str(error):
         return os.strerror(code)
+    # NumPy says only how much of an array it wrote.
+    if isinstance(error, OSError) and 'requested and' in str(error):
+      return os.strerror(errno.ENOSPC)
     error = error.__cause__ or error.__context__
   return None
 

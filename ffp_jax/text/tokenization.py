@@ -13,6 +13,7 @@ from absl import logging
 from ffp_jax.checkpoints import model_config
 from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.text import corpora
 
 # What transformers reads beside the vocabulary, all of it JSON.
 _SETTINGS = (
@@ -38,6 +39,33 @@ class Tokens(NamedTuple):
 
   ids: np.ndarray  # int32 [N]
   bos: int | None  # the tokenizer's beginning-of-sequence id
+
+
+class TokenText(NamedTuple):
+  """A named text as a model's tokenizer has it."""
+
+  ids: np.ndarray  # int32 [N]
+  bos: int | None  # the tokenizer's beginning-of-sequence id
+  name: str
+  extent: str  # of the source: 'the text', or the first so many MB
+  windows: int | None = None  # that papers report on; None for all
+
+
+def read_tokens(
+  directory: pathlib.Path, source: str, *, field: str = '', report=False
+) -> TokenText:
+  """Reads a text and tokenizes it with a model's own tokenizer.
+
+  Args:
+    directory: of the model.
+    source, field, report: see `corpora.read_text`.
+
+  Raises:
+    RequestError: the text or the tokenizer can't be read.
+  """
+  text = corpora.read_text(source, field=field, report=report)
+  tokens = tokenize(directory, text.content)
+  return TokenText(*tokens, text.name, text.extent, text.windows)
 
 
 def load_tokenizer(directory: pathlib.Path):
