@@ -1,4 +1,4 @@
-"""The report of a finished run, a comparison of several, and a summary.
+"""Writes the report of a finished run, or a page that compares several.
 
 python -m ffp_jax.report DIR [DIR ...] [--out=FILE.html]
 """
@@ -9,6 +9,8 @@ import json
 import pathlib
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -24,12 +26,12 @@ from ffp_jax.runtime.storage import (
 )
 
 
-def summary(results: dict, allocation: dict) -> str:
-  """What the run found, as plain text of less than 15 lines of 80 columns.
+def summary(results: dict, allocation: Mapping[str, Any]) -> str:
+  """Returns the outcome of a run as text, below 15 lines of 80 columns.
 
   Args:
-    results: what results.json holds.
-    allocation: what allocation.json holds.
+    results: content of results.json.
+    allocation: content of allocation.json.
   """
   results = to_json_types(results)
   rows = [f'{"":24}{"perplexity":>12}{"x dense":>10}']
@@ -37,7 +39,9 @@ def summary(results: dict, allocation: dict) -> str:
     f'{name:24}{ppl:>12}{times:>10}'
     for name, ppl, times in labels.perplexity_rows(results)
   ]
-  asked, got = (allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
+  target, achieved = (
+    allocation[f'sparsity_{k}'] for k in ('target', 'achieved')
+  )
   dense, pruned = results['params_dense'], results['params_pruned']
   before, after = (results[f'bytes_{k}'] for k in ('dense', 'pruned'))
   return '\n'.join(
@@ -45,7 +49,8 @@ def summary(results: dict, allocation: dict) -> str:
       *rows,
       *labels.protocol(results['protocol'], shorten=True),
       '',
-      f'sparsity    {got:.3%} of the prunable parameters ({asked:.3%} asked)',
+      f'sparsity    {achieved:.3%} of the prunable parameters '
+      f'({target:.3%} asked)',
       f'parameters  {dense:,} -> {pruned:,} ({labels.change(dense, pruned)})',
       f'weights     {labels.size(before)} -> {labels.size(after)} '
       f'({labels.change(before, after)})',
@@ -54,7 +59,7 @@ def summary(results: dict, allocation: dict) -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of what a run's figures depend on, for results.json."""
+  """Returns the versions that a run's figures depend on, for results.json."""
   packages = {
     name: importlib.metadata.version(name) for name in ('jax', 'flax')
   }
@@ -63,10 +68,10 @@ def versions() -> dict[str, str]:
 
 
 def read_run(workdir: pathlib.Path) -> Run:
-  """What a finished run left in its directory.
+  """Reads the files of a finished run.
 
   Raises:
-    RequestError: it isn't the directory of a finished run.
+    RequestError: `workdir` isn't the directory of a finished run.
   """
   try:
     config, allocation, results = (
@@ -89,40 +94,40 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def write_report(workdir: pathlib.Path):
-  """Writes report.html, report.md and its plots, and tb, of a finished run.
+  """Writes report.html, report.md and its plots into a finished run.
 
-  Without search steps there is no plot_search.png. TensorBoard's scalars are
-  written if tensorboardX is installed.
+  Without search steps there is no plot_search.png. With tensorboardX installed,
+  the metrics are also written for TensorBoard, to the directory tb.
 
   Args:
     workdir: holds config.json, allocation.json, results.json and, if there
       was a search, metrics.jsonl.
 
   Raises:
-    RequestError: see `read`.
+    RequestError: see `read_run`.
   """
   run = read_run(workdir)
-  found = list(report(run))
-  blocks.write_markdown(workdir / 'report.md', found)
+  content = list(report(run))
+  blocks.write_markdown(workdir / 'report.md', content)
   title = f'Pruning {run.config["model"]}'
-  write_atomically(workdir / 'report.html', page.page(title, found))
+  write_atomically(workdir / 'report.html', page.page(title, content))
   if is_local(workdir) and importlib.util.find_spec('tensorboardX'):
     _write_scalars(workdir / 'tb', run.metrics)
 
 
 def add_measurements(
-  workdir: pathlib.Path, section: str, columns: dict[str, dict]
+  workdir: pathlib.Path, section: str, columns: Mapping[str, Mapping]
 ):
-  """Adds what was measured of a finished run's models, and redraws its report.
+  """Adds measurements to a finished run's results.json and its reports.
 
   Args:
     workdir: of the run.
     section: 'tasks' or 'speed'.
-    columns: 'dense' or 'pruned' to figures by name; older ones of other names
-      stay.
+    columns: 'dense' or 'pruned' to figures by name. Earlier figures of other
+      names are kept.
 
   Raises:
-    RequestError: see `read`.
+    RequestError: see `read_run`.
   """
   results = read_run(workdir).results
   rows = results.setdefault(section, {})
@@ -134,9 +139,9 @@ def add_measurements(
   write_report(workdir)
 
 
-def _write_scalars(directory, metrics):
-  """Every number of every step, for TensorBoard; replaces older ones."""
-  from tensorboardX import SummaryWriter  # optional
+def _write_scalars(directory: pathlib.Path, metrics: list[dict]):
+  """Writes the numbers of every step for TensorBoard; replaces old files."""
+  from tensorboardX import SummaryWriter  # ty: ignore[import-not-found]
 
   shutil.rmtree(directory, ignore_errors=True)
   with SummaryWriter(str(directory)) as writer:
@@ -146,8 +151,8 @@ def _write_scalars(directory, metrics):
           writer.add_scalar(f'search/{name}', value, line['step'])
 
 
-def parse(argv):
-  """Reads the flags; refuses what isn't one."""
+def parse(argv: Sequence[str]) -> list[str]:
+  """Reads the flags, and returns the program's name and the directories."""
   flags.FLAGS.set_gnu_getopt(True)  # flags may follow directories
   try:
     rest = flags.FLAGS(argv)
@@ -163,7 +168,7 @@ def parse(argv):
   return rest
 
 
-def main(argv):
+def main(argv: Sequence[str]):
   workdirs = [pathlib.Path(name).expanduser() for name in argv[1:]]
   try:
     if len(workdirs) == 1:
@@ -171,10 +176,9 @@ def main(argv):
       write_report(workdirs[0])
     else:
       out = pathlib.Path(flags.FLAGS.out)
-      found = run_comparison.compare(
-        [read_run(workdir) for workdir in workdirs]
-      )
-      write_atomically(out, page.page('Pruning runs compared', found))
+      runs = [read_run(workdir) for workdir in workdirs]
+      content = run_comparison.compare(runs)
+      write_atomically(out, page.page('Pruning runs compared', content))
   except (RequestError, OSError) as error:
     refuse(error)
   print(out)
@@ -182,6 +186,6 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.DEFINE_string(
-    'out', 'comparison.html', 'HTML file to write, of several runs.'
+    'out', 'comparison.html', 'HTML file to write when several runs are given.'
   )
   app.run(main, flags_parser=parse)

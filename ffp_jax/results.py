@@ -1,10 +1,16 @@
-"""What allocation.json and results.json hold of a finished run."""
+"""The contents of allocation.json and results.json."""
+
+from typing import TYPE_CHECKING, Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from ffp_jax import config as config_lib
 from ffp_jax.models import families
+
+if TYPE_CHECKING:
+  from ffp_jax.prune import Finalist, PruningJob
 
 
 def allocation(config, job, best) -> dict:

@@ -4,7 +4,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from ffp_jax.reporting import blocks, page, plots, run_comparison, run_report
+from ffp_jax.reporting import blocks, figures, page, run_comparison, run_report
 from tests import finished_run
 
 _VOID = ('meta', 'link')
@@ -306,7 +306,7 @@ class EscapeTest(absltest.TestCase):
       (_NASTY, _NASTY),
       [(_NASTY, _NASTY), (_NASTY, _NASTY)],
     )
-    drawn, [[ax]] = plots.figure(3, _NASTY)
+    drawn, [[ax]] = figures.new_figure(3, _NASTY)
     ax.set_xlabel(_NASTY)
     found = [
       blocks.Heading(1, _NASTY),
@@ -365,7 +365,7 @@ class ContrastTest(parameterized.TestCase):
 
   def test_pictures_are_drawn_in_the_light_theme(self):
     light, _ = _themes()
-    for colour, name in plots.THEME.items():
+    for colour, name in figures.THEME.items():
       if name not in ('ink', 'paper'):  # pictures have pure black and white
         self.assertEqual(light[name], colour)
 

@@ -1,9 +1,7 @@
-import re
-
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.reporting import plots
+from ffp_jax.reporting import figures, plots
 from tests import finished_run
 
 
@@ -11,45 +9,6 @@ def _curves(picture, color):
   """Points [n, 2] of every line of one colour."""
   (ax,) = picture.axes
   return [x.get_xydata() for x in ax.lines if x.get_color() == color]
-
-
-class SvgTest(absltest.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.picture = plots.search([finished_run.line(i) for i in range(6)])
-
-  def test_the_page_sets_the_colours(self):
-    svg = plots.svg(self.picture, 'a')
-    self.assertEmpty(re.findall('#[0-9a-f]{6};', svg))
-    self.assertContainsSubset(
-      {'ink', 'paper', 'pale', 'rule', 'blue', 'orange'},
-      re.findall(r'var\(--(\w+)\)', svg),
-    )
-
-  def test_words_are_text(self):
-    svg = plots.svg(self.picture, 'a')
-    texts = re.findall(r'<text [^>]*>([^<]+)</text>', svg)
-    self.assertContainsSubset(
-      ['reward', 'candidates evaluated', 'mean of the step'], texts
-    )
-
-  def test_the_same_bytes_again_and_other_ids_elsewhere(self):
-    svg = plots.svg(self.picture, 'a')
-    self.assertEqual(plots.svg(self.picture, 'a'), svg)
-    names = [
-      set(re.findall('id="(.+?)"', plots.svg(self.picture, name)))
-      for name in ('a', 'b')
-    ]
-    self.assertNotEmpty(names[0])
-    self.assertEmpty(names[0] & names[1])
-
-  def test_a_long_search_is_no_large_picture(self):
-    rng = np.random.default_rng(0)
-    lines = [
-      finished_run.line(i, stage=0, reward_max=x, reward_mean=x - 0.1)
-      for i, x in enumerate(rng.uniform(0.2, 1.0, 1000))
-    ]
-    self.assertLess(len(plots.svg(plots.search(lines), 'a')), 100_000)
 
 
 class SearchTest(parameterized.TestCase):
@@ -69,15 +28,15 @@ class SearchTest(parameterized.TestCase):
 
   def test_points_are_where_the_values_are(self):
     picture = self.draw([0.5, 0.6, 0.4], candidates=4)
-    (best,) = _curves(picture, plots.ORANGE)
+    (best,) = _curves(picture, figures.ORANGE)
     np.testing.assert_allclose(best, [[2, 0.5], [6, 0.6], [10, 0.4]])
-    (mean,) = _curves(picture, plots.BLUE)
+    (mean,) = _curves(picture, figures.BLUE)
     np.testing.assert_allclose(mean, best - [0, 0.1])
 
   def test_stages_are_apart(self):
     picture = self.draw([0.5] * 6)
-    self.assertEqual([len(x) for x in _curves(picture, plots.ORANGE)], [3, 3])
-    poles = [x[0, 0] for x in _curves(picture, plots.RULE)]
+    self.assertEqual([len(x) for x in _curves(picture, figures.ORANGE)], [3, 3])
+    poles = [x[0, 0] for x in _curves(picture, figures.RULE)]
     self.assertCountEqual(poles, [0, 6])
     (ax,) = picture.axes
     self.assertCountEqual(
@@ -87,20 +46,20 @@ class SearchTest(parameterized.TestCase):
 
   def test_one_candidate_is_one_curve(self):
     picture = self.draw([0.5, 0.6], candidates=1)
-    self.assertLen(_curves(picture, plots.ORANGE), 1)
-    self.assertEmpty(_curves(picture, plots.BLUE))
+    self.assertLen(_curves(picture, figures.ORANGE), 1)
+    self.assertEmpty(_curves(picture, figures.BLUE))
     self.assertEmpty(picture.legends)
     self.assertLen(self.draw([0.5, 0.6]).legends, 1)
 
   def test_a_gap_where_a_value_is_not_finite(self):
     picture = self.draw([0.5, None, 0.5, 0.6], stage=0)
-    (best,) = _curves(picture, plots.ORANGE)
+    (best,) = _curves(picture, figures.ORANGE)
     np.testing.assert_array_equal(best[:, 1], [0.5, np.nan, 0.5, 0.6])
-    self.assertNotIn('nan', plots.svg(picture, 'a'))
+    self.assertNotIn('nan', figures.svg(picture, 'a'))
 
   @parameterized.parameters(([None, None],), ([0.5, 0.5],), ([0.0],))
   def test_odd_values(self, values):
-    self.assertNotRegex(plots.svg(self.draw(values), 'a'), r'\b(nan|inf)\b')
+    self.assertNotRegex(figures.svg(self.draw(values), 'a'), r'\b(nan|inf)\b')
 
   def test_far_apart_on_a_log_scale(self):
     for values, scale in (([0.2, 0.9], 'linear'), ([0.11, 5.0], 'log')):
@@ -121,7 +80,7 @@ class BarsTest(absltest.TestCase):
     (ax,) = picture.axes
     widths = [bar.get_width() for bar in ax.patches]
     self.assertEqual(widths, [16.58, 24.57, 21.03, 21.25, 0.0])
-    self.assertIn('>not finite</text>', plots.svg(picture, 'a'))
+    self.assertIn('>not finite</text>', figures.svg(picture, 'a'))
 
   def test_perplexities_far_apart_begin_at_one(self):
     picture = plots.perplexity(finished_run.results(uniform={'ppl': 1e6}))
@@ -154,9 +113,9 @@ class FrontierTest(absltest.TestCase):
     picture = self.draw(
       (100, 10.0, True), (60, 30.0, True), (80, 12.0, True), (80, 20.0, False)
     )
-    (line,) = _curves(picture, plots.ORANGE)
+    (line,) = _curves(picture, figures.ORANGE)
     np.testing.assert_array_equal(line, [[60, 30], [80, 12], [100, 10]])
-    (others,) = _curves(picture, plots.BLUE)
+    (others,) = _curves(picture, figures.BLUE)
     np.testing.assert_array_equal(others, [[80, 20]])
     (ax,) = picture.axes
     self.assertEqual([x.get_linestyle() for x in ax.lines], ['None', '-'])
@@ -176,10 +135,10 @@ class FrontierTest(absltest.TestCase):
     )
     (ax,) = picture.axes
     self.assertEqual(ax.get_yscale(), 'log')
-    self.assertIn('>1,000</text>', plots.svg(picture, 'a'))
+    self.assertIn('>1,000</text>', figures.svg(picture, 'a'))
 
   def test_one_point(self):
-    svg = plots.svg(self.draw((100, 10.0, True)), 'a')
+    svg = figures.svg(self.draw((100, 10.0, True)), 'a')
     self.assertNotRegex(svg, r'\b(nan|inf)\b')
     self.assertIn('>100</text>', svg)
 

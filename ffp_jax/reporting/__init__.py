@@ -1,1 +1,1 @@
-"""The report: what it says, in blocks; as a page, as Markdown, in pictures."""
+"""Reports of runs: content in blocks, rendered as HTML, Markdown and plots."""

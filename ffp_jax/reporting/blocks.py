@@ -1,14 +1,14 @@
-"""What a report is made of, and the same as Markdown.
+"""The blocks that reports are made of, and their rendering as Markdown.
 
-Text is plain here: every renderer escapes what it writes.
+Blocks hold plain text; every renderer escapes what it writes.
 """
 
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ffp_jax.reporting import plots
+from ffp_jax.reporting import figures
 from ffp_jax.runtime.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Heading(NamedTuple):
-  """A title; levels follow one another, from the page's own, 1."""
+  """A title; level 1 is the title of the page, and no level is skipped."""
 
   level: int
   text: str
@@ -29,33 +29,33 @@ class Text(NamedTuple):
 
 
 class Code(NamedTuple):
-  """What a reader may copy, such as a command."""
+  """Text that a reader may copy, such as a command."""
 
   text: str
 
 
 class Items(NamedTuple):
-  """Named values, one a line."""
+  """Pairs of a name and its value, one per line."""
 
-  rows: list[tuple[str, str]]
+  rows: Sequence[tuple[str, str]]
 
 
 class Table(NamedTuple):
-  """Rows of cells; the first cell of a row names it."""
+  """Rows of cells; the first cell of a row is its name."""
 
   caption: str
   header: tuple[str, ...]
-  rows: list[tuple[str, ...]]
+  rows: Sequence[tuple[str, ...]]
 
 
 class Picture(NamedTuple):
-  """A picture.
+  """A picture with its caption.
 
   Attributes:
-    text: what it shows, under it and for those who don't see it.
-    name: tells it from the others of its page.
-    figure: what a function of `plots` has drawn.
-    data: what is drawn, folded away.
+    text: the caption, which is also the alternative text.
+    name: unique among the pictures of a page.
+    figure: from a function of `plots`.
+    data: the drawn values, shown folded away below the picture.
   """
 
   text: str
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
   @property
   def file(self) -> str:
-    """The picture beside a Markdown page."""
+    """Returns the name of the PNG file that a Markdown page links to."""
     return f'plot_{self.name}.png'
 
 
@@ -73,20 +73,20 @@ Block = Heading | Text | Code | Items | Table | Picture
 
 
 def write_markdown(path: pathlib.Path, blocks: Iterable[Block]):
-  """Writes the blocks as a Markdown page, and its pictures beside it."""
+  """Writes a Markdown page, and its pictures as PNG files beside it."""
   blocks = list(blocks)
   for block in blocks:
     if isinstance(block, Picture):
-      path.with_name(block.file).write_bytes(plots.png(block.figure))
+      path.with_name(block.file).write_bytes(figures.png(block.figure))
   write_atomically(path, markdown(blocks))
 
 
 def markdown(blocks: Iterable[Block]) -> str:
-  """The blocks as a Markdown page."""
+  """Returns the text of a Markdown page."""
   return '\n\n'.join(_markdown(block) for block in blocks) + '\n'
 
 
-def _markdown(block):
+def _markdown(block: Block) -> str:
   match block:
     case Heading():
       return f'{"#" * block.level} {_escape(block.text)}'
@@ -102,19 +102,19 @@ def _markdown(block):
       return _table(block)
 
 
-def _picture(picture):
+def _picture(picture: Picture) -> str:
   image = f'![{_escape(picture.text)}]({picture.file})'
   if not picture.data:
     return image
-  # The blank lines make what is between them Markdown again.
+  # After a blank line, text inside an HTML element is read as Markdown.
   return (
     f'{image}\n\n<details>\n<summary>{_escape(picture.data.caption)}</summary>\n\n'
     f'{_table(picture.data)}\n\n</details>'
   )
 
 
-def _table(table):
-  # The first column holds names, the others numbers.
+def _table(table: Table) -> str:
+  # The first column holds names, the others hold numbers.
   rules = [':--'] + ['--:'] * (len(table.header) - 1)
   rows = [[_escape(cell) for cell in row] for row in table.rows]
   return '\n'.join(
@@ -123,5 +123,5 @@ def _table(table):
 
 
 def _escape(text: str) -> str:
-  """Lets paths and names stand as they are."""
+  """Returns text on one line, with Markdown's special characters escaped."""
   return re.sub(r'([\\`*\[\]<|$])', r'\\\1', ' '.join(text.split()))

@@ -1,7 +1,11 @@
-"""How figures are named and written, the same in every table and plot."""
+"""Names, colours and number formats shared by all tables and plots."""
 
-# The models compared, in the order and colour of every table and plot;
-# Okabe and Ito's colour-blind-safe palette, paler before calibration.
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Key in results.json: (label, colour), in the order of every table and plot.
+# The colours are of Okabe and Ito's colour-blind-safe palette; models before
+# calibration have a paler tone.
 MODELS = {
   'dense': ('dense', '#7f7f7f'),
   'uniform': ('uniform', '#f5c396'),
@@ -10,15 +14,20 @@ MODELS = {
   'calibrated': ('searched + calibration', '#0072b2'),
 }
 
+# Name of a further budget in allocation.json: its label.
 RESOURCES = {
   'flops': 'FLOPs',
   'kv_cache': 'KV cache',
-  'latency': 'Latency, by the table given,',
+  'latency': 'Latency (from the given table)',
 }
 
 
-def perplexity_rows(results):
-  """Rows of (model, perplexity, times the dense one)."""
+def perplexity_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+  """Returns a row (model, perplexity, multiple of the dense one) per model.
+
+  Args:
+    results: content of results.json.
+  """
   dense = results['dense']['ppl']
   return [
     (label, ppl(results[key]['ppl']), ratio(results[key]['ppl'], dense, 2))
@@ -27,71 +36,79 @@ def perplexity_rows(results):
   ]
 
 
-def final_key(results) -> str:
-  """The model that was saved: searched, and calibrated if the run did."""
+def final_key(results: Mapping[str, Any]) -> str:
+  """Returns the key in results.json of the model that the run saved."""
   return 'calibrated' if 'calibrated' in results else 'searched'
 
 
-def uniform_key(results) -> str:
-  """The uniform model that compares with the one saved."""
+def uniform_key(results: Mapping[str, Any]) -> str:
+  """Returns the key of the uniform model, calibrated if the saved one is."""
   return 'uniform_calibrated' if 'calibrated' in results else 'uniform'
 
 
-def protocol(used, shorten=False) -> list[str]:
-  """What was scored and how, in one sentence."""
-  text = used['text']
-  if shorten and len(text) > 30:  # a long path: its end tells it apart
+def protocol(record: Mapping[str, Any], shorten: bool = False) -> list[str]:
+  """Returns the lines of a sentence that says how perplexity was measured.
+
+  Args:
+    record: `protocol` of results.json.
+    shorten: whether a long text name is cut to its end.
+  """
+  text = record['text']
+  if shorten and len(text) > 30:  # a path, of which the end is distinctive
     text = '...' + text[-27:]
-  bos = 'begins with BOS' if used['bos'] else 'no BOS'
+  bos = 'begins with BOS' if record['bos'] else 'no BOS'
   return [
-    f'Text: {text}; split: {used["split"]};',
-    f'protocol: {used["name"]}, stride {used["stride"]:,}, {bos};',
-    f'{used["windows"]:,} windows of {used["context"]:,} tokens, '
-    f'{used["tokens"]:,} tokens scored.',
+    f'Text: {text}; split: {record["split"]};',
+    f'protocol: {record["name"]}, stride {record["stride"]:,}, {bos};',
+    f'{record["windows"]:,} windows of {record["context"]:,} tokens, '
+    f'{record["tokens"]:,} tokens scored.',
   ]
 
 
-def ppl(value) -> str:
-  """A perplexity, None for one that is not finite."""
+def ppl(value: float | None) -> str:
+  """Formats a perplexity; None stands for one that is not finite."""
   if value is None:
     return 'not finite'
   return f'{value:,.2f}' if value < 1e5 else f'{value:.2e}'
 
 
-def ratio(above, below, digits) -> str:
-  """A quotient with so many digits."""
-  if above is None or below is None:
+def ratio(
+  numerator: float | None, denominator: float | None, digits: int
+) -> str:
+  """Formats a quotient with this many decimals; '-' if a value is None."""
+  if numerator is None or denominator is None:
     return '-'
-  ratio = above / below
+  ratio = numerator / denominator
   return f'{ratio:,.{digits}f}' if ratio < 1e5 else f'{ratio:.1e}'
 
 
-def change(before, after) -> str:
-  """A relative change in per cent."""
+def change(before: float, after: float) -> str:
+  """Formats a relative change as a percentage with its sign."""
   return f'{after / before - 1:+.1%}'
 
 
-def size(count) -> str:
-  """Bytes in megabytes."""
+def size(count: int) -> str:
+  """Formats a number of bytes in megabytes."""
   return f'{count / 1e6:,.1f} MB'
 
 
-def rewards(metrics) -> dict[str, str]:
-  """The rewards of a step and what they are called.
+def rewards(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """Returns the keys of the rewards in `metrics`, and their labels.
 
   Args:
-    metrics: the steps; with one candidate each, mean and best are the same.
+    metrics: lines of metrics.jsonl. Where every step has one candidate, mean
+      and best are the same and only one of them is returned.
   """
   if all(line['candidates'] == 1 for line in metrics):
     return {'reward_max': 'reward'}
   return {'reward_mean': 'mean of the step', 'reward_max': 'best of the step'}
 
 
-def reward(value) -> str:
-  """A reward, None for one that is not finite."""
+def reward(value: float | None) -> str:
+  """Formats a reward; None stands for one that is not finite."""
   return 'not finite' if value is None else f'{value:.3f}'
 
 
-def number(value) -> str:
-  """Any measurement, with four significant digits."""
+def number(value: float | None) -> str:
+  """Formats any measurement with four significant digits."""
   return 'not finite' if value is None else f'{value:,.4g}'

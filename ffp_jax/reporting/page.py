@@ -1,10 +1,10 @@
-"""Blocks as one HTML page that needs no network and runs no script."""
+"""Rendering of blocks as one HTML page without scripts or network access."""
 
 import html
 import importlib.resources
 from collections.abc import Iterable
 
-from ffp_jax.reporting import plots
+from ffp_jax.reporting import figures
 from ffp_jax.reporting.blocks import (
   Block,
   Code,
@@ -15,8 +15,8 @@ from ffp_jax.reporting.blocks import (
   Text,
 )
 
-# The policy lets nothing be fetched or run, whatever a name may smuggle in;
-# the icon keeps browsers from asking for one.
+# The security policy forbids fetching and scripts, whatever a model or path is
+# named; the empty icon keeps browsers from requesting one.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -40,7 +40,12 @@ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 
 
 def page(title: str, blocks: Iterable[Block]) -> str:
-  """A whole page; `title` is for the browser's tab."""
+  """Returns the text of an HTML page.
+
+  Args:
+    title: shown in the browser's tab.
+    blocks: the content, in order.
+  """
   style = (
     importlib.resources.files('ffp_jax.reporting')
     .joinpath('page.css')
@@ -50,7 +55,7 @@ def page(title: str, blocks: Iterable[Block]) -> str:
   return _PAGE.format(title=html.escape(title), style=style, body=body)
 
 
-def _html(block):
+def _html(block: Block) -> str:
   match block:
     case Heading(level, text):
       return f'<h{level}>{html.escape(text)}</h{level}>'
@@ -70,9 +75,9 @@ def _html(block):
       return _picture(block)
 
 
-def _picture(picture):
+def _picture(picture: Picture) -> str:
   parts = [
-    f'<figure>\n{plots.svg(picture.figure, picture.name)}',
+    f'<figure>\n{figures.svg(picture.figure, picture.name)}',
     f'<figcaption>{html.escape(picture.text)}</figcaption>\n</figure>',
   ]
   if picture.data:
@@ -84,7 +89,7 @@ def _picture(picture):
   return '\n'.join(parts)
 
 
-def _table(table):
+def _table(table: Table) -> str:
   head = ''.join(map(_head, table.header))
   rows = '\n'.join(
     f'<tr><th scope="row">{html.escape(first)}</th>'
@@ -97,7 +102,7 @@ def _table(table):
   )
 
 
-def _head(name):
-  if not name:  # an empty header would be announced as one
+def _head(name: str) -> str:
+  if not name:  # screen readers would announce an empty header
     return '<td></td>'
   return f'<th scope="col">{html.escape(name)}</th>'

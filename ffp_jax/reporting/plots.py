@@ -1,142 +1,53 @@
-"""Pictures of runs: SVG for a page, which sets their colours, or PNG."""
+"""The plots of runs."""
 
-import io
 import itertools
 import math
-import re
-from typing import NamedTuple
-from xml.etree import ElementTree
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ffp_jax.reporting import labels as labels_lib
+from ffp_jax.reporting.figures import (
+  BLUE,
+  GREY,
+  ORANGE,
+  RULE,
+  log_scale,
+  needs_log_scale,
+  new_figure,
+)
 from ffp_jax.reporting.labels import MODELS
 
-BLUE, ORANGE, GREY, RULE = '#0072b2', '#d55e00', '#595959', '#d0d0d0'
-# What page.css calls the colours that change on a dark screen.
-THEME = {
-  '#000000': 'ink',
-  '#ffffff': 'paper',
-  GREY: 'pale',
-  RULE: 'rule',
-  BLUE: 'blue',
-  ORANGE: 'orange',
-  MODELS['searched'][1]: 'sky',
-  MODELS['uniform'][1]: 'sand',
-}
-_LABEL_WIDTH = 0.18  # of a stage's label, as a share of the axes
-_MANY_TIMES = 10  # perplexities this far apart need a log scale
-_MANY_STEPS = 100  # markers would hide one another
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes  # slow to import
+  from matplotlib.figure import Figure
+
+_LABEL_WIDTH = 0.18  # of a stage's label, as a share of the axes' width
+_MAX_MARKED_STEPS = 100  # in longer searches markers would overlap
 
 
 class Point(NamedTuple):
-  """A model in the plane of size and perplexity."""
+  """A model in the plot of perplexity against parameters."""
 
   label: str
   params: int
   ppl: float | None
-  best: bool  # none is both smaller and better
+  best: bool  # on the Pareto frontier
 
 
-def figure(height, title, rows=1, columns=1):
-  """An empty picture and its axes of shape [rows, columns]."""
-  from matplotlib.figure import Figure  # slow to import
-
-  picture = Figure(figsize=(8, height), dpi=150, layout='constrained')
-  picture.suptitle(title, x=0.01, ha='left', fontsize=12, fontweight='bold')
-  axes = picture.subplots(rows, columns, sharex=True, squeeze=False)
-  for ax in axes.flat:
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.set_axisbelow(True)
-  return picture, axes
-
-
-def png(picture) -> bytes:
-  """A picture as the bytes of its file."""
-  picture.savefig(file := io.BytesIO(), format='png')
-  return file.getvalue()
-
-
-def svg(picture, name: str) -> str:
-  """A picture as an element of a page, the same whenever it is drawn.
+def kept(allocation: Mapping[str, Any]) -> 'Figure':
+  """Draws the share kept in every layer, attention above FFN.
 
   Args:
-    picture: from one of the functions below.
-    name: tells it from the others of its page, since ids there are unique.
+    allocation: content of allocation.json.
   """
-  import matplotlib  # slow to import
-
-  settings = {
-    'font.sans-serif': ['DejaVu Sans', 'Verdana'],  # of the same width
-    'svg.fonttype': 'none',
-    'svg.hashsalt': name,
-  }
-  with matplotlib.rc_context(settings):
-    picture.savefig(file := io.StringIO(), format='svg', transparent=True)
-  text = file.getvalue()
-  root = ElementTree.fromstring(text)
-  for part in ('metadata', 'defs'):  # the first defs holds a style sheet
-    root.remove(root.find('{*}' + part))
-  linked = set(re.findall(r'["(]#(\w+)', text))
-  for element in root.iter():
-    _simplify(element, linked)
-  # Black is drawn as no colour at all, which is then the root's.
-  root.attrib = {
-    'role': 'img',
-    'aria-label': f'{picture.get_suptitle()}; all of it is in the table that '
-    'follows.',
-    'viewBox': root.attrib['viewBox'],
-    'style': 'fill: var(--ink); stroke-linejoin: round',
-  }
-  return ElementTree.tostring(root, encoding='unicode')
-
-
-def _simplify(element, linked):
-  """Takes off what a page has no use for; names the colours."""
-  attributes = {
-    name.rpartition('}')[2]: ' '.join(value.split())
-    for name, value in element.items()
-  }
-  if attributes.get('id') not in linked:
-    attributes.pop('id', None)
-  if 'style' in attributes:
-    attributes['style'] = re.sub('#[0-9a-f]{6}', _named, attributes['style'])
-  element.attrib = attributes
-  element.tag = element.tag.rpartition('}')[2]
-  if not (element.text or '').strip():
-    element.text = None
-  element.tail = None
-
-
-def _named(match):
-  colour = match[0]
-  return f'var(--{THEME[colour]})' if colour in THEME else colour
-
-
-def log_scale(ax):
-  """A vertical log scale whose ticks are plain numbers."""
-  from matplotlib import ticker  # slow to import
-
-  ax.set_yscale('log')
-  ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-  ax.yaxis.set_major_formatter('{x:,g}')
-  ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _far_apart(values) -> bool:
-  """Whether values that are known need a log scale."""
-  known = [value for value in values if value is not None]
-  return bool(known) and 0 < _MANY_TIMES * min(known) < max(known)
-
-
-def kept(allocation):
-  """Share kept in every layer, attention above FFN."""
-  picture, axes = figure(4.6, 'Share kept in every layer', rows=2)
+  figure, axes = new_figure(4.6, 'Share kept in every layer', rows=2)
   axes = axes[:, 0]
   layers = allocation['layers']
   mean = 1 - allocation['sparsity_target']
   kinds = ('attention', 'ffn')
   names = ('attention groups', 'FFN channels')
-  looks = zip(axes, kinds, names, (ORANGE, BLUE), strict=True)
-  for ax, kind, name, color in looks:
+  panels = zip(axes, kinds, names, (ORANGE, BLUE), strict=True)
+  for ax, kind, name, color in panels:
     share = [layer[f'{kind}_kept'] / layer[f'{kind}_total'] for layer in layers]
     ax.bar([layer['layer'] for layer in layers], share, color=color, width=0.75)
     ax.axhline(mean, color='black', linewidth=1, linestyle=(0, (4, 3)))
@@ -155,17 +66,22 @@ def kept(allocation):
     ax.tick_params(axis='x', length=0)
   axes[-1].xaxis.get_major_locator().set_params(integer=True)
   axes[-1].set(xlabel='layer', xlim=(-0.7, len(layers) - 0.3))
-  return picture
+  return figure
 
 
-def perplexity(results):
-  """Held-out perplexity of every model, as bars."""
+def perplexity(results: Mapping[str, Any]) -> 'Figure':
+  """Draws the held-out perplexity of every model as a bar.
+
+  Args:
+    results: content of results.json.
+  """
   rows = [(*MODELS[k], results[k]['ppl']) for k in MODELS if k in results]
   title = 'Held-out perplexity, lower is better'
-  picture, [[ax]] = figure(1.3 + 0.4 * len(rows), title)
+  figure, [[ax]] = new_figure(1.3 + 0.4 * len(rows), title)
   labels, colors, values = zip(*rows, strict=True)
-  log = _far_apart(values)
-  # On a log scale bars start at 1, where perplexity does: length is loss.
+  log = needs_log_scale(values)
+  # Perplexity is at least 1: from there, bars on a log scale have lengths in
+  # proportion to the loss.
   base = 1.0 if log else 0.0
   ax.set_xscale('log' if log else 'linear')
   widths = [(base if v is None else v) - base for v in values]
@@ -180,14 +96,18 @@ def perplexity(results):
   ax.tick_params(axis='y', length=0)
   ax.set_xlabel('perplexity (log scale)' if log else 'perplexity')
   protocol = '\n'.join(labels_lib.protocol(results['protocol'], shorten=True))
-  note = picture.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
+  note = figure.supxlabel(protocol, x=0.01, ha='left', fontsize=9, color=GREY)
   note.set_parse_math(False)  # a path may hold dollar signs
-  return picture
+  return figure
 
 
-def search(metrics):
-  """Reward over candidates, the curriculum's stages marked."""
-  picture, [[ax]] = figure(4.2, 'Reward of the candidates, higher is better')
+def search(metrics: Sequence[Mapping[str, Any]]) -> 'Figure':
+  """Draws the rewards of a search, with the stages of its curriculum marked.
+
+  Args:
+    metrics: lines of metrics.jsonl, at least one.
+  """
+  figure, [[ax]] = new_figure(4.2, 'Reward of the candidates, higher is better')
   ends = list(itertools.accumulate(line['candidates'] for line in metrics))
   stages = [
     list(group)
@@ -195,38 +115,53 @@ def search(metrics):
       zip(ends, metrics, strict=True), lambda pair: pair[1]['stage']
     )
   ]
-  looks = {
+  styles = {
     'reward_max': (ORANGE, '-', ORANGE),
     'reward_mean': (BLUE, '--', 'white'),
   }
-  marker = 'o' if len(metrics) <= _MANY_STEPS else 'None'
+  marker = 'o' if len(metrics) <= _MAX_MARKED_STEPS else 'None'
   names = labels_lib.rewards(metrics)
-  for stage in stages:  # apart, since rewards compare within a stage only
+  for stage in stages:  # not joined: rewards compare within a stage only
     x = [end - line['candidates'] / 2 for end, line in stage]
     for key, label in names.items():
-      color, dash, fill = looks[key]
+      color, dash, fill = styles[key]
       y = [math.nan if line[key] is None else line[key] for _, line in stage]
       label = label if stage is stages[0] else None
-      look = {'linestyle': dash, 'marker': marker, 'markerfacecolor': fill}
-      ax.plot(x, y, color=color, label=label, markersize=4, **look)
-  _mark_stages(ax, [stage[0] for stage in stages], ends[-1])
+      style = {'linestyle': dash, 'marker': marker, 'markerfacecolor': fill}
+      ax.plot(x, y, color=color, label=label, markersize=4, **style)
+  _mark_stages(figure, ax, [stage[0] for stage in stages], ends[-1])
   ax.set(xlabel='candidates evaluated', ylabel='reward', xlim=(0, ends[-1]))
   ax.xaxis.get_major_locator().set_params(integer=True)
   ax.xaxis.set_major_formatter('{x:,.0f}')
   ax.grid(axis='y', color=RULE, linewidth=0.5)
-  if _far_apart(line[key] for line in metrics for key in names):
+  if needs_log_scale(line[key] for line in metrics for key in names):
     log_scale(ax)
   if len(names) > 1:
-    picture.legend(loc='outside lower right', ncols=2, frameon=False)
-  return picture
+    figure.legend(loc='outside lower right', ncols=2, frameon=False)
+  return figure
 
 
-def _mark_stages(ax, firsts, total):
-  """Flags above the axes, each on a pole where its stage starts."""
+def _mark_stages(
+  figure: 'Figure',
+  ax: 'Axes',
+  firsts: list[tuple[int, Mapping[str, Any]]],
+  total: int,
+):
+  """Marks where stages start by lines with labels above the axes.
+
+  Args:
+    figure: made higher to hold the labels.
+    ax: with the number of evaluated candidates on the horizontal axis.
+    firsts: (candidates evaluated, line of metrics) after the first step of
+      each stage.
+    total: candidates of the whole search.
+  """
   starts = [(end - line['candidates']) / total for end, line in firsts]
-  pole = dict(arrowstyle='-', color=RULE, relpos=(0, 0), shrinkA=0, shrinkB=0)
-  rows = {}
-  # From the last one, so that a flag is above all that it would cover.
+  line_to_axes = dict(
+    arrowstyle='-', color=RULE, relpos=(0, 0), shrinkA=0, shrinkB=0
+  )
+  rows = {}  # height of the label at each start
+  # From right to left, so that a label is above those it would cover.
   for start, (_, line) in reversed(list(zip(starts, firsts, strict=True))):
     under = [row for at, row in rows.items() if at < start + _LABEL_WIDTH]
     rows[start] = 1 + max(under, default=-1)
@@ -239,38 +174,44 @@ def _mark_stages(ax, firsts, total):
       textcoords='offset points',
       fontsize=9,
       color=GREY,
-      arrowprops=pole,
+      arrowprops=line_to_axes,
     )
-  ax.figure.set_figheight(ax.figure.get_figheight() + 0.4 * max(rows.values()))
+  figure.set_figheight(figure.get_figheight() + 0.4 * max(rows.values()))
 
 
-def frontier(points: list[Point]):
-  """Perplexity over parameters, the frontier as a line."""
-  picture, [[ax]] = figure(4.2, 'Perplexity against parameters')
+def frontier(points: Sequence[Point]) -> 'Figure':
+  """Draws perplexity against parameters, and the Pareto frontier as a line.
+
+  Args:
+    points: with finite perplexities, at least one of them the best.
+  """
+  figure, [[ax]] = new_figure(4.2, 'Perplexity against parameters')
   spots = [(point.params / 1e6, point.ppl) for point in points]
-  looks = {False: (BLUE, 'none', 'white'), True: (ORANGE, '-', ORANGE)}
-  for best, (color, line, fill) in looks.items():  # the best over the others
+  styles = {False: (BLUE, 'none', 'white'), True: (ORANGE, '-', ORANGE)}
+  for best, (color, line, fill) in styles.items():  # the frontier on top
     chosen = sorted(
       spot for spot, x in zip(spots, points, strict=True) if x.best == best
     )
-    look = {'linestyle': line, 'marker': 'o', 'markerfacecolor': fill}
-    ax.plot(*zip(*chosen, strict=True), color=color, **look)
+    style = {'linestyle': line, 'marker': 'o', 'markerfacecolor': fill}
+    ax.plot(*zip(*chosen, strict=True), color=color, **style)
   ax.set(xlabel='parameters, millions', ylabel='perplexity')
   ax.margins(0.08)
-  if _far_apart(point.ppl for point in points):
+  if needs_log_scale(point.ppl for point in points):
     log_scale(ax)
   ax.grid(axis='y', color=RULE, linewidth=0.5)
-  _label(ax, [point.label for point in points], spots)
-  return picture
+  _label(figure, ax, [point.label for point in points], spots)
+  return figure
 
 
-def _label(ax, labels, spots):
-  """Names points, higher up where a name would cover something else."""
+def _label(
+  figure: 'Figure', ax: 'Axes', labels: Sequence[str], spots: Sequence[tuple]
+):
+  """Labels points, higher up where a label would cover a point or label."""
   from matplotlib.transforms import Bbox  # slow to import
 
-  ax.figure.draw_without_rendering()  # settles where the points are
-  at = ax.transData.transform(spots)
-  taken = [Bbox([center - 6, center + 6]) for center in at]
+  figure.draw_without_rendering()  # lays out the axes
+  centers = ax.transData.transform(spots)
+  taken = [Bbox([center - 6, center + 6]) for center in centers]
   for spot, label in sorted(zip(spots, labels, strict=True)):
     name = ax.annotate(label, spot, xytext=(4, 4), textcoords='offset points')
     while any(name.get_window_extent().overlaps(box) for box in taken):

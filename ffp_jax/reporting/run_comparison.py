@@ -1,18 +1,19 @@
-"""What several runs say side by side, block by block."""
+"""The page that compares several pruning runs."""
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ffp_jax.reporting import labels, plots
 from ffp_jax.reporting.blocks import Block, Heading, Items, Picture, Table, Text
 from ffp_jax.reporting.run_report import Run
 
 
-def compare(runs: list[Run]) -> Iterator[Block]:
-  """One section for every model, text and protocol.
+def compare(runs: Sequence[Run]) -> Iterator[Block]:
+  """Yields the blocks of the page.
 
-  Perplexities of other models, texts or protocols don't compare.
+  There is a section per model, text and protocol, since perplexities compare
+  only where all three are the same.
   """
   yield Heading(1, f'{len(runs)} pruning runs compared')
   yield Text(
@@ -29,36 +30,39 @@ def compare(runs: list[Run]) -> Iterator[Block]:
       for i, run in enumerate(runs, 1)
     ]
   )
-  for same in _alike(enumerate(runs, 1)):
-    yield from _section(same)
+  for group in _comparable(enumerate(runs, 1)):
+    yield from _section(group)
 
 
-def _alike(numbered):
+def _comparable(
+  numbered: Iterable[tuple[int, Run]],
+) -> Iterable[list[tuple[int, Run]]]:
+  """Returns groups of runs with the same model, text and protocol."""
   groups = {}
   for number, run in numbered:
-    kind = run.config['model'], json.dumps(run.results['protocol'])
-    groups.setdefault(kind, []).append((number, run))
+    key = run.config['model'], json.dumps(run.results['protocol'])
+    groups.setdefault(key, []).append((number, run))
   return groups.values()
 
 
-def _section(same):
-  numbers, runs = zip(*same, strict=True)
+def _section(numbered: list[tuple[int, Run]]) -> Iterator[Block]:
+  numbers, runs = zip(*numbered, strict=True)
   first = runs[0].results
   yield Heading(2, runs[0].config['model'])
   yield Text(' '.join(labels.protocol(first['protocol'])))
   points = [('dense', first['params_dense'], first['dense']['ppl'])]
-  for number, run in same:
+  for number, run in numbered:
     ppl = run.results[labels.final_key(run.results)]['ppl']
     points.append((str(number), run.results['params_pruned'], ppl))
-  points = [plots.Point(*p, best=_leads(p, points)) for p in points]
-  drawn = [point for point in points if point.ppl is not None]
-  if drawn:
+  points = [plots.Point(*p, best=_on_frontier(p, points)) for p in points]
+  finite = [point for point in points if point.ppl is not None]
+  if finite:
     yield Picture(
       'Filled points, joined by the line, are the frontier: no other model '
       'here is at least as small and at least as good. The numbers are those '
       'of the runs.',
       f'frontier_{numbers[0]}',
-      plots.frontier(drawn),
+      plots.frontier(finite),
     )
   dense, *others = points
   yield Table(
@@ -71,8 +75,11 @@ def _section(same):
   )
 
 
-def _leads(point, points) -> bool:
-  """Whether no other point is at least as small and at least as good."""
+def _on_frontier(
+  point: tuple[str, int, float | None],
+  points: Iterable[tuple[str, int, float | None]],
+) -> bool:
+  """Returns whether no other point is at least as small and as good."""
   _, params, ppl = point
   return ppl is not None and not any(
     other[1:] != point[1:] and other[1] <= params and other[2] <= ppl
@@ -81,13 +88,13 @@ def _leads(point, points) -> bool:
   )
 
 
-def _run_row(point, run):
+def _run_row(point: plots.Point, run: Run) -> tuple[str, ...]:
   results = run.results
   uniform = results[labels.uniform_key(results)]['ppl']
   return _row(point, labels.ppl(uniform))
 
 
-def _row(point, uniform):
+def _row(point: plots.Point, uniform: str) -> tuple[str, ...]:
   return (
     point.label,
     f'{point.params / 1e6:,.1f}',

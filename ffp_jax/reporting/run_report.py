@@ -1,8 +1,8 @@
-"""What the report of one run says, block by block."""
+"""The report of one pruning run."""
 
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ffp_jax.reporting import labels, plots
 from ffp_jax.reporting.blocks import (
@@ -17,12 +17,12 @@ from ffp_jax.reporting.blocks import (
 
 
 class Run(NamedTuple):
-  """What a finished run left behind.
+  """The files of a finished run.
 
   Attributes:
-    name: its directory, as the user calls it.
-    config, allocation, results: what the JSON files of these names hold.
-    metrics: one line a search step; may be empty.
+    name: its directory, as the user wrote it.
+    config, allocation, results: contents of the JSON files of these names.
+    metrics: one line per search step; may be empty.
   """
 
   name: str
@@ -33,9 +33,9 @@ class Run(NamedTuple):
 
 
 def report(run: Run) -> Iterator[Block]:
-  """All of one run."""
+  """Yields the blocks of the report."""
   yield Heading(1, f'Pruning {run.config["model"]}')
-  yield Text(_in_short(run.results))
+  yield Text(_summary(run.results))
   yield from _request(run.config)
   yield from _perplexities(run)
   yield from _measured(run.results)
@@ -46,7 +46,7 @@ def report(run: Run) -> Iterator[Block]:
   yield from _provenance(run)
 
 
-def _in_short(results):
+def _summary(results: Mapping[str, Any]) -> str:
   key = labels.final_key(results)
   dense, ppl = (results[k]['ppl'] for k in ('dense', key))
   before, after = (results[f'params_{k}'] for k in ('dense', 'pruned'))
@@ -58,7 +58,7 @@ def _in_short(results):
   )
 
 
-def _request(config):
+def _request(config: Mapping[str, Any]) -> Iterator[Block]:
   yield Heading(2, 'What was asked')
   yield Items(
     [
@@ -73,7 +73,7 @@ def _request(config):
   )
 
 
-def _perplexities(run):
+def _perplexities(run: Run) -> Iterator[Block]:
   results = run.results
   yield Heading(2, 'Perplexity')
   yield Text(
@@ -93,13 +93,14 @@ def _perplexities(run):
     labels.perplexity_rows(results),
   )
   yield Text(' '.join(labels.protocol(results['protocol'])))
-  yield from _overfit(results)
+  yield from _generalisation(results)
 
 
-def _overfit(results):
+def _generalisation(results: Mapping[str, Any]) -> Iterator[Block]:
+  """Yields the table that sets the reward text beside held-out text."""
   yield Heading(3, 'Reward against held-out text')
-  seen, unseen = results['reward'], results['protocol']
-  when = {'searched': 'before', 'calibrated': 'after'}[seen['of']]
+  reward, heldout = results['reward'], results['protocol']
+  when = {'searched': 'before', 'calibrated': 'after'}[reward['of']]
   yield Text(
     'The search saw the reward text and never the held-out text. A lower ratio '
     'on the held-out text means that the allocation fits the reward text. Both '
@@ -111,12 +112,12 @@ def _overfit(results):
       'of each sublayer by itself, with the inputs of the dense model.'
     )
   ppls = [
-    [seen['dense_ppl'], results['dense']['ppl']],
-    [seen['searched_ppl'], results[seen['of']]['ppl']],
+    [reward['dense_ppl'], results['dense']['ppl']],
+    [reward['searched_ppl'], results[reward['of']]['ppl']],
   ]
-  rows = [
-    ('tokens a window', *(f'{x["context"]:,}' for x in (seen, unseen))),
-    ('tokens scored', *(f'{x["tokens"]:,}' for x in (seen, unseen))),
+  rows: list[tuple[str, ...]] = [
+    ('tokens per window', *(f'{x["context"]:,}' for x in (reward, heldout))),
+    ('tokens scored', *(f'{x["tokens"]:,}' for x in (reward, heldout))),
     ('perplexity, dense', *map(labels.ppl, ppls[0])),
     ('perplexity, pruned', *map(labels.ppl, ppls[1])),
     (
@@ -129,12 +130,12 @@ def _overfit(results):
   )
 
 
-def _measured(results):
-  """Tasks and speeds, where the run measured them: rows of named numbers."""
+def _measured(results: Mapping[str, Any]) -> Iterator[Block]:
+  """Yields a table of task results and one of speeds, if there are any."""
   titles = {'tasks': 'Tasks', 'speed': 'Speed'}
   for key, title in titles.items():
     if key in results:
-      names = list(dict.fromkeys(n for x in results[key].values() for n in x))
+      names = list(dict.fromkeys(itertools.chain(*results[key].values())))
       yield Heading(2, title)
       yield Table(
         f'{title}, dense and pruned',
@@ -152,21 +153,23 @@ def _measured(results):
       )
 
 
-def _sizes(run):
+def _sizes(run: Run) -> Iterator[Block]:
   results = run.results
-  asked, got = (run.allocation[f'sparsity_{k}'] for k in ('target', 'achieved'))
+  target, achieved = (
+    run.allocation[f'sparsity_{k}'] for k in ('target', 'achieved')
+  )
   dense, removed = results['params_dense'], results['params_removed']
   prunable = results['params_prunable']
   yield Heading(2, 'Size')
   yield Text(
-    f'Sparsity {asked:.3%} asked, {got:.3%} achieved, of the prunable '
+    f'Sparsity {target:.3%} asked, {achieved:.3%} achieved, of the prunable '
     f'parameters; {removed / dense:.2%} of all parameters removed.'
   )
   for budget in run.allocation.get('budgets', ()):
     yield Text(
-      f'{labels.RESOURCES[budget["name"]]} of the same sublayers: '
-      f'{budget["removed_target"]:.2%} or more of it asked to go, '
-      f'{budget["removed"]:.2%} gone.'
+      f'{labels.RESOURCES[budget["name"]]} of the same sublayers: at least '
+      f'{budget["removed_target"]:.2%} asked to be removed, '
+      f'{budget["removed"]:.2%} removed.'
     )
   rows = {
     'parameters': (dense, results['params_pruned']),
@@ -183,13 +186,13 @@ def _sizes(run):
   )
 
 
-def _allocation(allocation):
-  even = 1 - allocation['sparsity_target']
+def _allocation(allocation: Mapping[str, Any]) -> Iterator[Block]:
+  uniform = 1 - allocation['sparsity_target']
   yield Heading(2, 'What every layer keeps')
   yield Text(
     'An attention group is one key/value head with its query heads. Layer 0 '
-    f'is next to the input. A uniform allocation would keep about {even:.1%} '
-    'everywhere.'
+    'is next to the input. A uniform allocation would keep about '
+    f'{uniform:.1%} everywhere.'
   )
   yield Picture(
     'A bar for each layer, attention above, FFN below; the dashed lines are at '
@@ -213,11 +216,11 @@ def _allocation(allocation):
   )
 
 
-def _share(kept, total):
+def _share(kept: int, total: int) -> str:
   return f'{kept / total:.0%} ({kept:,} / {total:,})'
 
 
-def _search(run):
+def _search(run: Run) -> Iterator[Block]:
   yield Heading(2, 'Search')
   if not run.metrics:
     yield Text('No search steps were taken.')
@@ -249,7 +252,8 @@ def _search(run):
   )
 
 
-def _stages(metrics):
+def _stages(metrics: Sequence[Mapping[str, Any]]) -> Table:
+  """Returns a row per stage of the curriculum."""
   rows = []
   for stage, lines in itertools.groupby(metrics, lambda line: line['stage']):
     lines = list(lines)
@@ -270,7 +274,7 @@ def _stages(metrics):
   )
 
 
-def _cost(results):
+def _cost(results: Mapping[str, Any]) -> Iterator[Block]:
   seconds = results['seconds']
   yield Heading(2, 'Cost')
   yield Items(
@@ -295,7 +299,7 @@ def _cost(results):
   )
 
 
-def _provenance(run):
+def _provenance(run: Run) -> Iterator[Block]:
   versions = run.results['versions'].items()
   yield Heading(2, 'How to run it again')
   yield Code(run.results['command'])
