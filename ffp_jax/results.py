@@ -1,16 +1,15 @@
 """The contents of allocation.json and results.json."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
-import ml_collections
 import numpy as np
 
 from ffp_jax import config as config_lib
 from ffp_jax.models import families
 
 if TYPE_CHECKING:
-  from ffp_jax.prune import Finalist, PruningJob
+  pass
 
 
 def allocation(config, job, best) -> dict:

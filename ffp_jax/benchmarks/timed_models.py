@@ -42,18 +42,18 @@ def jax_model(
   """
   directory = hub.resolve_model(model)
   config = decoding_lib.unroll_layers(model_config.read_model_config(directory))
-  dtype = functional.resolve_dtype(dtype)
+  held = functional.resolve_dtype(dtype)
   facts = {
     'device': jax.devices()[0].device_kind,
     'parameters, M': families.param_count(config) / 1e6,
   }
   if random:
-    key, shapes = jax.random.key(0), families.param_shapes(config, dtype)
+    key, shapes = jax.random.key(0), families.param_shapes(config, held)
     params = jax.tree.map(
       lambda x: 0.02 * jax.random.normal(key, x.shape, x.dtype), shapes
     )
   else:
-    params = weights.load_params(directory, config, dtype)
+    params = weights.load_params(directory, config, held)
     size = sum(x.stat().st_size for x in directory.glob('*.safetensors'))
     facts['file, MB'] = size / 1e6
   tokens = np.random.default_rng(0).integers(

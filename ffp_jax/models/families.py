@@ -182,7 +182,7 @@ FAMILIES = {
 
 
 @functools.cache
-def param_shapes(config: ModelConfig, dtype: jnp.dtype) -> dict:
+def param_shapes(config: ModelConfig, dtype: Any) -> dict:
   """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s."""
   init = Decoder(config).init
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -208,7 +208,7 @@ def _split_path(path: tuple[str, ...]) -> tuple[str, int | None]:
 
 
 def list_tensors(
-  config: ModelConfig, family: str, dtype: jnp.dtype
+  config: ModelConfig, family: str, dtype: Any
 ) -> Iterator[tuple[Tensor, tuple[str, ...], int | None, tuple[int, ...]]]:
   """Lists the tensors of a checkpoint and the parameters that they belong to.
 

@@ -6,7 +6,7 @@ masks on the same tokens (candidate.py), and updates the policy (policy.py).
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -333,7 +333,7 @@ def _make_fitting_step(
 
 
 def search_cost(
-  config: ConfigDict, stages: list[curriculum.Stage]
+  config: ConfigDict, stages: Sequence[curriculum.Stage]
 ) -> dict[str, int]:
   """Returns the number of candidates and tokens that stages evaluate.
 

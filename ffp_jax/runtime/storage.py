@@ -10,12 +10,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Any, cast
 
 from absl import logging
 from etils import epath
-
-AnyPath = pathlib.Path | epath.Path  # in a file system, or in a bucket
 
 
 def to_json_types(value: Any) -> Any:
@@ -36,7 +34,7 @@ def to_json(content: Any, indent: int | None = None) -> str:
   return json.dumps(to_json_types(content), indent=indent, allow_nan=False)
 
 
-def read_json_lines(path: AnyPath) -> list[dict]:
+def read_json_lines(path: pathlib.Path) -> list[dict]:
   """Returns the objects of a file of JSON lines, without incomplete lines."""
   objects = []
   for line in path.read_bytes().decode(errors='replace').splitlines():
@@ -47,12 +45,17 @@ def read_json_lines(path: AnyPath) -> list[dict]:
   return objects
 
 
-def as_path(name: str) -> AnyPath:
-  """Returns a path given on the command line; a URL is one in a bucket."""
-  return epath.Path(name) if '://' in name else pathlib.Path(name).expanduser()
+def as_path(name: str) -> pathlib.Path:
+  """Returns a path given on the command line.
+
+  A URL is a path in a bucket: an `epath.Path`, which has the same methods.
+  """
+  if '://' in name:
+    return cast(pathlib.Path, epath.Path(name))
+  return pathlib.Path(name).expanduser()
 
 
-def is_local(path: AnyPath) -> bool:
+def is_local(path: pathlib.Path) -> bool:
   """Returns whether a path is in a file system, and not in a bucket.
 
   In a bucket objects are replaced as a whole, and nothing can be appended,
@@ -61,7 +64,7 @@ def is_local(path: AnyPath) -> bool:
   return isinstance(path, pathlib.Path)
 
 
-def append_text(path: AnyPath, text: str) -> None:
+def append_text(path: pathlib.Path, text: str) -> None:
   """Appends to a file, which is made if it does not exist."""
   if is_local(path):
     with open(path, 'a') as file:
@@ -70,7 +73,7 @@ def append_text(path: AnyPath, text: str) -> None:
     path.write_text((path.read_text() if path.exists() else '') + text)
 
 
-def write_atomically(path: AnyPath, text: str) -> None:
+def write_atomically(path: pathlib.Path, text: str) -> None:
   """Writes a file so that it is never seen half written; makes its folder."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(path):
@@ -110,7 +113,7 @@ def disk_full(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def staged(out: AnyPath) -> Generator[pathlib.Path, None, None]:
+def staged(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
   """Yields a path that becomes `out` if the block succeeds, or else is removed.
 
   Args:

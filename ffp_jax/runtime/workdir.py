@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
 from ffp_jax.runtime.storage import (
-  AnyPath,
   append_text,
   is_local,
   read_json_lines,
@@ -39,7 +39,7 @@ class Workdir:
       processes that have worked on this run; kept in seconds.json.
   """
 
-  path: AnyPath
+  path: pathlib.Path
   writes: bool = True
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   _since: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -79,7 +79,7 @@ class Workdir:
     self._count_time()
 
   @property
-  def _metrics(self) -> AnyPath:
+  def _metrics(self) -> pathlib.Path:
     return self.path / 'metrics.jsonl'
 
   def has_metrics(self) -> bool:
@@ -182,7 +182,9 @@ _MAY_CHANGE = (
 
 
 @contextlib.contextmanager
-def claim(workdir: AnyPath, config: ConfigDict) -> Generator[None, None, None]:
+def claim(
+  workdir: pathlib.Path, config: ConfigDict
+) -> Generator[None, None, None]:
   """Locks a workdir against other processes, and writes config.json to it.
 
   The lock ends with the process, in whatever way that ends. A workdir in a

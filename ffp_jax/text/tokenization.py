@@ -148,7 +148,9 @@ def end_ids(directory: pathlib.Path, tokenizer: Any) -> frozenset[int]:
   return frozenset(found)
 
 
-def check_tokens(config: ModelConfig, tokens: np.ndarray, context: int) -> None:
+def check_tokens(
+  config: ModelConfig, tokens: np.ndarray | tuple[()], context: int
+) -> None:
   """Checks ids and positions, which JAX would clamp silently.
 
   Logs a warning if a model with rotary positions was not made for so long a
