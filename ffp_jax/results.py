@@ -1,24 +1,25 @@
 """The contents of allocation.json and results.json."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from ffp_jax import config as config_lib
 from ffp_jax.models import families
-
-if TYPE_CHECKING:
-  pass
+from ffp_jax.pruning.search import RewardText
 
 
-def allocation(config, job, best) -> dict:
-  """What allocation.json holds: what was asked, and what every layer keeps.
+def allocation(
+  config: ml_collections.ConfigDict, job: Any, best: Any
+) -> dict[str, Any]:
+  """Returns the content of allocation.json: budgets, and counts by layer.
 
   Args:
     config: of the run.
-    job: its `prune.PruningJob`.
-    best: the `prune.Finalist` that was pruned to.
+    job: the `prune.PruningJob` of the run.
+    best: the `prune.Finalist` whose counts the model was pruned to.
   """
   attention, ffn = np.split(best.counts, 2)
   units = job.sublayers.units
@@ -52,8 +53,18 @@ def allocation(config, job, best) -> dict:
   }
 
 
-def rewards(config, text, best) -> dict:
-  """Perplexities on the reward text, beside which to read the held-out."""
+def rewards(
+  config: ml_collections.ConfigDict, text: RewardText, best: Any
+) -> dict[str, Any]:
+  """Returns `reward` of results.json: perplexities on the reward text.
+
+  They are compared with those on held-out text, which the search never saw.
+
+  Args:
+    config: of the run.
+    text: that candidates were scored on.
+    best: the `prune.Finalist` whose counts the model was pruned to.
+  """
   rows = text.rows_RxT
   return {
     'reward': {
@@ -61,19 +72,25 @@ def rewards(config, text, best) -> dict:
       'searched_ppl': float(np.exp(best.nll)),
       'tokens': rows.size - len(rows),
       'context': rows.shape[1],
-      # Which of the models judged it foretells.
+      # The evaluated model that the reward anticipates.
       'of': 'calibrated' if config_lib.refits(config) else 'searched',
     }
   }
 
 
 def device() -> str:
-  """What the run computes on, such as '4 x TPU v4'."""
+  """Returns number and kind of the devices, such as '4 x TPU v4'."""
   return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
 
 
-def sizes(job, found, size) -> dict:
-  """Parameters and bytes, dense and pruned, in the dtype of the files."""
+def sizes(job: Any, found: Mapping[str, Any], size: int) -> dict[str, int]:
+  """Returns the entries of results.json on parameters and bytes.
+
+  Args:
+    job: the `prune.PruningJob` of the run.
+    found: from `allocation`.
+    size: bytes of the pruned model's weights.
+  """
   before, after = found['params_dense'], found['params_pruned']
   return {
     'params_dense': before,

@@ -627,7 +627,7 @@ class RefusedTest(_TestCase):
   @parameterized.parameters(
     ((2, 0, 1), (8, 8, 8), 'group'), ((1, 1, 1), (8, 0, 8), 'channel')
   )
-  def test_layer_without_a_half(self, groups, ffn, word):
+  def test_layer_without_a_sublayer(self, groups, ffn, word):
     config = ModelConfig(
       vocab=9,
       width=8,

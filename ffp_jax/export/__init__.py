@@ -1,4 +1,4 @@
-"""A masked model to a smaller one, and that to other runtimes."""
+"""Slicing of masked models, and their export to other runtimes."""
 
 from ffp_jax.export.slicing import save, slice_params
 

@@ -1,10 +1,12 @@
-"""README.md of an exported model: what it is, what it keeps, how good."""
+"""The model card (README.md) of an exported model."""
 
 import dataclasses
 import json
 
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.models import families
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.reporting.labels import MODELS
 
 _LOADING = {
   'hf': """\
@@ -32,20 +34,13 @@ form is to compare, or for runtimes that can't load layers of different
 widths.
 """,
 }
-_ROWS = (
-  ('dense', 'dense'),
-  ('uniform', 'uniform'),
-  ('uniform_calibrated', 'uniform + calibration'),
-  ('searched', 'searched'),
-  ('calibrated', 'searched + calibration'),
-)
 
 
 def text(model: Model, format: str) -> str:
-  """The card, in Markdown.
+  """Returns the model card in Markdown.
 
   Args:
-    model: pruned.
+    model: a pruned model.
     format: 'hf' or 'hf_dense'.
   """
   kept, total = families.param_count(model.config), _dense_count(model)
@@ -63,7 +58,7 @@ def text(model: Model, format: str) -> str:
       f'({kept / total - 1:+.1%}).',
       '',
       _LOADING[format],
-      *_measured(model),
+      *_perplexities(model),
       '## What each layer keeps',
       '',
       '| layer | attention groups | FFN channels |',
@@ -80,24 +75,28 @@ def _dense_count(model: Model) -> int:
   )
 
 
-def _row(config, layer) -> str:
+def _row(config: ModelConfig, layer: int) -> str:
   groups, channels = config.widths(layer)
   return (
     f'| {layer} | {groups} of {config.groups} | {channels} of {config.ffn} |'
   )
 
 
-def _measured(model: Model) -> list[str]:
-  """Perplexities of the run that made the model, if they are beside it."""
+def _perplexities(model: Model) -> list[str]:
+  """Returns a section on the perplexities that the run measured.
+
+  They are in results.json beside the model; without that file, or with one of
+  another model or program, there is no section.
+  """
   try:
     path = model.directory.resolve().parent / 'results.json'
     results = json.loads(path.read_text())
     if results['params_pruned'] != families.param_count(model.config):
-      return []  # of another model
+      return []  # those of another model
     protocol = results['protocol']
     rows = [
       f'| {label} | {results[key]["ppl"]:.2f} |'
-      for key, label in _ROWS
+      for key, (label, _) in MODELS.items()
       if key in results
     ]
     return [
@@ -113,4 +112,4 @@ def _measured(model: Model) -> list[str]:
       '',
     ]
   except (OSError, ValueError, KeyError, TypeError):
-    return []  # none, or of another program
+    return []  # no file, or not one of ours

@@ -1,52 +1,57 @@
-"""A model as one GGUF file, for llama.cpp as it is.
+"""Export of a model as one GGUF file that unpatched llama.cpp loads.
 
-llama.cpp reads layers of different widths for its architecture 'deci' (made
-for DeciLM and Nemotron, src/models/deci.cpp), whose graph is otherwise that
-of 'llama': biases, rotary positions and a SiLU-gated FFN. Models whose layers
-are alike are written as 'llama', or 'qwen3' if queries and keys are normalised.
+llama.cpp's architecture 'deci' (made for DeciLM and Nemotron,
+src/models/deci.cpp) has layers of different widths; otherwise its graph is
+that of 'llama': biases, rotary positions and a SiLU-gated FFN. Models whose
+layers have equal widths are written as 'llama', or as 'qwen3' if queries and
+keys are normalised.
 """
 
 import pathlib
 
 import gguf
-import numpy as np
 from absl import logging
 
 from ffp_jax.checkpoints import gguf_model
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.errors import RequestError
-from ffp_jax.export import gguf_vocabulary
+from ffp_jax.export import gguf_tensors, gguf_vocabulary
+from ffp_jax.export.gguf_tensors import Kind
 from ffp_jax.export.gguf_vocabulary import Vocabulary
 from ffp_jax.models import rope
 from ffp_jax.models.decoder import ModelConfig
 
-_Kind = gguf.GGMLQuantizationType
 _KINDS = {
-  'float32': (_Kind.F32, gguf.LlamaFileType.ALL_F32),
-  'float16': (_Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
-  'bfloat16': (_Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-  'q8_0': (_Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+  'float32': (Kind.F32, gguf.LlamaFileType.ALL_F32),
+  'float16': (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+  'bfloat16': (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+  'q8_0': (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-_YARN_BLEND = (32.0, 1.0, True)  # for others llama.cpp has flags, no metadata
+# llama.cpp has no metadata for other values of fast, slow and whole.
+_YARN_BLEND = (32.0, 1.0, True)
 DTYPES = tuple(_KINDS)
 
 
 def _alike(config: ModelConfig) -> bool:
-  """Whether all layers are of the same widths."""
+  """Returns whether all layers have the same widths."""
   return len({config.widths(i) for i in range(config.layers)}) == 1
 
 
-def check(config: ModelConfig, where, alike: bool | None = None):
-  """Refuses what llama.cpp's graph can't express.
+def check(
+  config: ModelConfig,
+  where: pathlib.Path | str,
+  alike: bool | None = None,
+):
+  """Refuses models that llama.cpp has no graph for.
 
   Args:
     config: of the model.
-    where: for messages.
-    alike: whether all layers will be of the same widths; None if they stay
-      as they are.
+    where: what error messages begin with.
+    alike: whether all layers will have the same widths when the file is
+      written; None for those that `config` has.
 
   Raises:
-    RequestError: naming what, and for an allocation the layer.
+    RequestError: names what is not supported, and the layer if it is one.
   """
   instead = 'use --format=hf or hf_dense'
   alike = _alike(config) if alike is None else alike
@@ -76,20 +81,30 @@ def check(config: ModelConfig, where, alike: bool | None = None):
       f'{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and '
       f'truncate true only; {instead}'
     )
+  _check_widths(config, where)
+
+
+def _check_widths(config: ModelConfig, where: pathlib.Path | str):
+  """Refuses layers without attention or without FFN."""
   for i in range(config.layers):
     groups, channels = config.widths(i)
     if not groups or not channels:
       raise RequestError(
         f'{where}: layer {i} keeps no {"group" if not groups else "channel"}; '
         'llama.cpp needs one of each in every layer, or leaves out the '
-        "layer's other half too"
+        "layer's other sublayer too"
       )
 
 
 def prepare(
   directory: pathlib.Path, config: ModelConfig, pre: str | None
 ) -> Vocabulary:
-  """Refuses what can't be expressed, and reads the vocabulary.
+  """Checks that the model can be written, and reads its vocabulary.
+
+  Args:
+    directory: of the model.
+    config: of the model.
+    pre: llama.cpp's name of the pre-tokenizer, None to recognise it.
 
   Raises:
     RequestError: see `check` and `gguf_vocabulary.read`.
@@ -99,7 +114,7 @@ def prepare(
 
 
 def warn(directory: pathlib.Path, config: ModelConfig):
-  """Says early, in one line, if a pruned model could not be written.
+  """Logs one warning if the model, once pruned, could not be written.
 
   Args:
     directory: of the dense model.
@@ -112,20 +127,22 @@ def warn(directory: pathlib.Path, config: ModelConfig):
     logging.warning('export --format=gguf would refuse this model: %s', error)
 
 
-def write(model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary):
-  """Writes the file.
+def write(
+  model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary
+) -> list[str]:
+  """Writes a GGUF file.
 
   Args:
-    model: to write.
+    model: dense or sliced.
     path: of the file.
-    dtype: one of DTYPES; vectors are always F32.
+    dtype: of matrices, one of DTYPES; vectors are always F32.
     vocabulary: from `prepare`.
 
   Returns:
-    What the user should know, a line each.
+    What the user should know, one line each.
 
   Raises:
-    RequestError: a number is more than the type can hold.
+    RequestError: a number is too large for `dtype`.
   """
   config = model.config
   alike = _alike(config)
@@ -136,12 +153,14 @@ def write(model: Model, path: pathlib.Path, dtype: str, vocabulary: Vocabulary):
   writer.add_file_type(_KINDS[dtype][1])
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   gguf_vocabulary.add(writer, vocabulary)
-  notes += _write_tensors(writer, model, _KINDS[dtype][0])
+  notes += gguf_tensors.write_tensors(writer, model, _KINDS[dtype][0])
   return notes
 
 
-def _add_sizes(writer, config: ModelConfig, alike: bool) -> list[str]:
-  """Everything but the vocabulary; notes on what llama.cpp leaves out."""
+def _add_sizes(
+  writer: gguf.GGUFWriter, config: ModelConfig, alike: bool
+) -> list[str]:
+  """Adds the model's metadata; returns notes on what llama.cpp leaves out."""
   widths = [config.widths(i) for i in range(config.layers)]
   groups = [k for k, _ in widths]
   heads = [k * config.heads_per_group for k in groups]
@@ -170,8 +189,11 @@ def _add_sizes(writer, config: ModelConfig, alike: bool) -> list[str]:
   return notes + _add_scaling(writer, config.rope_scaling)
 
 
-def _add_scaling(writer, scaling: rope.Scaling) -> list[str]:
-  """Rotary positions that are stretched; llama3's are a tensor instead."""
+def _add_scaling(writer: gguf.GGUFWriter, scaling: rope.Scaling) -> list[str]:
+  """Adds metadata of scaled rotary positions; returns notes on them.
+
+  Those of kind 'llama3' are stored as a tensor instead.
+  """
   if scaling.kind == 'dynamic':
     return [
       'llama.cpp does not stretch positions dynamically: beyond '
@@ -182,77 +204,6 @@ def _add_scaling(writer, scaling: rope.Scaling) -> list[str]:
     writer.add_rope_scaling_factor(scaling.factor)
   if scaling.kind == 'yarn':
     writer.add_rope_scaling_orig_ctx_len(scaling.trained)
-    own = gguf_model.yarn_amplitude(scaling.factor)
-    writer.add_rope_scaling_attn_factors(scaling.amplitude / own)
+    implied = gguf_model.yarn_amplitude(scaling.factor)
+    writer.add_rope_scaling_attn_factors(scaling.amplitude / implied)
   return []
-
-
-def _tensors(model: Model):
-  """(GGUF name, array) of every tensor."""
-  config = model.config
-  if config.rope_scaling.kind == 'llama3':
-    plain = rope.frequencies(
-      rope.Scaling(), config.rope_theta, config.head_size, 1
-    )
-    scaled = rope.frequencies(
-      config.rope_scaling, config.rope_theta, config.head_size, 1
-    )
-    yield gguf_model.ROPE_FACTORS, plain / scaled
-  names = gguf_model.gguf_names(config.layers)
-  for name, value in model.tensors():
-    stem, _, leaf = name.rpartition('.')
-    turned = stem.endswith(('q_proj', 'k_proj')) and not config.qk_norm
-    value = _permuted(value, config.head_size) if turned else value
-    yield f'{names[stem]}.{leaf}', value
-
-
-def _permuted(value, size: int):
-  """Rows of a query or key projection in llama.cpp's order.
-
-  It rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face rows half
-  a head apart (i, i + H/2).
-  """
-  halves = value.reshape(-1, 2, size // 2, *value.shape[1:])
-  return halves.swapaxes(1, 2).reshape(value.shape)
-
-
-def _kind_of(shape, kind: _Kind) -> _Kind:
-  """What a tensor is stored as: vectors F32, rows that don't divide F16."""
-  if len(shape) == 1:
-    return _Kind.F32
-  return _Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
-
-
-def _write_tensors(writer, model, kind: _Kind) -> list[str]:
-  """Writes the header, then one tensor after the other."""
-  odd = 0
-  for name, value in _tensors(model):
-    its = _kind_of(value.shape, kind)
-    odd += value.ndim > 1 and its != kind
-    block, size = gguf.GGML_QUANT_SIZES[its]
-    writer.add_tensor_info(
-      name, value.shape, np.float32, value.size // block * size, its
-    )
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_ti_data_to_file()
-  for name, value in _tensors(model):
-    writer.write_tensor_data(_encoded(name, value, _kind_of(value.shape, kind)))
-  writer.close()
-  if not odd:
-    return []
-  return [
-    f'{odd} tensors are F16, as their rows are no multiple of '
-    f'{gguf.GGML_QUANT_SIZES[kind][0]}; prune with budget.round_ffn=32 to '
-    'avoid it, or 256 for K-quants'
-  ]
-
-
-def _encoded(name, value, kind: _Kind) -> np.ndarray:
-  with np.errstate(over='ignore'):
-    out = gguf.quantize(np.ascontiguousarray(value, np.float32), kind)
-  if kind == _Kind.F16 and not np.isfinite(out).all():
-    raise RequestError(
-      f'{name}: holds more than float16 can; use --dtype=bfloat16'
-    )
-  return out

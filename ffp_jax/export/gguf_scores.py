@@ -1,31 +1,41 @@
-"""SentencePiece's scores of a tokenizer that is a list of merges."""
+"""SentencePiece scores for a BPE tokenizer that is stored as merges.
+
+tokenizer.json holds the merges in order; llama.cpp wants the score of each
+token, as SentencePiece has it, and derives the merges from those.
+"""
 
 import collections
 import itertools
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from ffp_jax.checkpoints import gguf_tokenizer
 from ffp_jax.errors import RequestError
 
+_Merges = Sequence[tuple[str, str]]
 
-def of(vocab: dict, merges: list, directory: pathlib.Path) -> dict[str, float]:
-  """SentencePiece's scores, from which it works out the same merges.
 
-  It joins whichever neighbours make the token of the best score; a list of
-  merges is its own only if it holds every such pair, the best first. The
-  scores are those that came with the tokenizer, or else worked out.
+def find_scores(
+  vocab: Mapping[str, int], merges: _Merges, directory: pathlib.Path
+) -> dict[str, float]:
+  """Returns scores from which SentencePiece derives these merges.
+
+  SentencePiece joins the neighbours that make the token of the highest score.
+  So merges are its own only if they are all pairs that make a token, those of
+  higher scores first. Scores that came with the tokenizer are preferred to
+  scores that are derived from the merges.
 
   Args:
     vocab: token to id.
-    merges: pairs of tokens, the best first.
+    merges: pairs of tokens, the first to be joined first.
     directory: of the model.
 
   Returns:
-    Token to score.
+    Token to score; higher is better.
 
   Raises:
-    RequestError: no scores make these merges.
+    RequestError: no scores give these merges.
   """
   for scores in (
     _scores_of_gguf(vocab, directory),
@@ -42,8 +52,10 @@ def of(vocab: dict, merges: list, directory: pathlib.Path) -> dict[str, float]:
   return scores
 
 
-def _scores_of_gguf(vocab: dict, directory) -> dict[str, float]:
-  """Those of the GGUF file that the tokenizer was made from, if any."""
+def _scores_of_gguf(
+  vocab: Mapping[str, int], directory: pathlib.Path
+) -> dict[str, float]:
+  """Returns the scores of the GGUF file that the tokenizer is from, if any."""
   try:
     content = json.loads((directory / gguf_tokenizer.SCORES).read_bytes())
     return {token: float(content[i]) for token, i in vocab.items()}
@@ -51,24 +63,27 @@ def _scores_of_gguf(vocab: dict, directory) -> dict[str, float]:
     return {}
 
 
-def _scores_of_model(vocab: dict, directory) -> dict[str, float]:
-  """Those of SentencePiece's own file, if it is there and can be read."""
+def _scores_of_model(
+  vocab: Mapping[str, int], directory: pathlib.Path
+) -> dict[str, float]:
+  """Returns the scores in tokenizer.model, if there is one."""
   path = directory / 'tokenizer.model'
   try:
-    import sentencepiece  # not every installation has it
+    import sentencepiece  # slow to import
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  except (ImportError, OSError, RuntimeError):
+  except (OSError, RuntimeError):
     return {}
   size = model.get_piece_size()
   pieces = {model.id_to_piece(i): model.get_score(i) for i in range(size)}
   return {token: pieces.get(token, 0.0) for token in vocab}
 
 
-def _implied_scores(merges: list) -> dict[str, float]:
-  """Scores of the tokens that are merged; 0 is the best.
+def _implied_scores(merges: _Merges) -> dict[str, float]:
+  """Derives scores of the merged tokens from the order of their merges.
 
-  Tokens whose merges lie among each other's share a score.
+  The highest score is 0. Tokens share a score where the merges of one lie
+  between those of the other.
   """
   last = {left + right: i for i, (left, right) in enumerate(merges)}
   scores, score, end = {}, 0.0, -1
@@ -81,8 +96,10 @@ def _implied_scores(merges: list) -> dict[str, float]:
   return scores
 
 
-def _fits(vocab: dict, merges: list, scores: dict) -> bool:
-  """Whether merges are all that there can be, none before a better one."""
+def _fits(
+  vocab: Mapping[str, int], merges: _Merges, scores: Mapping[str, float]
+) -> bool:
+  """Returns whether scores fall along the merges, and no pair is missing."""
   values = [scores.get(token, 0.0) for token in vocab]
   ids = {token: i for i, token in enumerate(vocab)}
   order = [scores[left + right] for left, right in merges]
@@ -90,12 +107,15 @@ def _fits(vocab: dict, merges: list, scores: dict) -> bool:
   return falling and set(gguf_tokenizer.merges_of(ids, values)) == set(merges)
 
 
-def _converted(vocab: dict, merges: list, scores: dict) -> bool:
-  """Whether merges of a shared score are in an order that converters give.
+def _converted(
+  vocab: Mapping[str, int], merges: _Merges, scores: Mapping[str, float]
+) -> bool:
+  """Returns whether merges of equal score are in the order of a converter.
 
-  SentencePiece has no order there, it takes the left-most pair in the text.
-  The orders are those of transformers, before and since its version 4.34,
-  and of `gguf_tokenizer.merges_of`.
+  SentencePiece has no order among them; it joins the left-most pair in the
+  text. So only an order that a converter made can be dropped without loss:
+  that of transformers before version 4.34, of transformers since, or of
+  `gguf_tokenizer.merges_of`.
   """
   sharing = collections.Counter(scores.values())
   tied = [x for x in merges if sharing[scores[x[0] + x[1]]] > 1]

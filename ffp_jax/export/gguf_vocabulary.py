@@ -1,8 +1,9 @@
-"""A Hugging Face tokenizer as the metadata of a GGUF file."""
+"""Conversion of a Hugging Face tokenizer to the metadata of a GGUF file."""
 
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import gguf
 
@@ -12,59 +13,69 @@ from ffp_jax.export import gguf_scores
 from ffp_jax.text import tokenization
 
 _Type = gguf.TokenType
+_BYTES = {f'<0x{i:02X}>' for i in range(256)}
+_NO_NORMALIZER = (
+  None,
+  {'type': 'NFC'},  # leaves composed text as it is, and nearly all text is
+  {'type': 'Sequence', 'normalizers': []},
+)
 
 
 class Vocabulary(NamedTuple):
-  """What llama.cpp tokenises by."""
+  """Everything that llama.cpp tokenizes with.
 
-  kind: str  # 'gpt2', byte-level BPE, or 'llama', SentencePiece
-  pre: str  # how text is cut before merges
+  Attributes:
+    kind: 'gpt2' for byte-level BPE, 'llama' for SentencePiece.
+    pre: llama.cpp's name of the pre-tokenizer.
+    tokens: text of each id.
+    types: `gguf.TokenType` of each id.
+    merges: of 'gpt2', else None; the two tokens with a space between.
+    scores: of 'llama', else None; one for each id.
+    prefix: of 'llama', whether a space is put before the text.
+    roles: ids of 'bos', 'eos', 'unk' and 'pad', where there are such.
+    adds: 'bos' and 'eos' to whether text gets that token.
+    template: the default chat template, if any.
+    notes: what the user should know, one line each.
+  """
+
+  kind: str
+  pre: str
   tokens: list[str]
   types: list[int]
-  merges: list[str] | None  # of gpt2
-  scores: list[float] | None  # of llama
-  prefix: bool  # llama: a space before the text
-  roles: dict[str, int]  # 'bos', 'eos', 'unk', 'pad' to id
-  adds: dict[str, bool]  # 'bos', 'eos': whether text gets one
-  template: str | None  # of a chat
-  notes: list[str]  # what the user should know, a line each
+  merges: list[str] | None
+  scores: list[float] | None
+  prefix: bool
+  roles: dict[str, int]
+  adds: dict[str, bool]
+  template: str | None
+  notes: list[str]
 
 
 def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
-  """The vocabulary of a model directory.
+  """Reads the vocabulary of a model directory.
 
   Args:
     directory: with a tokenizer that transformers can load.
-    rows: of the embedding; ids beyond the tokenizer's become unused tokens,
-      added tokens beyond the rows are left out.
+    rows: number of rows of the embedding. Rows without a token become unused
+      tokens, and added tokens without a row are left out.
     pre: llama.cpp's name of the pre-tokenizer, None to recognise it.
 
   Raises:
     RequestError: there is no tokenizer, its vocabulary is larger than the
       embedding, or llama.cpp would give other ids.
   """
-  # Not gguf.SpecialVocab: it takes ids that config.json names and the
-  # tokenizer does not have, and knows BOS and EOS by tokenizer_config.json
-  # where they depend on the class. What the loaded tokenizer does is exact.
+  # gguf.SpecialVocab would take ids that config.json names but the tokenizer
+  # lacks, and whether BOS and EOS are added from tokenizer_config.json, though
+  # that depends on the tokenizer's class. The loaded tokenizer is exact.
   loaded = tokenization.load_tokenizer(directory)
-  if not loaded.is_fast:
-    raise RequestError(
-      f'{directory}: its tokenizer, a {type(loaded).__name__}, is Python code; '
-      'GGUF takes one with a tokenizer.json, use --format=hf or hf_dense'
-    )
-  content = json.loads(loaded.backend_tokenizer.to_str())
+  content = _bpe_content(loaded, directory)
   bpe = content['model']
-  if bpe['type'] != 'BPE':
-    raise RequestError(
-      f'{directory}: a tokenizer of kind {bpe["type"]} is not known, only BPE; '
-      'use --format=hf or hf_dense'
-    )
   tokens, types, dropped = _tokens(content, rows, directory)
   merges = [x.split(' ') if isinstance(x, str) else x for x in bpe['merges']]
   merges = [tuple(pair) for pair in merges]
   if bpe.get('byte_fallback'):
     kind, name, pairs = 'llama', 'default', None
-    by_token = gguf_scores.of(bpe['vocab'], merges, directory)
+    by_token = gguf_scores.find_scores(bpe['vocab'], merges, directory)
     scores = [by_token.get(token, 0.0) for token in tokens]
   else:
     kind, scores = 'gpt2', None
@@ -77,29 +88,48 @@ def read(directory: pathlib.Path, rows: int, pre: str | None) -> Vocabulary:
   }
   template, others = _templates(loaded.chat_template)
   return Vocabulary(
-    kind,
-    name,
-    tokens,
-    types,
-    pairs,
-    scores,
-    _has_prefix(content),
-    {role: i for role, i in roles.items() if i is not None and i < rows},
-    {'bos': ids[0] == roles['bos'], 'eos': ids[-1] == roles['eos']},
-    template,
-    _notes(dropped, others, rows),
+    kind=kind,
+    pre=name,
+    tokens=tokens,
+    types=types,
+    merges=pairs,
+    scores=scores,
+    prefix=_has_prefix(content),
+    roles={role: i for role, i in roles.items() if i is not None and i < rows},
+    adds={'bos': ids[0] == roles['bos'], 'eos': ids[-1] == roles['eos']},
+    template=template,
+    notes=_notes(dropped, others, rows),
   )
 
 
-def _templates(stored) -> tuple[str | None, list[str]]:
-  """The chat template of a tokenizer, and the names of further ones."""
-  if not isinstance(stored, dict):
+def _bpe_content(loaded: Any, directory: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of tokenizer.json; refuses what is not BPE."""
+  if not loaded.is_fast:
+    raise RequestError(
+      f'{directory}: its tokenizer, a {type(loaded).__name__}, is Python code; '
+      'GGUF takes one with a tokenizer.json, use --format=hf or hf_dense'
+    )
+  content = json.loads(loaded.backend_tokenizer.to_str())
+  kind = content['model']['type']
+  if kind != 'BPE':
+    raise RequestError(
+      f'{directory}: a tokenizer of kind {kind} is not known, only BPE; '
+      'use --format=hf or hf_dense'
+    )
+  return content
+
+
+def _templates(
+  stored: str | Mapping[str, str] | None,
+) -> tuple[str | None, list[str]]:
+  """Returns the default chat template, and the names of the others."""
+  if stored is None or isinstance(stored, str):
     return stored, []
   return stored.get('default'), sorted(stored.keys() - {'default'})
 
 
 def _notes(dropped: list[str], templates: list[str], rows: int) -> list[str]:
-  """What is left out, a line each."""
+  """Returns a line on each thing that the file leaves out."""
   notes = []
   if dropped:
     notes.append(
@@ -114,20 +144,23 @@ def _notes(dropped: list[str], templates: list[str], rows: int) -> list[str]:
   return notes
 
 
-def _tokens(content, rows, directory) -> tuple[list[str], list[int], list[str]]:
-  """Token and type of every row of the embedding, and added ones beyond it."""
-  places = {i: token for token, i in content['model']['vocab'].items()}
-  if max(places) >= rows:
+def _tokens(
+  content: Mapping[str, Any], rows: int, directory: pathlib.Path
+) -> tuple[list[str], list[int], list[str]]:
+  """Returns token and type of each row, and the added tokens without a row."""
+  by_id = {i: token for token, i in content['model']['vocab'].items()}
+  if max(by_id) >= rows:
     raise RequestError(
-      f'{directory}: the tokenizer gives id {max(places)}, the embedding has '
+      f'{directory}: the tokenizer gives id {max(by_id)}, the embedding has '
       f'{rows} rows; the two do not belong together'
     )
   added = {x['id']: x for x in content['added_tokens']}
-  places |= {i: x['content'] for i, x in added.items()}
-  fallback, unknown = (content['model'].get(key) for key in _SPM_KEYS)
+  by_id |= {i: x['content'] for i, x in added.items()}
+  fallback = content['model'].get('byte_fallback')
+  unknown = content['model'].get('unk_token')
 
-  def type_of(i) -> int:
-    token = places.get(i)
+  def type_of(i: int) -> int:
+    token = by_id.get(i)
     if token is None:
       return _Type.UNUSED
     if fallback and token == unknown:
@@ -138,25 +171,16 @@ def _tokens(content, rows, directory) -> tuple[list[str], list[int], list[str]]:
       return _Type.BYTE
     return _Type.NORMAL
 
-  names = [places.get(i, f'[UNUSED{i}]') for i in range(rows)]
-  dropped = [places[i] for i in sorted(places) if i >= rows]
+  names = [by_id.get(i, f'[UNUSED{i}]') for i in range(rows)]
+  dropped = [by_id[i] for i in sorted(by_id) if i >= rows]
   return names, [int(type_of(i)) for i in range(rows)], dropped
 
 
-_SPM_KEYS = ('byte_fallback', 'unk_token')
-_BYTES = {f'<0x{i:02X}>' for i in range(256)}
-
-
-_PLAIN = (None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': []})
-
-
-def _pre(content, directory) -> str:
-  """llama.cpp's name for how the tokenizer cuts text."""
+def _pre(content: Mapping[str, Any], directory: pathlib.Path) -> str:
+  """Returns llama.cpp's name of the pre-tokenizer."""
   whole = bool(content['model'].get('ignore_merges'))
   name = gguf_cuts.name_of(content['pre_tokenizer'], whole)
-  # NFC changes no text that is composed already, as nearly all is.
-  plain = content['normalizer'] in _PLAIN
-  if name is None or not plain:
+  if name is None or content['normalizer'] not in _NO_NORMALIZER:
     raise RequestError(
       f'{directory}: llama.cpp has no known name for how its tokenizer cuts '
       'text; give one of those in src/llama-vocab.cpp with --pre=NAME'
@@ -164,8 +188,8 @@ def _pre(content, directory) -> str:
   return name
 
 
-def _has_prefix(content) -> bool:
-  """Whether a tokenizer of SentencePiece's kind begins text with a space."""
+def _has_prefix(content: Mapping[str, Any]) -> bool:
+  """Returns whether a SentencePiece tokenizer puts a space before the text."""
   text = json.dumps([content['normalizer'], content['pre_tokenizer']])
   return '"Prepend"' in text or (
     '"Metaspace"' in text and '"prepend_scheme": "never"' not in text
@@ -173,7 +197,7 @@ def _has_prefix(content) -> bool:
 
 
 def add(writer: gguf.GGUFWriter, vocabulary: Vocabulary):
-  """Adds a vocabulary to a file's metadata."""
+  """Adds a vocabulary to the metadata of a file."""
   v = vocabulary
   writer.add_tokenizer_model(v.kind)
   writer.add_tokenizer_pre(v.pre)
@@ -184,8 +208,8 @@ def add(writer: gguf.GGUFWriter, vocabulary: Vocabulary):
   if v.scores is not None:
     writer.add_token_scores(v.scores)
     writer.add_add_space_prefix(v.prefix)
-  for role, place in v.roles.items():
-    getattr(writer, f'add_{role}_token_id')(place)
+  for role, i in v.roles.items():
+    getattr(writer, f'add_{role}_token_id')(i)
   writer.add_add_bos_token(v.adds['bos'])
   writer.add_add_eos_token(v.adds['eos'])
   if v.template:

@@ -1,13 +1,16 @@
-"""What makes a pruned model loadable by PyTorch's transformers.
+"""Export of pruned models for PyTorch transformers.
 
-Its config.json says by `per_layer_config` what each layer's widths are, but
-its own LLaMA, Mistral, Qwen and OPT build every layer from the common ones;
-so a short module of ours goes with the weights and narrows the layers.
+transformers reads the widths of each layer from `per_layer_config` in
+config.json, but its LLaMA, Mistral, Qwen and OPT build every layer with the
+common widths. So `modeling_pruned.py`, which narrows the layers, is written
+beside the weights.
 """
 
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +27,8 @@ _CLASSES = {
 }
 
 
-def description(model: Model) -> dict:
-  """config.json of the compact model."""
+def description(model: Model) -> dict[str, Any]:
+  """Returns config.json of the compact model."""
   name = f'Pruned{_CLASSES[model.family]}'
   return model.description | {
     'architectures': [f'{name}ForCausalLM'],
@@ -33,7 +36,8 @@ def description(model: Model) -> dict:
       'AutoModel': f'{_MODULE}.{name}Model',
       'AutoModelForCausalLM': f'{_MODULE}.{name}ForCausalLM',
     },
-    # transformers checks the common widths, and refuses to read them without.
+    # Without this, transformers refuses to read the common widths, which it
+    # checks itself.
     'allow_global_per_layer_attribute_access': True,
     'per_layer_config': {
       str(i): _widths(model, i) for i in range(model.config.layers)
@@ -41,8 +45,8 @@ def description(model: Model) -> dict:
   }
 
 
-def _widths(model: Model, layer: int) -> dict:
-  """One layer's widths, in the family's words."""
+def _widths(model: Model, layer: int) -> dict[str, int]:
+  """Returns the widths of a layer by the keys of the family's config.json."""
   groups, channels = model.config.widths(layer)
   heads = groups * model.config.heads_per_group
   if model.family == 'opt':
@@ -55,32 +59,32 @@ def _widths(model: Model, layer: int) -> dict:
 
 
 def copy_to(directory: pathlib.Path):
-  """Puts the module beside the weights."""
+  """Copies modeling_pruned.py into a model directory."""
   name = f'{_MODULE}.py'
   shutil.copy(pathlib.Path(__file__).with_name(name), directory / name)
 
 
-def dense_description(model: Model) -> dict:
-  """config.json of the model in the dense model's shapes."""
+def dense_description(model: Model) -> dict[str, Any]:
+  """Returns config.json of the model in the dense model's shapes."""
   return {k: v for k, v in model.description.items() if k != 'ffp_jax'}
 
 
-def padded(model: Model):
-  """The tensors in the dense model's shapes, kept units first, then zeros.
+def padded(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+  """Pads the tensors to the dense model's shapes, with zeros after kept units.
 
-  The order of units doesn't matter, and one of zeros adds nothing: what
-  enters the output projection is 0, as every activation is 0 at 0.
+  The order of units doesn't matter. A unit of zeros adds nothing, since every
+  activation function is 0 at 0 and so the output projection gets zeros.
 
   Yields:
     (Hugging Face name, array).
   """
-  dense = dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
+  config = dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
   shapes = {
     tensor.name: families.stored_shape(tensor, shape)
     for tensor, _, _, shape in families.list_tensors(
-      dense, model.family, np.float32
+      config, model.family, np.float32
     )
   }
   for name, value in model.tensors():
-    room = [(0, n - k) for n, k in zip(shapes[name], value.shape, strict=True)]
-    yield name, np.pad(value, room)
+    sizes = zip(shapes[name], value.shape, strict=True)
+    yield name, np.pad(value, [(0, dense - kept) for dense, kept in sizes])
