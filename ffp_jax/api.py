@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from ffp_jax import config as config_lib
-from ffp_jax import prune, report
+from ffp_jax import jobs, prune, report, stages
 from ffp_jax import results as results_lib
 from ffp_jax.checkpoints import model as model_lib
 from ffp_jax.checkpoints.model import Model, ModelFiles
@@ -92,9 +92,9 @@ def prune_model(
   config = (config or config_lib.defaults()).copy_and_resolve_references()
   config.budget.sparsity = sparsity
   config_lib.validate(config)
-  sublayers = prune.prunable_sublayers(config, model.config)
+  sublayers = jobs.prunable_sublayers(config, model.config)
   tokens = _tokens(model, text, config.text.field)
-  job = prune.make_job(config, model, model.file_dtype, sublayers, tokens)
+  job = jobs.make_job(config, model, model.file_dtype, sublayers, tokens)
   metrics = []
 
   def follow(steps):
@@ -120,7 +120,7 @@ def prune_model(
       follow=follow,
       timed=lambda stage: contextlib.nullcontext(),
     )
-    held_out = prune.evaluate(config, job, params, found, scorer)
+    held_out = stages.evaluate(config, job, params, found, scorer)
     small = slicing.slice_model(
       model, found.params['searched'], found.keep['searched']
     )

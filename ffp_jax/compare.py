@@ -21,17 +21,13 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ffp_jax import baselines, prune
+from ffp_jax import baselines, jobs, stages
 from ffp_jax import config as config_lib
 from ffp_jax.baselines import settings
-from ffp_jax.baselines.problem import (
-  Problem,
-  input_moments,
-  trace_incumbents,
-)
+from ffp_jax.baselines.problem import Problem, input_moments, trace_incumbents
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.evaluation import scoring
-from ffp_jax.evaluation.loss import nll
+from ffp_jax.evaluation.loss import make_nll
 from ffp_jax.models import functional
 from ffp_jax.pruning import masks, search
 from ffp_jax.pruning import refit as refit_lib
@@ -62,7 +58,7 @@ def run_comparison(
     cell = settings.cell_config(config, c.seeds[0], sparsity, name)
     config_lib.validate(cell)
   jobs = {
-    seed: prune.prepare_job(
+    seed: jobs.prepare_job(
       settings.cell_config(config, seed, max(c.sparsities))
     )
     for seed in c.seeds
@@ -97,26 +93,22 @@ class SharedModel(NamedTuple):
 
 
 def load_shared_model(
-  config: ml_collections.ConfigDict, job: prune.PruningJob
+  config: ml_collections.ConfigDict, job: jobs.PruningJob
 ) -> SharedModel:
   """Loads the weights in the configured dtype and makes the losses."""
   dtype = functional.resolve_dtype(config.dtype)
-
-  def nll_of(model):
-    apply = functional.make_apply(model, remat=config.search.remat)
-    return lambda params, tokens, masks: nll(apply, params, tokens, masks)
-
+  remat = config.search.remat
   return SharedModel(
     weights_lib.load_params(job.directory, job.model, dtype),
     scoring.Scorer(job.model),
-    nll_of(job.model),
-    nll_of(dataclasses.replace(job.model, refit=True)),
+    make_nll(job.model, remat=remat),
+    make_nll(dataclasses.replace(job.model, refit=True), remat=remat),
   )
 
 
 def run_missing(
   config: ml_collections.ConfigDict,
-  job: prune.PruningJob,
+  job: jobs.PruningJob,
   seed: int,
   load: Callable[[], SharedModel],
   files: workdir_lib.Workdir,
@@ -146,7 +138,7 @@ def run_missing(
     'tokens': config.compare.tokens,
     'units': job.sublayers.units,
   }
-  device_sublayers = prune.rank_units(job, model.params)
+  device_sublayers = stages.rank_units(job, model.params)
 
   @functools.cache
   def refit_params(strength):
@@ -178,7 +170,7 @@ def run_missing(
 
 def problem_of(
   config: ml_collections.ConfigDict,
-  job: prune.PruningJob,
+  job: jobs.PruningJob,
   model: SharedModel,
   device_sublayers: DeviceSublayers,
   refit_params: Callable[[float], dict],
@@ -214,7 +206,7 @@ def problem_of(
 
 def evaluate_incumbents(
   config: ml_collections.ConfigDict,
-  job: prune.PruningJob,
+  job: jobs.PruningJob,
   model: SharedModel,
   device_sublayers: DeviceSublayers,
   dense: Mapping[str, float],
@@ -237,7 +229,7 @@ def evaluate_incumbents(
   @functools.cache
   def perplexities(counts):
     keep = masks.from_counts(device_sublayers.rank, np.array(counts))
-    calibrated = prune.calibrate(config, job, model.params, {'': keep})['']
+    calibrated = stages.calibrate(config, job, model.params, {'': keep})['']
     weights = {'ppl': model.params, 'ppl_calibrated': calibrated}
     heldout = job.text.heldout
     return {

@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ffp_jax import config as config_lib
-from ffp_jax import prune, report
+from ffp_jax import jobs, prune, report
 from ffp_jax.errors import RequestError
 from ffp_jax.reporting import labels, page, run_comparison
 from ffp_jax.reporting.run_report import Run
@@ -86,7 +86,7 @@ def run_frontier(
   """
   configs = point_configs(config, workdir, sparsities, steps)
   for point in configs.values():  # fails early if the last is out of reach
-    prune.prepare_job(point)
+    jobs.prepare_job(point)
   for directory, point in configs.items():
     prune.prune_workdir(point, directory, command=again)
   runs = [report.read_run(directory) for directory in configs]

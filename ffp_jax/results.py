@@ -19,8 +19,8 @@ def allocation(
 
   Args:
     config: of the run.
-    job: the `prune.PruningJob` of the run.
-    best: the `prune.Finalist` whose counts the model was pruned to.
+    job: the `jobs.PruningJob` of the run.
+    best: the `stages.Finalist` whose counts the model was pruned to.
   """
   attention, ffn = np.split(best.counts, 2)
   units = job.sublayers.units
@@ -64,7 +64,7 @@ def rewards(
   Args:
     config: of the run.
     text: that candidates were scored on.
-    best: the `prune.Finalist` whose counts the model was pruned to.
+    best: the `stages.Finalist` whose counts the model was pruned to.
   """
   rows = text.rows_RxT
   return {
@@ -88,7 +88,7 @@ def sizes(job: Any, found: Mapping[str, Any], size: int) -> dict[str, int]:
   """Returns the entries of results.json on parameters and bytes.
 
   Args:
-    job: the `prune.PruningJob` of the run.
+    job: the `jobs.PruningJob` of the run.
     found: from `allocation`.
     size: bytes of the pruned model's weights.
   """

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import baselines, compare, config, errors, prune
+from ffp_jax import baselines, compare, config, errors, jobs, stages
 from ffp_jax.baselines import fastforward
 from ffp_jax.baselines import settings as settings_lib
 from ffp_jax.checkpoints import model_config
@@ -99,10 +99,10 @@ class RunTest(parameterized.TestCase):
 
   def test_refit_candidates_are_scored_calibrated(self):
     one = _config(**{'budget.sparsity': 0.25})
-    job = prune.prepare_job(one)
+    job = jobs.prepare_job(one)
     model = compare.load_shared_model(one, job)
-    device_sublayers = prune.rank_units(one, job, model.params)
-    scored = prune.refit(one, job, model.params, device_sublayers)
+    device_sublayers = stages.rank_units(one, job, model.params)
+    scored = stages.refit(one, job, model.params, device_sublayers)
     problem = compare.problem_of(
       one, job, model, device_sublayers, lambda _: scored.params
     )
@@ -142,11 +142,11 @@ class RunTest(parameterized.TestCase):
 
   def test_uniform_is_that_of_a_run(self):
     one = _config(**{'budget.sparsity': 0.25})
-    job = prune.prepare_job(one)
+    job = jobs.prepare_job(one)
     params, loss, *_ = compare.load_shared_model(one, job)
-    device_sublayers = prune.rank_units(one, job, params)
-    keep = {'uniform': prune.uniform(one, job, device_sublayers)}
-    repaired = prune.calibrate(one, job, params, keep)
+    device_sublayers = stages.rank_units(job, params)
+    keep = {'uniform': stages.uniform_masks(one, job, device_sublayers)}
+    repaired = stages.calibrate(one, job, params, keep)
     run = _finished()[1]['runs'][0]
     for name, weights in (
       ('ppl', params),

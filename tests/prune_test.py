@@ -12,7 +12,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from ffp_jax import evaluate, export, prune
+from ffp_jax import evaluate, export, jobs, prune
 from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.errors import RequestError
@@ -443,8 +443,8 @@ class RefusedTest(_TestCase):
     path.write_text(json.dumps(record))
     data = {'data': str(path)}
     self._refused_early('data: .*x.jsonl.*no', **{'text.field': 'no'}, **data)
-    got = prune.prepare_job(_config(**{'text.field': 'data.body'}, **data)).text
-    want = prune.prepare_job(_config()).text
+    got = jobs.prepare_job(_config(**{'text.field': 'data.body'}, **data)).text
+    want = jobs.prepare_job(_config()).text
     for one, other in zip(got, want, strict=True):
       np.testing.assert_array_equal(one, other)
 

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest
 
-from ffp_jax import compare, prune
+from ffp_jax import compare, jobs, prune, stages
 from ffp_jax import config as config_lib
 from ffp_jax.baselines import fastforward, settings
 from ffp_jax.pruning import curriculum, search
@@ -95,11 +95,11 @@ class RunTest(absltest.TestCase):
     """Equal proposals, rewards and answers where the settings are equal."""
     for repair in ('project', 'cut'):
       config = _config(**{'search.repair': repair})
-      job = prune.prepare_job(config)
+      job = jobs.prepare_job(config)
       config.compare = settings.comparison().compare
       config.compare.tokens = _TOKENS
       model = compare.load_shared_model(config, job)
-      device_sublayers = prune.rank_units(config, job, model.params)
+      device_sublayers = stages.rank_units(job, model.params)
       problem = compare.problem_of(config, job, model, device_sublayers, None)
       dense = problem.losses([job.sublayers.units], problem.rows_RxT)[0]
       problem.spent.clear()
@@ -128,7 +128,7 @@ class RunTest(absltest.TestCase):
       text = search.RewardText(problem.rows_RxT, dense)
       with (
         mock.patch.object(search, 'steps', steps),
-        mock.patch.object(prune, 'reward_text', return_value=text),
+        mock.patch.object(stages, 'reward_text', return_value=text),
       ):
         _run(workdir, config)
       ours = _metrics(workdir)
@@ -142,7 +142,7 @@ class RunTest(absltest.TestCase):
         )
         np.testing.assert_array_equal(one.params['mean'], other.params['mean'])
       found = search.finalists(config, job.sublayers, states[-1])
-      got = prune.counts_of(config, job, device_sublayers, found[1])
+      got = stages.counts_of(config, job, device_sublayers, found[1])
       np.testing.assert_array_equal(got, answer)
 
 

@@ -20,7 +20,7 @@ def shipped(
   """Runs this package's search, with as many steps as the budget pays for.
 
   The stages keep their shares of the steps. The finalists are re-scored on
-  the whole reward text, as in `prune.rescore`, if that leaves as many steps
+  the whole reward text, as in `stages.rescore`, if that leaves as many steps
   as are configured.
 
   Args:

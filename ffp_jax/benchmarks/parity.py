@@ -8,16 +8,15 @@ Both compute in float32. Needs torch, which is not a requirement of ffp_jax.
 import json
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.checkpoints.model import find_model, load_model
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import scoring
 from ffp_jax.runtime import cli
-from ffp_jax.text import corpora, tokenization
+from ffp_jax.text import tokenization
 from ffp_jax.text import windows as windows_lib
 
 
@@ -64,15 +63,13 @@ def compare(
   Raises:
     RequestError: the model or the text cannot be read, or torch is missing.
   """
-  directory = hub.resolve_model(model)
-  config = model_config.read_model_config(directory)
-  content = corpora.read_text(source, field=field).content
-  tokens = tokenization.tokenize(directory, content).ids
-  tokenization.check_tokens(config, tokens, context)
+  files = find_model(model)
+  tokens = tokenization.read_tokens(files.directory, source, field=field).ids
+  tokenization.check_tokens(files.config, tokens, context)
   text = windows_lib.windows(tokens, context)[:windows]
-  theirs = torch_perplexity(directory, text)
-  params = weights.load_params(directory, config, jnp.dtype(jnp.float32))
-  ours = float(np.exp(scoring.Scorer(config)(params, text, label='JAX')))
+  theirs = torch_perplexity(files.directory, text)
+  params = load_model(files, 'float32').params
+  ours = float(np.exp(scoring.Scorer(files.config)(params, text, label='JAX')))
   return {
     'model': model,
     'text': source,

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 
-from ffp_jax.checkpoints import hub, model_config, weights
+from ffp_jax.checkpoints.model import load_model
 from ffp_jax.config import defaults
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import scoring
@@ -129,13 +129,10 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
     Seconds and their ratios, with the device's name.
   """
   config = defaults()
-  directory = hub.resolve_model(source)
-  model = model_config.read_model_config(directory)
+  loaded = load_model(source)
+  model, params = loaded.config, loaded.params
   where = sublayers.find_sublayers(
     model, round_heads=1, round_ffn=config.budget.round_ffn
-  )
-  params = weights.load_params(
-    directory, model, functional.resolve_dtype('auto')
   )
   rng = np.random.default_rng(0)
   drawn = rng.integers(0, model.vocab, (1, tokens), dtype=np.int32)
@@ -148,7 +145,7 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
     'search step': full,
     'search step outside the model': free,
   }
-  if reference := torch_forward(directory, drawn):
+  if reference := torch_forward(loaded.directory, drawn):
     runs['dense forward, PyTorch'] = reference
   found = medians(runs, repeats)
   step, forward = found['search step'], found['masked forward, JAX']
