@@ -3,7 +3,7 @@
 Command: python -m ffp_jax.main --config=configs/llama2_7b.py \
   --config.data=wikitext2 --workdir=DIR
 The weights are gated on the hub; --config.model also takes a directory.
-Not run yet: no machine with these weights was at hand.
+Not run yet, for want of a machine with these weights.
 """
 
 from ffp_jax.config import defaults

@@ -2,7 +2,7 @@
 
 Command: python -m ffp_jax.main --config=configs/mistral_7b.py \
   --config.data=wikitext2 --workdir=DIR
-Not run yet: no machine with these weights was at hand.
+Not run yet, for want of a machine with these weights.
 """
 
 from ffp_jax.config import defaults

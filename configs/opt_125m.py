@@ -3,7 +3,7 @@
 Command: python -m ffp_jax.main --config=configs/opt_125m.py \
   --config.data=wikitext2 --workdir=DIR
 The repository on the hub must hold safetensors; --config.model also takes a
-directory. Not run yet: no machine with these weights was at hand.
+directory. Not run yet, for want of a machine with these weights.
 """
 
 from ffp_jax.config import defaults

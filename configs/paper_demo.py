@@ -1,11 +1,12 @@
-"""The published search, cut to what two CPU cores do in minutes: SmolLM2-135M.
+"""SmolLM2-135M by the published search, shortened for two CPU cores.
 
 Command: python -m ffp_jax.main --config=configs/paper_demo.py --workdir=DIR
-As configs/paper_llama2_7b.py, but 240 proposals (published: 2,000 to 8,000),
-the whole reward text from the 120th on (published: the 1,000th), and that text
-two windows of 512 tokens, scored in rows of 128; 16 calibration windows of 512
-tokens in the place of 64, all of them also for reconstruction. Time: the search
-516 s with other work beside it on the same two cores.
+Differs from configs/paper_llama2_7b.py in that there are 240 proposals
+(published: 2,000 to 8,000), that the whole reward text is used from the 120th
+on (published: the 1,000th), that it is two windows of 512 tokens, scored in
+rows of 128, and that 16 calibration windows of 512 tokens in place of 64 are
+all used for calibration. Time: the search took 516 s while other work ran on
+the same two cores.
 """
 
 from ffp_jax.config import PUBLISHED, defaults

@@ -3,15 +3,15 @@
 Command: python -m ffp_jax.main --config=configs/paper_llama2_7b.py \
   --config.data=wikitext2 --workdir=DIR
 PPO on sampled proposals (arXiv 2511.18977): 20% of the prunable parameters in
-stairs of 5%, 15 proposals a step. Proposals meet the budget by the exact
-projection; --config.search.repair=cut has the published repair. Not run yet:
-no machine with these weights was at hand.
+stairs of 5%, 15 proposals per step. Proposals meet the budget by the exact
+projection; --config.search.repair=cut selects the published repair. Not run
+yet, for want of a machine with these weights.
 """
 
 from ffp_jax.config import PUBLISHED, defaults
 from ffp_jax.pruning import curriculum
 
-_EPISODES = 4000  # published: 2,000 to 8,000; one is one proposal
+_EPISODES = 4000  # proposals; published: 2,000 to 8,000
 
 
 def get_config():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a clean clone to a pruned model: installs, fetches, prunes, reports.
+# Prunes the demo model from a clean clone: installs, fetches, prunes, reports.
 # Usage: bash launch/demo.sh [WORKDIR] [--config.budget.sparsity=0.3 ...]
 source "$(dirname "$0")/venv.sh"
 make_venv

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# TPU slices of a GKE cluster that xpk made, one process a host. The image is
-# this clone on top of Python; the requirements are installed at the start.
+# Runs on TPU slices of a GKE cluster made by xpk, one process per host. The
+# image is this clone on a Python image; the requirements are installed first.
 # Usage: bash launch/gke.sh [--dry_run] --cluster=C --workload=W --tpu-type=T
 #   [XPK OPTION ...] -- --config=FILE --workdir=gs://BUCKET/DIR ...
 source "$(dirname "$0")/steps.sh"
@@ -8,7 +8,7 @@ read_arguments "$@"
 for name in --cluster= --workload= --tpu-type=; do
   value "$name" "${options[@]}" >/dev/null
 done
-value --workdir=gs:// "${program[@]}" >/dev/null # all hosts see it
+value --workdir=gs:// "${program[@]}" >/dev/null # which all hosts see
 require_tool xpk
 install="pip install --quiet -r requirements.txt 'jax[tpu]' 'etils[epath-gcs]'"
 command=$(quoted python -m ffp_jax.main "${program[@]}" \

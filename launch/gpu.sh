@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One host, all of its NVIDIA GPUs: one process drives them.
+# Runs on all NVIDIA GPUs of this host, in one process.
 # Usage: bash launch/gpu.sh [--dry_run] -- --config=FILE --workdir=DIR ...
 source "$(dirname "$0")/steps.sh"
 read_arguments "$@"

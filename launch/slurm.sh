@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# GPU nodes under Slurm, one process a GPU; the clone lies on a shared disk.
+# Runs on GPU nodes under Slurm, one process per GPU. The clone must be on a
+# disk that all nodes share.
 # Usage: bash launch/slurm.sh [--dry_run] --gpus-per-node=N [SBATCH OPTION ...]
 #   -- --config=FILE --workdir=DIR ...
 source "$(dirname "$0")/steps.sh"
 read_arguments "$@"
 gpus=$(value --gpus-per-node= "${options[@]}") # 4, or a100:4
 require_tool sbatch
-step make_venv 'jax[cuda12]' # here: compute nodes often reach no index
-# JAX gives process i of a node the node's GPU i, so every process must see all
-# of them. srun takes over what the job was given, but not the CPUs.
+step make_venv 'jax[cuda12]' # compute nodes often reach no package index
+# JAX assigns GPU i of a node to its process i, so every process must see all of
+# them. srun inherits the options of the job, except for the CPUs per task.
 command=$(quoted .venv/bin/python -m ffp_jax.main "${program[@]}" \
   --coordinator=auto)
 cpus="\${SLURM_CPUS_PER_TASK:+--cpus-per-task=\$SLURM_CPUS_PER_TASK}"

@@ -1,13 +1,15 @@
-# Sourced by the launchers: their arguments, refusals, and --dry_run.
+# Sourced by the launchers: reads their arguments, refuses bad ones and
+# implements --dry_run.
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
+# refuse WORD ...: prints one line and exits with code 2.
 refuse() {
   echo "${0##*/}: $*" >&2
   exit 2
 }
 
-# read_arguments ARGUMENT ...: sets dry_run, options (what comes before --) and
-# program (what comes after it, for ffp_jax.main).
+# read_arguments ARGUMENT ...: sets dry_run, options (the arguments before --)
+# and program (those after it, for ffp_jax.main).
 read_arguments() {
   dry_run='' options=() program=()
   while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -21,7 +23,7 @@ read_arguments() {
 }
 
 # value PREFIX ARGUMENT ...: prints what follows PREFIX in the last argument
-# that starts with it; refuses to go on if nothing does.
+# that starts with it; refuses if none does.
 value() {
   local prefix=$1 argument found=''
   for argument in "${@:2}"; do
@@ -31,12 +33,12 @@ value() {
   printf '%s\n' "$found"
 }
 
-# require_tool TOOL: a dry run needs none.
+# require_tool TOOL: refuses if TOOL is missing; a dry run needs no tool.
 require_tool() {
   [ -n "$dry_run" ] || command -v "$1" >/dev/null || refuse "no $1 on the PATH"
 }
 
-# quoted WORD ...: words as any POSIX shell reads them back.
+# quoted WORD ...: prints the words quoted for any POSIX shell.
 quoted() {
   local word line='' escaped="'\\''"
   for word; do
@@ -48,7 +50,7 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# step COMMAND ...: runs it; a dry run prints it.
+# step COMMAND ...: runs the command; a dry run prints it.
 step() {
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, one process a host: makes it unless it is there, installs
-# and runs on all of its hosts, and fetches the result into runs/.
+# Runs on a Cloud TPU slice, one process per host. Creates the slice unless it
+# exists, installs and runs on all of its hosts, and fetches the result.
 # Usage: bash launch/tpu_pod.sh [--dry_run] NAME --zone=Z --accelerator-type=T
 #   --version=V [CREATE OPTION ...]
 #   -- --config=FILE --workdir=gs://BUCKET/DIR ...
@@ -11,7 +11,7 @@ slice=${options[0]-}
 for name in --zone= --accelerator-type= --version=; do
   value "$name" "${options[@]}" >/dev/null
 done
-bucket=$(value --workdir=gs:// "${program[@]}") # all hosts see it
+bucket=$(value --workdir=gs:// "${program[@]}") # which all hosts see
 require_tool gcloud
 tpu_vm=(gcloud compute tpus tpu-vm) where=()
 for option in "${options[@]}"; do
@@ -31,7 +31,7 @@ trap 'echo "$slice costs until it is deleted: $delete" >&2' EXIT
 on_all_hosts 'rm -rf ffp_jax_run && mkdir ffp_jax_run'
 step "${tpu_vm[@]}" scp --recurse requirements.txt configs ffp_jax \
   "$slice:ffp_jax_run" "${where[@]}" --worker=all
-# The hosts' own Python may be older than JAX asks for; uv brings another.
+# The hosts' own Python may be too old for JAX; uv installs another.
 on_all_hosts "curl -LsSf https://astral.sh/uv/install.sh | sh && \
 cd ffp_jax_run && ~/.local/bin/uv venv --python=3.11 && ~/.local/bin/uv pip \
 install --quiet -r requirements.txt 'jax[tpu]' 'etils[epath-gcs]'"

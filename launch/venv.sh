@@ -1,5 +1,5 @@
 # Sourced by the other scripts. make_venv [PIP ARGUMENT ...] makes .venv with
-# the run-time requirements, and whatever else is asked for.
+# the run-time requirements and what the arguments add.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -27,8 +27,8 @@ _MODEL = ModelConfig(
   head_size=_H,
   ffn=_F,
 )
-_SITES = sublayers.find_sublayers(_MODEL, round_heads=1, round_ffn=2)
-# What removing the whole of a module would cost, in nats.
+_SUBLAYERS = sublayers.find_sublayers(_MODEL, round_heads=1, round_ffn=2)
+# What removing the whole of a sublayer would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 _SPARSITY = 0.4
 _CONTEXT = 8
@@ -91,8 +91,8 @@ def _arrays():
 def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
   rank, weights, inputs = _arrays()
   return Problem(
-    sublayers=_SITES,
-    device_sublayers=allocation.to_device(_SITES, rank),
+    sublayers=_SUBLAYERS,
+    device_sublayers=allocation.to_device(_SUBLAYERS, rank),
     sparsity=sparsity,
     min_ratio=0.1,
     start_S=np.zeros(2 * _L),
@@ -112,20 +112,19 @@ def _config():
   config.search.context = _CONTEXT
   config.search.candidates = 4
   config.policy.hidden = (8,)
-  config.compare.settings.amc.hidden = 32
   config.search.attention_prior = 0.0
   return config
 
 
 def _answers(name, problem, seed=0, **changes):
-  """Every incumbent of a method, with the settings that are on record."""
-  config = _config()
-  settings = {**config.compare.settings.get(name, {}), **changes}
+  """Every incumbent of a method, with its own settings but for `changes`."""
   if name.startswith('fastforward'):
-    settings['config'] = config
+    changes['config'] = _config()
+  if name == 'amc':
+    changes['hidden'] = 32
   out = []
   try:
-    for counts in baselines.METHODS[name](problem, seed, **settings):
+    for counts in baselines.METHODS[name](problem, seed, **changes):
       out.append(np.array(counts))
   except OutOfTokens:
     pass
@@ -133,17 +132,17 @@ def _answers(name, problem, seed=0, **changes):
 
 
 def _slack(counts, sparsity=_SPARSITY):
-  return _SITES.limit(sparsity) - _SITES.kept_cost(counts)
+  return _SUBLAYERS.limit(sparsity) - _SUBLAYERS.kept_cost(counts)
 
 
 def _harm_of(counts):
-  return _harm(counts / _SITES.units)
+  return _harm(counts / _SUBLAYERS.units)
 
 
 class AllTest(parameterized.TestCase):
   @parameterized.named_parameters(_named(baselines.METHODS))
   def test_budgets(self, name):
-    cheapest = (_SITES.step * _SITES.unit_cost).min()
+    cheapest = (_SUBLAYERS.step * _SUBLAYERS.unit_cost).min()
     for sparsity, tokens in ((0.05, 5000), (0.4, 100), (0.7, 5000)):
       problem = _problem(tokens, sparsity)
       answers = _answers(name, problem)
@@ -151,8 +150,8 @@ class AllTest(parameterized.TestCase):
       self.assertBetween(problem.used, 0, tokens)
       for counts in answers:
         self.assertBetween(_slack(counts, sparsity), 0, cheapest - 1)
-        self.assertTrue(np.all(counts >= _SITES.floor))
-        self.assertTrue(np.all(counts <= _SITES.units))
+        self.assertTrue(np.all(counts >= _SUBLAYERS.floor))
+        self.assertTrue(np.all(counts <= _SUBLAYERS.units))
 
   @parameterized.named_parameters(_named(_SEARCHES))
   def test_seed(self, name):
@@ -166,7 +165,7 @@ class AllTest(parameterized.TestCase):
     found = {'np': np}
     exec(code, found)
     with mock.patch.dict(baselines.METHODS, own=found['coordinate']):
-      first, *_, last = _answers('own', _problem(), step=1.0, rows=2)
+      first, *_, last = _answers('own', _problem())
     self.assertLess(_harm_of(last), 0.8 * _harm_of(first))
 
   @parameterized.named_parameters(_named((*_MEASURED, *_SEARCHES)))
@@ -198,33 +197,33 @@ class AllTest(parameterized.TestCase):
       _answers(method, _problem(1000), repair=x) for x in ('cut', 'project')
     )
     self.assertFalse(np.array_equal(cut[-1], exact[-1]))
-    # Equal priorities are the same share of each module, with rounding.
+    # Equal priorities are the same share of each sublayer, with rounding.
     even = _problem().project(np.zeros(2 * _L))
     np.testing.assert_array_equal(exact[0], even)
 
 
 def _optimum():
   """Counts that lose least, by greedy steps: the harm is convex."""
-  counts = _SITES.floor.copy()
+  counts = _SUBLAYERS.floor.copy()
   while True:
     best = None
     for s in range(2 * _L):
       more = counts.copy()
-      more[s] += _SITES.step[s]
-      if more[s] > _SITES.units[s] or _slack(more) < 0:
+      more[s] += _SUBLAYERS.step[s]
+      if more[s] > _SUBLAYERS.units[s] or _slack(more) < 0:
         continue
-      cost = _SITES.step[s] * _SITES.unit_cost[s]
+      cost = _SUBLAYERS.step[s] * _SUBLAYERS.unit_cost[s]
       gain = (_harm_of(counts) - _harm_of(more)) / cost
       best = max(best or (gain, s), (gain, s))
     if best is None:
       return counts
-    counts[best[1]] += _SITES.step[best[1]]
+    counts[best[1]] += _SUBLAYERS.step[best[1]]
 
 
 class ProblemTest(absltest.TestCase):
   def test_score_is_the_mean_and_is_charged(self):
     problem = _problem(tokens=100)
-    counts = [_SITES.units, _SITES.units // 2]
+    counts = [_SUBLAYERS.units, _SUBLAYERS.units // 2]
     rows = problem.rows_RxT[[2, 5]]
     noise = 0.1 * np.mean(np.sin([16, 40]))
     expected = [1.0 + noise, _harm(0.5 * np.ones(6)) + noise]
@@ -234,9 +233,9 @@ class ProblemTest(absltest.TestCase):
   def test_refuses_and_counts_nothing(self):
     problem = _problem(tokens=2 * _CONTEXT)
     with self.assertRaises(OutOfTokens):
-      problem.score([_SITES.units] * 3, problem.rows_RxT[:1])
+      problem.score([_SUBLAYERS.units] * 3, problem.rows_RxT[:1])
     self.assertEqual(problem.used, 0)
-    problem.at(0.1).score([_SITES.units] * 2, problem.rows_RxT[:1])
+    problem.at(0.1).score([_SUBLAYERS.units] * 2, problem.rows_RxT[:1])
     self.assertEqual(problem.left, 0)
 
   def test_draw(self):
@@ -256,7 +255,7 @@ class HeuristicTest(parameterized.TestCase):
   @parameterized.parameters('magnitude_global', 'wanda_global', 'flap')
   def test_thresholds(self, name):
     _, weights, inputs = _arrays()
-    units = []  # (standardised score, module, cost)
+    units = []  # (standardised score, sublayer, cost)
     for part in range(2):
       for i in range(_L):
         w, m, q = (x[part][i] for x in (weights, inputs.mean, inputs.square))
@@ -270,16 +269,16 @@ class HeuristicTest(parameterized.TestCase):
         value = (value - value.mean()) / value.std()
         s = part * _L + i
         for unit in value.reshape(len(value), -1).mean(1):
-          units.append((unit, s, _SITES.unit_cost[s]))
+          units.append((unit, s, _SUBLAYERS.unit_cost[s]))
     units.sort(reverse=True)
-    counts, left = np.zeros(6, int), _SITES.limit(_SPARSITY)
+    counts, left = np.zeros(6, int), _SUBLAYERS.limit(_SPARSITY)
     for _, s, cost in units:
       left -= cost
       if left < 0:
         break
       counts[s] += 1
     # As far as rounding goes.
-    self.assertTrue(np.all(counts > _SITES.floor))
+    self.assertTrue(np.all(counts > _SUBLAYERS.floor))
     self.assertLessEqual(np.abs(self.answer(name) - counts).max(), 2)
 
   def test_owl(self):
@@ -295,16 +294,16 @@ class HeuristicTest(parameterized.TestCase):
     ratio = 0.2 * (share - share.min()) / np.ptp(share)
     ratio += 0.6 - ratio.mean()
     counts = self.answer('owl', outlier=3.0, spread=0.1)
-    error = np.abs(counts / _SITES.units - np.tile(ratio, 2))
-    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+    error = np.abs(counts / _SUBLAYERS.units - np.tile(ratio, 2))
+    self.assertTrue(np.all(error <= _SUBLAYERS.step / _SUBLAYERS.units))
 
   def test_depth(self):
     logs = np.array([0.0, np.log(2.0), np.log(3.0)]) / np.log(3.0)
     removed = 0.2 + 0.2 * logs / logs.mean()
     self.assertAlmostEqual(removed.mean(), 0.4)
     counts = self.answer('depth', first=0.5)
-    error = np.abs(counts / _SITES.units - np.tile(1 - removed, 2))
-    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+    error = np.abs(counts / _SUBLAYERS.units - np.tile(1 - removed, 2))
+    self.assertTrue(np.all(error <= _SUBLAYERS.step / _SUBLAYERS.units))
 
   def test_ffn_only(self):
     counts = self.answer('ffn_only')
@@ -312,34 +311,34 @@ class HeuristicTest(parameterized.TestCase):
     self.assertLessEqual(np.ptp(counts[_L:]), 2)
 
   def test_uniform(self):
-    ratio = self.answer('uniform') / _SITES.units
+    ratio = self.answer('uniform') / _SUBLAYERS.units
     error = np.abs(ratio - (1 - _SPARSITY))
-    self.assertTrue(np.all(error <= _SITES.step / _SITES.units))
+    self.assertTrue(np.all(error <= _SUBLAYERS.step / _SUBLAYERS.units))
 
 
 class SensitivityTest(parameterized.TestCase):
   def test_proportional(self):
     problem = _problem()
     *_, counts = sensitivity.proportional(problem, 0, probe=0.5)
-    # A probe of half a module loses a quarter of its harm.
-    cost = _SITES.units * _SITES.unit_cost
+    # A probe of half a sublayer loses a quarter of its harm.
+    cost = _SUBLAYERS.units * _SUBLAYERS.unit_cost
     weight = cost / _HARM_S
-    most = (_SITES.units - _SITES.floor) * _SITES.unit_cost
+    most = (_SUBLAYERS.units - _SUBLAYERS.floor) * _SUBLAYERS.unit_cost
     low, high = 0.0, 1e6
     for _ in range(200):
       scale = 0.5 * (low + high)
       enough = np.minimum(scale * weight, most).sum() > 0.4 * cost.sum()
       low, high = (low, scale) if enough else (scale, high)
     expected = 1.0 - np.minimum(scale * weight, most) / cost
-    error = np.abs(counts / _SITES.units - expected)
-    self.assertTrue(np.all(error <= _SITES.step / _SITES.units), error)
+    error = np.abs(counts / _SUBLAYERS.units - expected)
+    self.assertTrue(np.all(error <= _SUBLAYERS.step / _SUBLAYERS.units), error)
     self.assertEqual(problem.used, 7 * problem.rows_RxT.size)
 
   @parameterized.parameters((120, 3), (60, 0))
   def test_knapsack_makes_do_with_a_part_of_a_row(self, tokens, length):
     problem = _problem(tokens)
     answers = _answers('knapsack', problem)
-    # Five levels of each of six modules, and the dense model.
+    # Five levels of each of six sublayers, and the dense model.
     self.assertEqual(problem.used, 31 * length)
     self.assertLen(answers, 2 if length else 1)
 
@@ -355,27 +354,29 @@ class SensitivityTest(parameterized.TestCase):
       for picks in itertools.product(*map(range, sizes))
       if sum(c[i] for c, i in zip(costs, picks, strict=True)) <= limit
     )
-    self.assertEqual(tuple(sensitivity.least(values, costs, limit)), best[1])
+    self.assertEqual(
+      tuple(sensitivity.solve_knapsack(values, costs, limit)), best[1]
+    )
 
   def test_knapsack_of_awkward_costs_holds_the_budget(self):
     source = np.random.default_rng(0)
     values = [-np.sort(source.random(5)) for _ in range(6)]
     costs = [np.sort(source.integers(1, 10**9, 5)) for _ in range(6)]
     limit = 2_500_000_000
-    picks = sensitivity.least(values, costs, limit)
+    picks = sensitivity.solve_knapsack(values, costs, limit)
     spent = sum(c[i] for c, i in zip(costs, picks, strict=True))
     self.assertLessEqual(spent, limit)
     self.assertEqual(
-      sensitivity.least(values, costs, 1), [0] * 6
+      sensitivity.solve_knapsack(values, costs, 1), [0] * 6
     )  # nothing fits
 
 
 class AmcTest(absltest.TestCase):
   def test_walk_meets_the_budget_at_the_wall(self):
     problem, source = _problem(), np.random.default_rng(0)
-    cost = _SITES.units * _SITES.unit_cost
+    cost = _SUBLAYERS.units * _SUBLAYERS.unit_cost
     for _ in range(20):
-      ratio, states, actions = amc._walk(problem, source, None, 8, 0.5)
+      ratio, states, actions = amc._run_episode(problem, source, None, 8, 0.5)
       self.assertLessEqual(ratio @ cost, problem.limit + 1e-6)
       self.assertTrue(np.all(ratio >= 0.1))
       # Front to back: attention and FFN of each layer.
@@ -387,7 +388,7 @@ class AmcTest(absltest.TestCase):
       np.testing.assert_allclose(states[1:-1, 7], actions[:-1], rtol=1e-6)
 
   def test_agent_finds_the_best_action(self):
-    agent, update = amc._agent(0, 32, 1e-3, 1e-2, 0.1)
+    agent, update = amc._make_agent(0, 32, 1e-3, 1e-2, 0.1)
     source = np.random.default_rng(0)
     states = source.random((300, 64, 8), np.float32)
     actions = source.random((300, 64), np.float32)
@@ -395,7 +396,7 @@ class AmcTest(absltest.TestCase):
     reward = -np.square(actions - best).astype(np.float32)
     batches = (states, actions, reward, states, np.ones((300, 64), bool))
     agent = update(agent, batches)
-    found = amc._act(32)(agent.params['actor'], states[0])
+    found = amc._make_actor(32)(agent.params['actor'], states[0])
     # No constant comes closer than 0.3.
     self.assertLess(np.mean(np.abs(found - best[0])), 0.2)
 

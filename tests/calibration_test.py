@@ -8,8 +8,8 @@ from absl.testing import absltest, parameterized
 
 from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
 from ffp_jax.pruning import calibration, masks
-from ffp_jax.pruning.calibration import Moments
 from tests import tiny_run
+from tests.numpy_ridge import STRENGTHS, distance, pick
 
 _LLAMA = ModelConfig(
   vocab=40, width=20, layers=3, groups=3, heads_per_group=2, head_size=4, ffn=14
@@ -34,11 +34,6 @@ _OPT_POST_NORM = dataclasses.replace(
   tied=True,
 )
 _CONFIGS = {'llama': _LLAMA, 'opt_post_norm': _OPT_POST_NORM}
-_STRENGTHS = (0.1, 0.01, 1.0)
-# Jitted, or their loops would be compiled anew at every call.
-_RIDGE = jax.jit(calibration.ridge_regression)
-_CHOOSE = jax.jit(calibration.select_strength)
-_ERROR = jax.jit(calibration.squared_error)
 
 
 def setUpModule():
@@ -49,195 +44,13 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-def _lstsq(x, y, weight, mask, strength):
-  """Ridge in float64, as least squares on an augmented system."""
-  x, y, weight = (np.asarray(a, np.float64) for a in (x, y, weight))
-  kept = np.flatnonzero(mask)
-  fitted = np.zeros_like(weight)
-  lam = strength * np.mean(np.square(x[:, kept]).sum(0))
-  rows = np.concatenate([x[:, kept], np.sqrt(lam) * np.eye(len(kept))])
-  aims = np.concatenate([y, np.sqrt(lam) * weight[kept]])
-  fitted[kept] = np.linalg.lstsq(rows, aims, rcond=None)[0]
-  return fitted
-
-
-def _pick(fit, check, weight, mask, strengths):
-  """What `choose` should return; fit and check are pairs (x, y)."""
-  tried = [np.asarray(weight, np.float64) * mask[:, None]]
-  tried += [_lstsq(*fit, weight, mask, strength) for strength in strengths]
-  x, y = (np.asarray(a, np.float64) for a in check)
-  losses = [np.square(x @ new - y).sum() for new in tried]
-  best = int(np.argmin(losses))
-  return tried[best], best - 1
-
-
-def _moments(x, y):
-  x, y = (np.asarray(a, np.float64) for a in (x, y))
-  return Moments(jnp.float32(x.T @ x), jnp.float32(x.T @ y))
-
-
-def _problem(seed, inputs=12, outputs=7, tokens=60):
-  """(x, x of another model, weight, mask); removed inputs are correlated."""
-  source = np.random.default_rng(seed)
-  mix = source.standard_normal((inputs, inputs)) / np.sqrt(inputs)
-  x = source.standard_normal((tokens, inputs)) @ (np.eye(inputs) + mix)
-  other = x + 0.3 * source.standard_normal(x.shape)
-  weight = source.standard_normal((inputs, outputs)).astype(np.float32)
-  mask = source.permutation(np.arange(inputs) % 3 > 0).astype(np.float32)
-  return x, other, weight, mask
-
-
-def _distance(ours, theirs):
-  """Largest difference relative to the largest magnitude."""
-  ours, theirs = np.asarray(ours), np.asarray(theirs)
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
-
-
-class RidgeTest(parameterized.TestCase):
-  @parameterized.product(
-    target=('own', 'dense'), strength=(1e-3, 0.1, 10.0), seed=(0, 1)
-  )
-  def test_against_least_squares(self, target, strength, seed):
-    x, other, weight, mask = _problem(seed)
-    y = (x if target == 'own' else other) @ weight
-    ours = _RIDGE(_moments(x, y), weight, mask, strength)
-    theirs = _lstsq(x, y, weight, mask, strength)
-    self.assertLess(_distance(ours, theirs), 1e-4)
-    self.assertGreater(_distance(ours, weight * mask[:, None]), 1e-3)
-
-  @parameterized.parameters(1e-3, 1.0)
-  def test_rows_of_removed_inputs_are_zero(self, strength):
-    x, _, weight, mask = _problem(0)
-    ours = _RIDGE(_moments(x, x @ weight), weight, mask, strength)
-    self.assertGreater((mask == 0).sum(), 2)
-    np.testing.assert_array_equal(ours[mask == 0], 0.0)
-    self.assertTrue((np.abs(ours[mask == 1]).max(1) > 0).all())
-
-  def test_nothing_removed_changes_nothing(self):
-    x, _, weight, mask = _problem(0)
-    moments = _moments(x, x @ weight)
-    ours = _RIDGE(moments, weight, np.ones_like(mask), 0.01)
-    self.assertLess(_distance(ours, weight), 1e-5)
-
-  def test_everything_removed_is_zero(self):
-    x, _, weight, mask = _problem(0)
-    moments = _moments(x, x @ weight)
-    ours = _RIDGE(moments, weight, np.zeros_like(mask), 0.01)
-    np.testing.assert_array_equal(ours, np.zeros_like(weight))
-
-  def test_a_strong_ridge_keeps_the_weights(self):
-    x, _, weight, mask = _problem(0)
-    ours = _RIDGE(_moments(x, x @ weight), weight, mask, 1e6)
-    self.assertLess(_distance(ours, weight * mask[:, None]), 1e-4)
-
-  def test_a_removed_copy_is_taken_over(self):
-    # Input 1 is input 0 over again: its weight moves there.
-    x, _, weight, _ = _problem(0)
-    x[:, 1] = x[:, 0]
-    mask = np.ones(len(weight), np.float32)
-    mask[1] = 0.0
-    ours = _RIDGE(_moments(x, x @ weight), weight, mask, 1e-6)
-    expected = weight.copy()
-    expected[0] += expected[1]
-    expected[1] = 0.0
-    self.assertLess(_distance(ours, expected), 1e-3)
-
-  @parameterized.parameters(1e-12, 1e-9, 0.0)
-  def test_a_failing_factorisation_is_raised(self, strength):
-    # Six tokens for twelve inputs, large and nearly alike: the float32 Gram
-    # matrix isn't positive definite.
-    x, _, weight, mask = _problem(0, tokens=6)
-    x = 1.0 + 1e-3 * x
-    moments = _moments(x, x @ weight)
-    kept = np.asarray(moments.gram_IxI) * mask * mask[:, None]
-    mean = np.trace(kept) / mask.sum()
-    lifted = kept + np.diag(np.where(mask > 0, strength * mean, 1.0))
-    self.assertFalse(np.isfinite(jnp.linalg.cholesky(lifted)).all())
-    ours = _RIDGE(moments, weight, mask, strength)
-    self.assertTrue(np.isfinite(ours).all())
-    np.testing.assert_array_equal(ours[mask == 0], 0.0)
-    before = _ERROR(moments, weight * mask[:, None])
-    after = _ERROR(moments, ours)
-    if strength:
-      self.assertLess(after, before)
-    else:  # ten times nothing is nothing
-      np.testing.assert_array_equal(ours, weight * mask[:, None])
-
-  def test_dead_inputs(self):
-    x, _, weight, mask = _problem(0)
-    moments = _moments(0 * x, 0 * x @ weight)
-    ours = _RIDGE(moments, weight, mask, 0.1)
-    np.testing.assert_array_equal(ours, weight * mask[:, None])
-
-  @parameterized.parameters(*range(3))
-  def test_error_is_the_squared_error_but_for_a_constant(self, seed):
-    x, other, weight, mask = _problem(seed)
-    y = other @ weight
-    moments = _moments(x, y)
-    for new in (weight, weight * mask[:, None], 0 * weight):
-      ours = _ERROR(moments, new) + np.square(y).sum()
-      theirs = np.square(x @ new - y).sum()
-      self.assertAlmostEqual(ours, theirs, delta=1e-5 * np.square(y).sum())
-
-
-class ChooseTest(parameterized.TestCase):
-  @parameterized.product(
-    seed=(0, 1, 2, 3), strengths=((0.01, 0.1, 1.0), (30.0, 0.3, 3.0))
-  )
-  def test_best_on_unseen_tokens(self, seed, strengths):
-    # Few and noisy tokens, so that the best strength varies.
-    x, other, weight, mask = _problem(seed, tokens=20 + 10 * seed)
-    half = len(x) // 2
-    y = other @ weight
-    fit, check = (x[:half], y[:half]), (x[half:], y[half:])
-    ours, index = _CHOOSE(
-      _moments(*fit), _moments(*check), weight, mask, strengths
-    )
-    theirs, expected = _pick(fit, check, weight, mask, strengths)
-    self.assertEqual(index, expected)
-    self.assertLess(_distance(ours, theirs), 1e-3)
-
-  @parameterized.parameters(*range(3))
-  def test_every_strength_wins_somewhere(self, expected):
-    # Unseen tokens that were made by the ridge of one strength.
-    x, _, weight, mask = _problem(0)
-    moments = _moments(x, x @ weight)
-    best = _RIDGE(moments, weight, mask, _STRENGTHS[expected])
-    _, index = _CHOOSE(moments, _moments(x, x @ best), weight, mask, _STRENGTHS)
-    self.assertEqual(index, expected)
-
-  def test_no_change_where_no_strength_helps(self):
-    # Seen, the removed half is the kept half; unseen, its opposite.
-    source = np.random.default_rng(0)
-    half = source.standard_normal((40, 6))
-    weight = source.standard_normal((12, 5)).astype(np.float32)
-    mask = np.repeat(np.float32([1, 0]), 6)
-    seen, unseen = (np.hstack([half, sign * half]) for sign in (1, -1))
-    ours, index = _CHOOSE(
-      _moments(seen, seen @ weight),
-      _moments(unseen, unseen @ weight),
-      weight,
-      mask,
-      _STRENGTHS,
-    )
-    self.assertEqual(index, -1)
-    np.testing.assert_array_equal(ours, weight * mask[:, None])
-
-  def test_without_strengths(self):
-    x, _, weight, mask = _problem(0)
-    moments = _moments(x, x @ weight)
-    ours, index = _CHOOSE(moments, moments, weight, mask, ())
-    self.assertEqual(index, -1)
-    np.testing.assert_array_equal(ours, weight * mask[:, None])
-
-
 def _tokens(config, windows, seed):
   source = np.random.default_rng(seed)
   return source.integers(0, config.vocab, (windows, 2, 10), np.int32)
 
 
 def _masks(config):
-  """A different number of units in every module."""
+  """A different number of units in every sublayer."""
   source = np.random.default_rng(0)
 
   def half(units, kept):
@@ -262,7 +75,7 @@ def _calibrated(name):
     _masks(config),
     _tokens(config, 5, seed=1),
     _tokens(config, 2, seed=2),
-    strengths=_STRENGTHS,
+    strengths=STRENGTHS,
   )
   return config, params, _masks(config), new, chosen
 
@@ -282,8 +95,8 @@ def _inputs(config, params, keep, windows_WxBxT):
   tokens = windows_WxBxT.reshape(-1, windows_WxBxT.shape[-1])
   seen = _capture(config)(params, tokens, keep)
   return tuple(
-    np.asarray(seen[module]['inputs']).reshape(config.layers, tokens.size, -1)
-    for module in ('attention', 'ffn')
+    np.asarray(seen[kind]['inputs']).reshape(config.layers, tokens.size, -1)
+    for kind in ('attention', 'ffn')
   )
 
 
@@ -296,15 +109,15 @@ def _projections(params):
   )
 
 
-def _modules(name):
-  """Yields what is known of every module of a calibrated model.
+def _sublayers(name):
+  """Yields what is known of every sublayer of a calibrated model.
 
-  Calibration leaves the layers before a module as they are, so the finished
-  model still shows what that module's fit saw.
+  Calibration leaves the layers before a sublayer as they are, so the finished
+  model still shows what that sublayer's fit saw.
 
   Yields:
-    ((module, layer), fit (x, y), check (x, y), weight, mask, new weight,
-    strength).
+    ((0 for attention or 1 for the FFN, layer), fit (x, y), check (x, y),
+    weight, mask, new weight, strength).
   """
   config, params, keep, new, chosen = _calibrated(name)
   sets = []
@@ -312,16 +125,16 @@ def _modules(name):
     tokens = _tokens(config, windows, seed)
     sets.append(_inputs(config, new, keep, tokens))
   weights, news = _projections(params), _projections(new)
-  for module in range(2):
+  for kind in range(2):
     for i in range(config.layers):
-      weight = weights[module][i]
-      units = keep[module][i]
+      weight = weights[kind][i]
+      units = keep[kind][i]
       fit, check = (
-        (x[module][i], x[module][i].astype(np.float64) @ weight) for x in sets
+        (x[kind][i], x[kind][i].astype(np.float64) @ weight) for x in sets
       )
       mask = np.repeat(units, len(weight) // len(units))
-      where = (module, i)
-      yield where, fit, check, weight, mask, news[module][i], chosen[where]
+      where = (kind, i)
+      yield where, fit, check, weight, mask, news[kind][i], chosen[where]
 
 
 _RUNS = ('llama', 'opt_post_norm')
@@ -330,16 +143,16 @@ _RUNS = ('llama', 'opt_post_norm')
 class CalibrateTest(parameterized.TestCase):
   @parameterized.parameters(*_RUNS)
   def test_every_module_against_least_squares(self, name):
-    for where, fit, check, weight, mask, new, strength in _modules(name):
+    for where, fit, check, weight, mask, new, strength in _sublayers(name):
       with self.subTest(where):
-        theirs, index = _pick(fit, check, weight, mask, _STRENGTHS)
-        self.assertEqual(strength, (0.0, *_STRENGTHS)[index + 1])
-        self.assertLess(_distance(new, theirs), 1e-3)
+        theirs, index = pick(fit, check, weight, mask, STRENGTHS)
+        self.assertEqual(strength, (0.0, *STRENGTHS)[index + 1])
+        self.assertLess(distance(new, theirs), 1e-3)
 
   @parameterized.parameters(*_RUNS)
   def test_calibration_tokens_are_never_worse_off(self, name):
     gains = []
-    for where, (x, y), _, weight, mask, new, _ in _modules(name):
+    for where, (x, y), _, weight, mask, new, _ in _sublayers(name):
       before = np.square(x @ (weight * mask[:, None]) - y).sum()
       after = np.square(x @ new - y).sum()
       with self.subTest(where):
@@ -374,8 +187,8 @@ class CalibrateTest(parameterized.TestCase):
       pairs.append((x, x @ weight.astype(np.float64)))
     size = config.heads_per_group * config.head_size
     mask = np.repeat(keep.attention[0], size)
-    theirs, _ = _pick(*pairs, weight, mask, _STRENGTHS)
-    self.assertLess(_distance(_projections(new)[0][0], theirs), 1e-3)
+    theirs, _ = pick(*pairs, weight, mask, STRENGTHS)
+    self.assertLess(distance(_projections(new)[0][0], theirs), 1e-3)
 
   def test_nothing_removed_changes_nothing(self):
     params = tiny_run.params(_LLAMA)
@@ -386,12 +199,12 @@ class CalibrateTest(parameterized.TestCase):
       ones,
       _tokens(_LLAMA, 5, seed=1),
       _tokens(_LLAMA, 2, seed=2),
-      strengths=_STRENGTHS,
+      strengths=STRENGTHS,
     )
     for ours, theirs in zip(
       jax.tree.leaves(new), jax.tree.leaves(params), strict=True
     ):
-      self.assertLess(_distance(ours, theirs), 1e-5)
+      self.assertLess(distance(ours, theirs), 1e-5)
 
   def test_bfloat16_stays_bfloat16(self):
     config = dataclasses.replace(_LLAMA, layers=1)
@@ -407,7 +220,7 @@ class CalibrateTest(parameterized.TestCase):
       keep,
       _tokens(config, 5, seed=1),
       _tokens(config, 2, seed=2),
-      strengths=_STRENGTHS,
+      strengths=STRENGTHS,
     )
     self.assertEqual({x.dtype for x in jax.tree.leaves(new)}, {bfloat16})
     self.assertGreater(chosen.min(), 0.0)

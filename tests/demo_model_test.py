@@ -150,7 +150,7 @@ class TokenizerTest(absltest.TestCase):
     text = ' '.join(kept)
     ids = self.ours(text)['input_ids']
     self.assertEqual(ids, self.reference(text)['input_ids'])
-    # The vocabulary lacks these six bytes, and drops them without a word.
+    # The vocabulary lacks these six bytes, which are dropped silently.
     lost = str.maketrans('', '', '\x04\x06\x13\x14\x16\x1d')
     self.assertEqual(self.ours.decode(ids), text.translate(lost))
 
@@ -223,7 +223,7 @@ class WeightsTest(absltest.TestCase):
         self.assertTrue(np.all(error <= 2.0**-11 * np.abs(want)))
 
   def test_query_and_key_rows_are_put_back(self):
-    # Row by row: in a head, GGUF rows 2i and 2i + 1 are ours i and i + 32.
+    # In each head, GGUF rows 2i and 2i + 1 are our rows i and i + 32.
     for ours, source, heads in (('q', 'attn_q', 9), ('k', 'attn_k', 3)):
       got = self._ours(f'model.layers.11.self_attn.{ours}_proj.weight')
       want = self._source(f'blk.11.{source}.weight').astype(np.float16)

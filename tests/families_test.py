@@ -38,10 +38,10 @@ def _opt(width, ffn, layers, heads, embed, **rest):
   }
 
 
-# name -> (config.json as far as it matters, fields, published parameters)
+# name -> (relevant part of config.json, fields, published parameters)
 _HUB = {
   'llama_7b': (
-    # Its file is older than grouped heads.
+    # Its file predates grouped heads.
     {
       key: value
       for key, value in _llama(32000, 4096, 11008, 32, 32, 0).items()
@@ -238,7 +238,7 @@ class ConfigTest(_TestCase):
       self.assertEqual(spec.dtype, jnp.bfloat16)
 
 
-# What llm-compressor writes of a sparse model that it stores as it is.
+# llm-compressor writes this for a sparse model with plain weights.
 _SPARSE = {
   'quant_method': 'compressed-tensors',
   'format': 'dense',
@@ -261,7 +261,7 @@ class OtherToolsTest(_TestCase):
     )
     pair = testing.pair('llama_grouped')
     self.assert_trees_equal(self.load(folder), pair.params)
-    # The zeros do not survive calibration, so nothing may claim them.
+    # Calibration changes the zeros, so that the output must not state them.
     self.assertNotIn(
       'quantization_config', model_config.read_config_json(folder)
     )
@@ -340,7 +340,7 @@ class ConfigErrorTest(_TestCase):
 
   @parameterized.parameters('attention_bias', 'mlp_bias', 'tie_word_embeddings')
   def test_a_flag_that_is_null(self, key):
-    """transformers 5 refuses it too."""
+    """Refuses null as transformers 5 does."""
     self.refused(lambda x: x.update({key: None}), key, 'null', 'remove')
 
   def test_an_adapter(self):

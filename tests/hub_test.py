@@ -19,7 +19,7 @@ _SHARDS = [f'model-0000{i}-of-00002.safetensors' for i in (1, 2)]
 
 
 def _http(kind):
-  """An error as the hub's client raises it on an answer."""
+  """Makes an error of the hub's client, with a response."""
   return kind('several\nlines', response=mock.MagicMock())
 
 
@@ -39,7 +39,7 @@ class LocateTest(_TestCase):
 
   @parameterized.parameters('utf-8-sig', 'utf-16')
   def test_byte_order_marks(self, encoding):
-    """What transformers can't read it can in the directory that is found."""
+    """Resolves to a directory that transformers can read, unlike the source."""
     folder, home = (
       pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
       for _ in range(2)
@@ -91,10 +91,10 @@ class LocateTest(_TestCase):
 
 
 class HubTest(_TestCase):
-  """What is asked of huggingface_hub, which is never reached."""
+  """Checks the calls to huggingface_hub, without a connection."""
 
   def locate(self, model, listed, snapshot='/cache/snapshot'):
-    """The path, and the keywords of the download."""
+    """Returns the path, and the keywords of the download."""
     with (
       mock.patch.object(huggingface_hub, 'list_repo_files') as listing,
       mock.patch.object(huggingface_hub, 'snapshot_download') as download,

@@ -1,4 +1,5 @@
 import functools
+import types
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ def _plain(model, requests) -> list[tuple[float, bool]]:
 
 
 def _answers(config, params, requests, tokens=_TOKENS):
+  tokenizer = types.SimpleNamespace(eos_token_id=0)  # requests are token ids
   model = harness.JaxLM(
-    params, config, None, max_length=_MOST, batch_tokens=tokens
+    params, config, tokenizer, max_length=_MOST, batch_tokens=tokens
   )
   return model._loglikelihood_tokens(requests, disable_tqdm=True)
 
@@ -107,7 +109,7 @@ class AnswersTest(parameterized.TestCase):
 
 class SequencesTest(absltest.TestCase):
   def sequences(self, requests, **changes):
-    settings = {'most': _MOST, 'tokens': _TOKENS} | changes
+    settings = {'max_length': _MOST, 'batch_tokens': _TOKENS} | changes
     found = likelihood.plan_sequences(requests, **settings)
     asked = [query.request for each in found for query in each.queries]
     self.assertCountEqual(asked, range(len(requests)))
@@ -125,7 +127,11 @@ class SequencesTest(absltest.TestCase):
 
   def test_repeated_contexts(self):
     requests = _requests('llama_grouped')
-    for changes in {'share': False}, {'tokens': 10**4}, {'tokens': 90}:
+    for changes in (
+      {'share': False},
+      {'batch_tokens': 10**4},
+      {'batch_tokens': 90},
+    ):
       found = self.sequences(requests, **changes)
       self.assertFalse(any(x.suffixes_NxC.size for x in found))
       # Three one-token continuations and a second one of `start`, twice, and

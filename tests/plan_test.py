@@ -14,6 +14,7 @@ from ffp_jax import plan
 from ffp_jax.config import defaults
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.pruning import estimates
 from ffp_jax.runtime import device_memory, sharding
 from tests import tiny_run
 
@@ -78,12 +79,12 @@ class PlanTest(parameterized.TestCase):
     norms = 2 * (4 * 2 + 1) * 128  # counted as products, and next to nothing
     tokens = 2 * 64
     self.assertAlmostEqual(
-      plan.flops(config, _MODEL),
+      estimates.flops(config, _MODEL),
       tokens * (forward + scores + norms) * 4 * 2,
       delta=1.0,
     )
     refit = dataclasses.replace(_MODEL, refit=True)
-    more = plan.flops(config, refit) - plan.flops(config, _MODEL)
+    more = estimates.flops(config, refit) - estimates.flops(config, _MODEL)
     squares = 2 * 4 * (128**2 + 512**2)
     self.assertAlmostEqual(more, tokens * squares * 4 * 2, delta=1.0)
 
@@ -111,6 +112,7 @@ import jax, jax.numpy as jnp
 from ffp_jax.evaluation import loss
 from ffp_jax.models import functional
 from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
+from ffp_jax.pruning import estimates
 from ffp_jax.runtime import device_memory
 
 model = ModelConfig(vocab=2048, width=128, layers=6, groups=4,
@@ -209,7 +211,7 @@ class CommandTest(absltest.TestCase):
     done = self._call(*common, '--tflops=1')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('tensor 16', done.stdout)
-    self.assertIn('fits in 80 GiB a device', done.stdout)
+    self.assertIn('fits in 80 GiB per device', done.stdout)
     self.assertNotIn('text.context', done.stderr)
     done = self._call(
       *common, '--device_memory_gib=0.000001', '--config.text.context=96'

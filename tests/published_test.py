@@ -138,7 +138,7 @@ class RunTest(absltest.TestCase):
           self.assertEqual(one[key], other[key], key)
       for one, other in zip(states[:7], states[7:], strict=True):
         np.testing.assert_array_equal(
-          one.memory.priority_MxS, other.memory.priority_MxS
+          one.elites.priority_MxS, other.elites.priority_MxS
         )
         np.testing.assert_array_equal(one.params['mean'], other.params['mean'])
       found = search.finalists(config, job.sublayers, states[-1])

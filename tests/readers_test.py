@@ -36,7 +36,7 @@ class _TestCase(parameterized.TestCase):
     return list(readers.read_documents(path, limit))
 
   def assert_refused(self, path, *words):
-    """RequestError of one line, with the path and every word in it."""
+    """Expects a RequestError of one line with the path and every word."""
     with self.assertRaises(RequestError) as caught:
       self.read(path)
     message = str(caught.exception)
@@ -49,7 +49,7 @@ def _columns(path, kind, columns, rows_a_batch=2):
   """Writes {field: values} in a columnar format."""
   table = pyarrow.table(columns)
   if kind == 'parquet':
-    # So that a row group is as large in the file.
+    # Without compression, so that a row group is as large in the file.
     pyarrow.parquet.write_table(
       table, path, row_group_size=rows_a_batch, compression='none'
     )
@@ -130,7 +130,7 @@ class JsonLinesTest(_TestCase):
 
   @parameterized.parameters('\u2028', '\u2029', '\x85')
   def test_strings_may_hold_unicode_line_ends(self, end):
-    # JSON asks for escapes below U+0020 only; these are common in web text.
+    # JSON needs escapes below U+0020 only; these are common in web text.
     line = json.dumps({'text': f'one{end}line'}, ensure_ascii=False)
     path = self.file('a.jsonl', f'{line}\n{line}')
     self.assertEqual(self.read(path), [f'one{end}line'] * 2)
@@ -447,10 +447,10 @@ class PointerTest(_TestCase):
 
 
 class MemoryTest(_TestCase):
-  """No more is read than asked for: the rest is too large to be read."""
+  """Checks that no more is read than needed, with files that are too large."""
 
   def peak(self, call):
-    """Bytes of Python's memory at most, or of pyarrow's at the end."""
+    """Returns Python's peak memory in bytes, or pyarrow's at the end."""
     before = pyarrow.total_allocated_bytes()
     tracemalloc.start()
     try:

@@ -28,7 +28,7 @@ class OrderTest(parameterized.TestCase):
     for count in range(1, 301):
       taken = np.bincount(found[:count, 0], minlength=3)
       self.assertLess(np.abs(taken - weights * count).max(), 1.0)
-    # The short one is gone through many times, each of its windows as often.
+    # The short source is repeated, each of its windows equally often.
     short = found[found[:, 0] == 1, 1]
     np.testing.assert_array_equal(np.bincount(short), [20, 20, 20])
 

@@ -234,7 +234,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
 
 class IntegersTest(absltest.TestCase):
   def test_exact_where_a_divisor_allows_it(self):
-    cost, limit = projection.integers(
+    cost, limit = projection.integer_costs(
       np.array([6e9, 9e9]), 2.9e10, np.array([2, 3])
     )
     np.testing.assert_array_equal(cost, [2, 3])
@@ -246,7 +246,7 @@ class IntegersTest(absltest.TestCase):
       units = source.integers(1, 20_000, _S)
       real = source.uniform(1e-4, 1e6, _S)
       limit = 0.7 * units @ real
-      cost, whole = projection.integers(real, limit, units)
+      cost, whole = projection.integer_costs(real, limit, units)
       self.assertLess(units @ cost, 2**41)  # sums stay exact in 64 bits
       counts = (source.random(_S) * units).astype(int)
       if counts @ cost <= whole:
@@ -265,7 +265,9 @@ class IntegersTest(absltest.TestCase):
     for kept in source.uniform(0.3, 0.95, 5):
       costs = parameters, flops, cache
       budgets = [(c, float(np.floor(kept * (units @ c)))) for c in costs]
-      pairs = [projection.integers(c, limit, units) for c, limit in budgets]
+      pairs = [
+        projection.integer_costs(c, limit, units) for c, limit in budgets
+      ]
       for (real, limit), (cost, whole) in zip(budgets, pairs, strict=True):
         np.testing.assert_array_equal(cost * (real[0] / cost[0]), real)
         self.assertEqual(whole, limit * cost[0] // real[0])

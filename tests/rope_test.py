@@ -45,7 +45,7 @@ def _read(head_size=64, positions=2048, theta=10000.0, **values):
 
 
 class FrequenciesTest(parameterized.TestCase):
-  """Against PyTorch transformers, with the numbers of real models."""
+  """Compares with PyTorch transformers, with the numbers of real models."""
 
   @parameterized.product(
     name=tuple(_CASES),

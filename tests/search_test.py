@@ -9,24 +9,10 @@ from absl.testing import absltest, parameterized
 from ffp_jax import config as config_lib
 from ffp_jax.config import defaults
 from ffp_jax.evaluation import loss
-from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
+from ffp_jax.models.decoder import Decoder, ModelConfig
 from ffp_jax.pruning import allocation, curriculum, masks, search, sublayers
-from tests import tiny_run
-
-_L, _K, _F = 3, 200, 400
-# Only its shapes matter; many units, so that rounding hardly does.
-_WIDE = ModelConfig(
-  vocab=10,
-  width=4,
-  layers=_L,
-  groups=_K,
-  heads_per_group=1,
-  head_size=2,
-  ffn=_F,
-)
-_SITES = sublayers.find_sublayers(_WIDE, round_heads=1, round_ffn=1)
-# What removing the whole of a module would cost, in nats.
-_HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
+from tests import synthetic_loss, tiny_run
+from tests.synthetic_loss import SUBLAYERS, L, harm
 
 
 def setUpModule():
@@ -53,40 +39,19 @@ def _config(**overrides):
   return config
 
 
-def _rank(config=_WIDE, seed=0):
-  source = np.random.default_rng(seed)
-  shapes = Masks((config.layers, config.groups), (config.layers, config.ffn))
-  return masks.rank_all(Masks(*(source.random(shape) for shape in shapes)))
-
-
 @functools.cache
-def _modules():
-  return allocation.to_device(_SITES, _rank())
-
-
-def _harm(kept_S, xp=np):
-  """The synthetic loss, a function of the kept shares alone."""
-  return 1.0 + xp.sum(_HARM_S * xp.square(1.0 - kept_S))
-
-
-def _nll(cliff, tokens_BxT, masks):
-  """`_harm` in the place of a model's loss; NaN where an FFN keeps more.
-
-  Flat in the masks of units that are kept, as the loss of a model is.
-  """
-  if masks is None:
-    return jnp.ones(len(tokens_BxT))
-  kept_S = jnp.concatenate([(mask * (2.0 - mask)).mean(-1) for mask in masks])
-  value = jnp.where(kept_S[_L] > cliff, jnp.nan, _harm(kept_S, jnp))
-  return jnp.full(len(tokens_BxT), value)
+def _device_sublayers():
+  return allocation.to_device(SUBLAYERS, synthetic_loss.rank())
 
 
 def _optimum(sparsity, min_ratio):
   """Kept shares [S] that lose least, by bisection on the multiplier."""
-  share_S = _SITES.units * _SITES.unit_cost / _SITES.total
+  share_S = SUBLAYERS.units * SUBLAYERS.unit_cost / SUBLAYERS.total
 
   def kept(multiplier):
-    return np.clip(1.0 - multiplier * share_S / (2.0 * _HARM_S), min_ratio, 1.0)
+    return np.clip(
+      1.0 - multiplier * share_S / (2.0 * synthetic_loss.HARM_S), min_ratio, 1.0
+    )
 
   below, above = 0.0, 1e4
   for _ in range(200):
@@ -100,77 +65,26 @@ def _run(config, cliff=2.0):
   """(finalists [M,S], metrics of every step) of a whole search."""
   rows = np.arange(96).reshape(-1, config.search.context) % 10
   text = search.RewardText(rows, np.ones(len(rows)))
-  first = search.initial_state(config, _SITES)
+  first = search.initial_state(config, SUBLAYERS)
   states, lines = zip(
-    *search.steps(config, _SITES, _modules(), _nll, cliff, text, first),
+    *search.steps(
+      config,
+      SUBLAYERS,
+      _device_sublayers(),
+      synthetic_loss.nll,
+      cliff,
+      text,
+      first,
+    ),
     strict=True,
   )
-  return search.finalists(config, _SITES, states[-1]), lines
+  return search.finalists(config, SUBLAYERS, states[-1]), lines
 
 
 def _counts(priority_S, sparsity, min_ratio):
   return allocation.priorities_to_counts(
-    priority_S, sparsity, _SITES, _modules(), min_ratio=min_ratio
+    priority_S, sparsity, SUBLAYERS, _device_sublayers(), min_ratio=min_ratio
   )
-
-
-class CountGradientTest(parameterized.TestCase):
-  @parameterized.parameters(*range(6))
-  def test_against_a_loop(self, seed):
-    source = np.random.default_rng(seed)
-    shapes = Masks((2, 5), (2, 24))
-    gradient = Masks(
-      *(source.standard_normal(shape).astype(np.float32) for shape in shapes)
-    )
-    rank = masks.rank_all(Masks(*(source.random(shape) for shape in shapes)))
-    # Every edge is met: cuts at either end, windows of a unit and of all.
-    window = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)[seed]
-    count_S = np.concatenate(
-      [source.integers(0, 6, 2), [source.integers(0, 25), 24 * (seed % 2)]]
-    ) + np.array([0.0, 0.5, 0.75, 0.0])
-    count_S = np.minimum(count_S, [5, 5, 24, 24])
-    ours = search.count_gradient(
-      gradient, rank, jnp.asarray(count_S), window=window
-    )
-    theirs = []
-    for module in range(2):
-      units = shapes[module][1]
-      for layer in range(2):
-        cut = min(int(count_S[2 * module + layer]), units - 1)
-        unit_at = np.argsort(np.asarray(rank[module][layer]))
-        last = min(units, cut + max(1, round(window * units)))
-        slopes = gradient[module][layer][unit_at[cut:last]]
-        slopes[1:] /= 2.0
-        theirs.append(np.mean(slopes))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    self.assertEqual(ours.dtype, jnp.float32)
-
-  @parameterized.parameters((2.0, 7.0), (2.6, 7.0), (1.3, 5.0), (4.0, 80.0))
-  def test_sees_the_unit_next_to_come_back(self, count, slope):
-    rank = Masks(jnp.array([[2, 0, 1, 3]]), jnp.array([[2, 0, 1, 3]]))
-    slopes = Masks(*2 * (jnp.array([[7.0, 90.0, 5.0, 80.0]]),))
-    got = search.count_gradient(
-      slopes, rank, jnp.array([count, 0.0]), window=0.1
-    )
-    np.testing.assert_allclose(got, [slope, 90.0])
-
-  def test_is_the_slope_between_counts_where_kept_units_are_flat(self):
-    """The mean over the window of what each whole unit brings."""
-    worth = np.random.default_rng(0).random(40).astype(np.float32)
-    rank = Masks(jnp.zeros((1, 1), int), jnp.arange(40)[None])
-    count_S = jnp.array([1.0, 10.0])
-
-    def harm(keep):
-      return jnp.sum(worth * jnp.square(1.0 - keep.ffn))
-
-    def whole(count):
-      return float(harm(masks.from_counts(rank, jnp.array([1.0, count]))))
-
-    gradient = jax.grad(harm)(masks.from_counts(rank, count_S))
-    got = search.count_gradient(gradient, rank, count_S, window=0.25)
-    # The first of the ten has mask 0 too, but counts as if on its way.
-    expected = (whole(20.0) - whole(10.0)) / 10 - worth[10] / 10
-    self.assertAlmostEqual(float(got[1]), expected, places=4)
 
 
 class AllocateTest(parameterized.TestCase):
@@ -181,14 +95,16 @@ class AllocateTest(parameterized.TestCase):
   )
   def test_budget_is_met_within_a_step(self, sparsity, rounds, spread):
     table = sublayers.find_sublayers(
-      dataclasses.replace(_WIDE, qkv_bias=True, out_bias=True, ffn_bias=True),
+      dataclasses.replace(
+        synthetic_loss.WIDE, qkv_bias=True, out_bias=True, ffn_bias=True
+      ),
       round_heads=rounds[0],
       round_ffn=rounds[1],
     )
     source = np.random.default_rng(0)
-    device_sublayers = allocation.to_device(table, _rank())
+    device_sublayers = allocation.to_device(table, synthetic_loss.rank())
     for _ in range(3):
-      priority_S = np.float32(spread * source.standard_normal(2 * _L))
+      priority_S = np.float32(spread * source.standard_normal(2 * L))
       count_S = allocation.priorities_to_counts(
         priority_S, sparsity, table, device_sublayers, min_ratio=0.05
       )
@@ -207,20 +123,26 @@ class AllocateTest(parameterized.TestCase):
         self.assertEqual(sparsity, 0.0)
 
   def test_equal_priorities_are_uniform(self):
-    count_S = _counts(np.full(2 * _L, 3.0), 0.25, min_ratio=0.1)
-    np.testing.assert_allclose(count_S / _SITES.units, 0.75, atol=0.03)
+    count_S = _counts(np.full(2 * L, 3.0), 0.25, min_ratio=0.1)
+    np.testing.assert_allclose(count_S / SUBLAYERS.units, 0.75, atol=0.03)
 
   def test_projection_meets_the_kept_share(self):
-    goal = allocation.make_target(_SITES, 0.3)
+    goal = allocation.make_target(SUBLAYERS, 0.3)
     source = np.random.default_rng(0)
-    priority_S = np.float32(2.0 * source.standard_normal(2 * _L))
-    ratio_S = allocation.project(priority_S, goal, _modules(), min_ratio=0.1)
-    kept = np.asarray(ratio_S, np.float64) @ (_SITES.units * _SITES.unit_cost)
-    self.assertAlmostEqual(kept / _SITES.total, 0.7, places=5)
+    priority_S = np.float32(2.0 * source.standard_normal(2 * L))
+    ratio_S = allocation.project(
+      priority_S, goal, _device_sublayers(), min_ratio=0.1
+    )
+    kept = np.asarray(ratio_S, np.float64) @ (
+      SUBLAYERS.units * SUBLAYERS.unit_cost
+    )
+    self.assertAlmostEqual(kept / SUBLAYERS.total, 0.7, places=5)
     np.testing.assert_array_equal(np.argsort(ratio_S), np.argsort(priority_S))
 
   def test_target_leaves_out_what_cannot_go(self):
-    biased = dataclasses.replace(_WIDE, out_bias=True, ffn_bias=True)
+    biased = dataclasses.replace(
+      synthetic_loss.WIDE, out_bias=True, ffn_bias=True
+    )
     table = sublayers.find_sublayers(biased, round_heads=1, round_ffn=1)
     goal = allocation.make_target(table, 0.5)
     limit = table.limit(0.5) - table.fixed
@@ -229,73 +151,7 @@ class AllocateTest(parameterized.TestCase):
     self.assertAlmostEqual(float(goal.keep_K[0]), limit / removable)
 
 
-@functools.partial(jax.jit, static_argnames='steep')
-def _score_at(priority_S, factor, target, device_sublayers, steep):
-  def loss_of(masks):
-    value = factor * _nll(2.0, jnp.zeros((1, 8)), masks)[0]
-    # The root adds nothing, with a slope that isn't a number.
-    return value + jnp.sqrt(0.0 * masks.ffn.sum()) if steep else value
-
-  dense = jnp.float32(1.0)
-  limits = {'min_ratio': 0.1, 'window': 0.3, 'repair': 'project'}
-  return search.score_candidate(
-    priority_S, target, device_sublayers, loss_of, dense, **limits
-  )
-
-
-def _score(priority_S, factor=1.0, steep=False):
-  """(reward, gradient) of `factor` times the synthetic loss."""
-  goal = allocation.make_target(_SITES, 0.4)
-  device_sublayers = allocation.to_device(_SITES, _rank())
-  return _score_at(
-    np.float32(priority_S), factor, goal, device_sublayers, steep
-  )
-
-
-class ScoreTest(parameterized.TestCase):
-  @parameterized.parameters(np.nan, np.inf, -np.inf)
-  def test_not_finite(self, factor):
-    reward, gradient = _score(np.zeros(2 * _L), factor)
-    self.assertEqual(reward, 0.0)
-    np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
-
-  def test_gradient_not_finite(self):
-    reward, gradient = _score(np.zeros(2 * _L), steep=True)
-    self.assertEqual(reward, _score(np.zeros(2 * _L))[0])
-    np.testing.assert_array_equal(gradient, np.zeros(2 * _L))
-
-  def test_reward_and_gradient_against_finite_differences(self):
-    source = np.random.default_rng(0)
-    priority_S = source.standard_normal(2 * _L)
-    share_S = _SITES.units * _SITES.unit_cost / _SITES.total
-
-    def smooth(priority_S):
-      """The reward without rounding, in float64."""
-      below, above = -50.0, 50.0
-      for _ in range(100):
-        shift = 0.5 * (below + above)
-        kept = 0.1 + 0.9 / (1.0 + np.exp(-priority_S - shift))
-        less = share_S @ kept < 0.6
-        below, above = (shift, above) if less else (below, shift)
-      return np.exp(1.0 - _harm(kept))
-
-    theirs = np.array(
-      [
-        (smooth(priority_S + step) - smooth(priority_S - step)) / 2e-4
-        for step in 1e-4 * np.eye(2 * _L)
-      ]
-    )
-    reward, ours = _score(priority_S)
-    self.assertAlmostEqual(float(reward), smooth(priority_S), delta=0.03)
-    np.testing.assert_allclose(ours, theirs, atol=0.03 * np.abs(theirs).max())
-    # Up for the module that hurts most, down for the one that hurts least.
-    self.assertGreater(ours[2], 0.0)
-    self.assertLess(ours[0], 0.0)
-    # A priority common to all changes nothing.
-    self.assertAlmostEqual(float(ours.sum()), 0.0, delta=1e-4)
-
-
-class MemoryTest(absltest.TestCase):
+class ElitesTest(absltest.TestCase):
   def _state(self, reward_M):
     size = len(reward_M)
     elites = search.Elites(
@@ -432,15 +288,15 @@ class SyntheticSearchTest(absltest.TestCase):
   """Where the best allocation is known."""
 
   def _assert_close_to_best(self, found, min_ratio=0.1):
-    best = _harm(_optimum(0.4, min_ratio))
-    even = _harm(
-      _counts(np.zeros(2 * _L, np.float32), 0.4, min_ratio) / _SITES.units
+    best = harm(_optimum(0.4, min_ratio))
+    even = harm(
+      _counts(np.zeros(2 * L, np.float32), 0.4, min_ratio) / SUBLAYERS.units
     )
     self.assertGreater(even - best, 0.1)
     for priority_S in found:
       count_S = _counts(priority_S, 0.4, min_ratio)
-      self.assertLessEqual(_SITES.kept_cost(count_S), _SITES.limit(0.4))
-      got = _harm(count_S / _SITES.units)
+      self.assertLessEqual(SUBLAYERS.kept_cost(count_S), SUBLAYERS.limit(0.4))
+      got = harm(count_S / SUBLAYERS.units)
       self.assertGreater(got, best - 1e-3)  # rounding
       self.assertLess(got - best, 0.1 * (even - best))
 
@@ -460,7 +316,7 @@ class SyntheticSearchTest(absltest.TestCase):
 
   def test_moves_units_to_where_they_matter(self):
     found, _ = _searched()
-    kept_S = _counts(found[0], 0.4, 0.1) / _SITES.units
+    kept_S = _counts(found[0], 0.4, 0.1) / SUBLAYERS.units
     np.testing.assert_allclose(kept_S, _optimum(0.4, 0.1), atol=0.15)
 
   def test_repeats_bit_for_bit(self):
@@ -475,9 +331,17 @@ class SyntheticSearchTest(absltest.TestCase):
     text = search.RewardText(rows, np.ones(len(rows)))
 
     def steps(state):
-      return search.steps(config, _SITES, _modules(), _nll, 2.0, text, state)
+      return search.steps(
+        config,
+        SUBLAYERS,
+        _device_sublayers(),
+        synthetic_loss.nll,
+        2.0,
+        text,
+        state,
+      )
 
-    whole = list(steps(search.initial_state(config, _SITES)))
+    whole = list(steps(search.initial_state(config, SUBLAYERS)))
     self.assertEqual([line['step'] for _, line in whole], list(range(5)))
     for at in (1, 2, 4):
       rest = list(steps(whole[at - 1][0]))
@@ -539,7 +403,7 @@ class ModelSearchTest(absltest.TestCase):
       return loss.nll(apply, params, tokens, masks)
 
     table = sublayers.find_sublayers(_TINY, round_heads=1, round_ffn=1)
-    device_sublayers = allocation.to_device(table, _rank(_TINY))
+    device_sublayers = allocation.to_device(table, synthetic_loss.rank(_TINY))
     goal = allocation.make_target(table, 0.3)
     net, optim = search.make_policy(config, table)
     state = search.init(
@@ -577,7 +441,7 @@ class ModelSearchTest(absltest.TestCase):
     mean_S = net.apply({'params': state.params}, jnp.float32(0.3)).mean_S
     self.assertLess(before, 0.9)
     self.assertGreater(float(reward(mean_S)), before + 0.02)
-    # The memory holds what it says, before rounding.
+    # The elites have the rewards that they say, before rounding.
     best = float(reward(state.elites.priority_MxS[0], rounded=False))
     self.assertAlmostEqual(best, float(state.elites.reward_M[0]), places=4)
     self.assertEqual(float(metrics['best_reward']), state.elites.reward_M[0])

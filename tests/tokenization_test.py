@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from ffp_jax.checkpoints import model_config
 from ffp_jax.errors import RequestError
 from ffp_jax.models import families, rope
-from ffp_jax.text import tokenization
+from ffp_jax.text import tokenization, tokenizer_faults
 from tests import testing, tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -36,7 +36,7 @@ _OPT = {
 
 @functools.cache
 def _bytes() -> pathlib.Path:
-  """A directory with a byte-level tokenizer.json, but no weights."""
+  """Makes a directory with a byte-level tokenizer.json, but no weights."""
   path = pathlib.Path(_FOLDER.name) / 'bytes'
   path.mkdir()
   (path / 'config.json').write_text(json.dumps(tiny_run.HF_CONFIG))
@@ -46,7 +46,7 @@ def _bytes() -> pathlib.Path:
 
 @functools.cache
 def _pieces() -> pathlib.Path:
-  """A SentencePiece model like that of LLaMA."""
+  """Makes a SentencePiece model like that of LLaMA."""
   path = pathlib.Path(_FOLDER.name) / 'pieces'
   lines = pydoc_data.topics.topics['for'].splitlines()
   sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +88,7 @@ class FolderTestCase(testing.CheckpointTestCase):
     return path
 
   def edited(self, **changes) -> pathlib.Path:
-    """A copy with other values at the top of tokenizer.json."""
+    """Returns a copy with other top-level values in tokenizer.json."""
     path = self.model()
     self.edit(path / 'tokenizer.json', lambda x: x.update(changes))
     return path
@@ -260,7 +260,7 @@ class LoadTest(FolderTestCase):
       path = self.model(
         without=_TOKENIZER, tokenizer_config_json={'tokenizer_class': name}
       )
-      # Else the case would prove nothing.
+      # Otherwise the case would prove nothing.
       theirs = transformers.AutoTokenizer.from_pretrained(path)
       self.assertLess(len(theirs), 10)
       self.refused(path, 'no tokenizer:', 'merges.txt')
@@ -286,7 +286,7 @@ class LoadTest(FolderTestCase):
   def test_sentencepiece_is_not_installed(self):
     path = self.model(without=_TOKENIZER, tokenizer_model=b'\xff' * 99)
     with mock.patch.object(
-      tokenization.importlib.util, 'find_spec', return_value=None
+      tokenizer_faults.importlib.util, 'find_spec', return_value=None
     ):
       self.refused(path, 'tokenizer.model', 'pip install sentencepiece')
 
@@ -320,7 +320,7 @@ class LoadTest(FolderTestCase):
 
 
 class EndsTest(FolderTestCase):
-  """Against the generation settings of PyTorch transformers."""
+  """Compares with the generation settings of PyTorch transformers."""
 
   @parameterized.parameters(
     ({'eos_token_id': [5, 7]}, 3, {5, 7}),
@@ -442,7 +442,7 @@ class CheckTest(parameterized.TestCase):
       tokenization.check_tokens(config, np.array([0, config.vocab]), 8)
 
   def test_plain_positions_reach_as_far_as_stated(self):
-    self.assertEqual(rope.Scaling().reach(64), 64)
+    self.assertEqual(rope.Scaling().max_context(64), 64)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ import transformers
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from ffp_jax.checkpoints import directory, model_config, weights
+from ffp_jax.checkpoints import directory, model_config, shards, weights
 from ffp_jax.models import families
 from tests import testing
 from tests.testing import CheckpointTestCase as _TestCase
@@ -122,7 +122,7 @@ class RoundTripTest(_TestCase):
 
 
 def _flax_tree(name) -> dict:
-  """A CASES model as transformers' Flax models nested and named it."""
+  """Nests and names a CASES model as transformers' Flax models did."""
   tree = {}
   for key, value in testing.pair(name).torch.state_dict().items():
     *path, leaf = key.split('.')
@@ -168,7 +168,7 @@ class FlaxTest(_TestCase):
     with mock.patch.object(flax.serialization, 'MAX_CHUNK_SIZE', 1000):
       folder = self.written(name)
     self.assertIn(b'msgpack_chunked', (folder / _FLAX).read_bytes())
-    with mock.patch.object(weights, '_PIECE', 100):
+    with mock.patch.object(shards, '_PIECE', 100):
       self.assert_trees_equal(self.load(folder), testing.pair(name).params)
 
   def test_shards(self):
@@ -209,7 +209,7 @@ class FlaxTest(_TestCase):
 
 
 class _Evil:
-  """Unpickled, it makes a file."""
+  """Makes a file when it is unpickled."""
 
   def __init__(self, path):
     self.path = path
@@ -385,7 +385,7 @@ def _unread(folder, tensors):
 
 
 class ChoiceTest(_TestCase):
-  """Several saves in one directory, each of other numbers."""
+  """Tests the choice among several checkpoints in one directory."""
 
   def written(self, *saves) -> pathlib.Path:
     folder = self.saved('llama_one')
@@ -461,7 +461,7 @@ class ChoiceTest(_TestCase):
 
 
 class TiedTest(_TestCase):
-  """config.json says tied, or the family's default is it."""
+  """Tests models that are tied by config.json, or by default."""
 
   _EMBED = {
     'llama_biased': 'model.embed_tokens.weight',
@@ -471,7 +471,7 @@ class TiedTest(_TestCase):
   }
 
   def written(self, name, change) -> pathlib.Path:
-    """`change` takes the tensors and the embedding's name."""
+    """Writes a model; `change` takes the tensors and the embedding's name."""
     folder = self.saved(name)
     self.edit_tensors(folder, lambda x: change(x, self._EMBED[name]))
     return folder
@@ -573,7 +573,7 @@ class NamesTest(_TestCase):
     ('base_model.model.', 'PEFT'),
   )
   def test_the_prefix_of_a_wrapper(self, prefix, word):
-    """transformers would draw all of the model at random."""
+    """Refuses a model that transformers would initialise at random."""
     folder = self.saved('llama_one')
 
     def wrap(tensors):
@@ -788,7 +788,7 @@ class OutsideTest(_TestCase):
 
 
 class ShardingTest(_TestCase):
-  """Eight virtual devices."""
+  """Loads onto eight virtual devices."""
 
   def placed(self, folder, rule):
     """Loads with a sharding for each parameter, by path and shape."""
@@ -815,7 +815,7 @@ class ShardingTest(_TestCase):
   )
   def test_equals_one_device(self, name, turn, piece):
     def rule(_, shape):
-      # The mesh axes on the first axes they divide, from a different start.
+      # Puts mesh axes on the first axes that they divide, from varying starts.
       spec, free = [None] * len(shape), {'a': 2, 'b': 4}
       for i in range(len(shape)):
         axis = (i + turn) % len(shape)
@@ -826,7 +826,7 @@ class ShardingTest(_TestCase):
             break
       return P(*spec)
 
-    with mock.patch.object(weights, '_PIECE', piece):
+    with mock.patch.object(shards, '_PIECE', piece):
       params = self.placed(self.saved(name), rule)
     self.assert_trees_equal(params, testing.pair(name).params)
     widest = params['stack']['attention']['query']
@@ -866,13 +866,13 @@ class ShardingTest(_TestCase):
 
   def test_on_cpu_nothing_is_copied(self):
     made = []
-    aligned = weights._aligned
+    aligned = shards._aligned
 
     def remember(*args):
       made.append(aligned(*args))
       return made[-1]
 
-    with mock.patch.object(weights, '_aligned', remember):
+    with mock.patch.object(shards, '_aligned', remember):
       params = self.load(self.saved('llama_grouped'))
     ours = {x.ctypes.data for x in made}
     theirs = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
@@ -880,7 +880,7 @@ class ShardingTest(_TestCase):
 
 
 class LayoutTest(_TestCase):
-  """Single numbers, found by hand."""
+  """Checks single numbers whose places were worked out by hand."""
 
   def test_llama(self):
     params = self.load(self.saved('llama_grouped'))
@@ -958,7 +958,7 @@ class LayoutTest(_TestCase):
     params = testing.pair('opt_post_norm_projected').params
     theirs = testing.pair('opt_post_norm_projected').torch.state_dict()
     decoder = 'model.decoder.'
-    # Row 0 of the positions is the offset's, kept as it is.
+    # Rows before position 0 are kept, so that the tables are the same.
     np.testing.assert_array_equal(
       params['position']['table'], theirs[f'{decoder}embed_positions.weight']
     )
@@ -971,7 +971,7 @@ class LayoutTest(_TestCase):
       params['embed_out']['kernel'][47, 19].item(),
       theirs[f'{decoder}project_out.weight'][19, 47].item(),
     )
-    # The layer's norms, which OPT names alike.
+    # The norms of a layer, whose names in OPT are easily confused.
     for ours, name in (
       ('attention_norm', 'self_attn_layer_norm'),
       ('ffn_norm', 'final_layer_norm'),

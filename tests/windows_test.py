@@ -19,7 +19,7 @@ class WindowsTest(parameterized.TestCase):
 
 class OverlappingTest(parameterized.TestCase):
   def spelled_out(self, length, context, stride):
-    """(tokens, position, what came before in the window) of all scored."""
+    """Lists (token, position, tokens before it in the window) of all scored."""
     tokens = np.arange(100, 100 + length)
     windows, spans = windows_lib.overlapping(tokens, context, stride)
     self.assertEqual(windows.dtype, np.int32)
@@ -41,7 +41,7 @@ class OverlappingTest(parameterized.TestCase):
     self.assertEqual([t for t, _ in scored], list(range(101, 100 + length)))
     for token, at in scored:
       self.assertGreaterEqual(at, min(context - stride, token - 100))
-    # What a window shows of the text is the text.
+    # Each window is a part of the text.
     for i, window in enumerate(windows):
       text = range(100 + i * stride, min(100 + i * stride + 8, 100 + length))
       self.assertEqual(window[: len(text)].tolist(), list(text))
@@ -84,7 +84,7 @@ class SplitTest(parameterized.TestCase):
 
   @parameterized.parameters(*range(10))
   def test_are_disjoint(self, seed):
-    # Tokens are unique, so that a window is known by its first one.
+    # Tokens are unique, so that the first one identifies a window.
     for windows in (18, 19, 30):
       first = np.concatenate([x[:, 0] for x in self.split(windows, seed)])
       self.assertLen(set(first.tolist()), sum(_SIZES.values()))

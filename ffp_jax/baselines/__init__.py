@@ -1,8 +1,14 @@
-"""Allocators behind one signature, to compare at the same cost.
+"""Allocation methods behind one signature, to compare at the same cost.
 
-See problem.py for the signature. Settings come from the configuration's
-`compare.settings`, one entry a method.
+See problem.py for the signature. The settings of a method are its own keyword
+defaults; to add a method, write its generator and one line in METHODS.
 """
+
+import functools
+from collections.abc import Callable, Iterator
+
+import ml_collections
+import numpy as np
 
 from ffp_jax.baselines import (
   amc,
@@ -12,8 +18,13 @@ from ffp_jax.baselines import (
   heuristics,
   sensitivity,
 )
+from ffp_jax.baselines.problem import score_calibrated
 
-METHODS = {
+# (problem, seed, settings by name) -> incumbents, see problem.py.
+Method = Callable[..., Iterator[np.ndarray]]
+
+# The methods that a comparison runs by default.
+METHODS: dict[str, Method] = {
   'uniform': heuristics.uniform,
   'ffn_only': heuristics.ffn_only,
   'magnitude_global': heuristics.magnitude_global,
@@ -32,8 +43,6 @@ METHODS = {
   'fastforward': fastforward.shipped,
 }
 
-# Those that score candidates: 'evopress_refit' is 'evopress' with candidates
-# scored as calibration will leave them, which 'fastforward' does by itself.
 _SCORING = (
   'sensitivity',
   'knapsack',
@@ -43,35 +52,53 @@ _SCORING = (
   'cmaes',
   'amc',
 )
-REFIT = tuple(f'{name}_refit' for name in _SCORING)
 
-# A method with one thing changed: name to keys of the configuration.
+# The same methods with one thing changed, on request. 'evopress_refit' is
+# 'evopress' with candidates scored as calibration will leave them, which
+# 'fastforward' does by itself.
+VARIANTS: dict[str, Method] = {
+  'fastforward_published_exact': functools.partial(
+    fastforward.published, repair='project'
+  ),
+  **{
+    f'{name}_refit': functools.partial(score_calibrated, METHODS[name])
+    for name in _SCORING
+  },
+}
+
+# 'fastforward' with other values of keys of the configuration, on request.
 ABLATIONS = {
-  # The score function in the place of gradients through the masks.
+  # The score function in place of gradients through the masks.
   'fastforward_score': {
     'search.candidates': 8,
     'policy.pathwise_weight': 0.0,
     'policy.score_weight': 1.0,
     'policy.value_weight': 0.5,
   },
-  # No sparsity curriculum; a rising number of reward rows.
+  # No curriculum of sparsities.
   'fastforward_steep': {'search.sparsity_shares': (1.0, 1.0)},
+  # More reward rows in the second stage.
   'fastforward_rising': {'search.rows': (1, 2)},
-  # From the uniform allocation.
+  # The uniform allocation as the start.
   'fastforward_even': {'search.attention_prior': 0.0},
-  # A pair of proposals a step instead of the policy's mean.
+  # A pair of proposals per step in place of the policy's mean.
   'fastforward_pairs': {'search.candidates': 2},
-  # Gradients of fewer units.
+  # Gradients averaged over fewer units.
   'fastforward_narrow': {'search.window': 0.05},
   # Candidates scored as they are cut, not as calibration will leave them.
   'fastforward_cut': {'search.refit': 0.0},
-  # As published, but with the exact projection.
-  'fastforward_published_exact': {
-    'compare.settings.fastforward_published.repair': 'project'
-  },
 }
 
 
-def base(name: str) -> str:
-  """The method that a name in METHODS, REFIT or ABLATIONS is one of."""
-  return max((m for m in METHODS if name.startswith(m)), key=len)
+def allocator(name: str, config: ml_collections.ConfigDict) -> Method:
+  """Returns the method of a name as a function of a `Problem` and a seed.
+
+  Args:
+    name: a key of METHODS, VARIANTS or ABLATIONS.
+    config: of the run; an ablation's keys are changed in it already.
+  """
+  method = 'fastforward' if name in ABLATIONS else name
+  allocate = {**METHODS, **VARIANTS}[method]
+  if method.startswith('fastforward'):
+    return functools.partial(allocate, config=config)
+  return allocate

@@ -1,42 +1,57 @@
 """Allocations from the losses of sublayers that are pruned one at a time."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from ffp_jax.baselines.problem import Problem
+from ffp_jax.pruning.sublayers import Sublayers
 
-_LEAST = 1e-3  # nats; smaller losses of one sublayer are noise
+_MIN_INCREASE = 1e-3  # nats; a smaller increase of the loss is noise
 _BUCKETS = 10_000  # of the knapsack's budget, if its costs don't divide it
 
 
-def proportional(problem: Problem, seed: int, *, probe: float):
-  """Each sublayer gives in inverse proportion to what it loses.
+def proportional(
+  problem: Problem, seed: int, *, probe: float = 0.5
+) -> Iterator[np.ndarray]:
+  """Removes from sublayers in inverse proportion to what removal costs.
 
-  One sublayer at a time keeps the share `probe` (Li et al., arXiv 1608.08710,
-  section 3.2, do so by eye); a sublayer then gives up parameters in inverse
-  proportion to its loss for each parameter that the probe removed, as far
-  as its floor.
+  One sublayer at a time is pruned alone (Li et al., arXiv 1608.08710, section
+  3.2, who then allocate by eye). A sublayer gives up parameters in inverse
+  proportion to the increase of the loss per parameter that the probe removed,
+  as far as its floor.
+
+  Args:
+    problem: scores the probes.
+    seed: draws the rows of reward text.
+    probe: ratio of the sublayer that is pruned alone.
+
+  Yields:
+    The shared start, then the answer, as counts [S].
   """
   sublayers = problem.sublayers
   probes = [
-    [_rounded(sublayers, s, probe)] for s in range(len(sublayers.units))
+    [_to_count(sublayers, s, probe)] for s in range(len(sublayers.units))
   ]
   yield problem.project(problem.start_S)
-  harms = _probe_each(problem, np.random.default_rng(seed), probes)
+  increases = _probe_each(problem, np.random.default_rng(seed), probes)
   cost_S = sublayers.units * sublayers.unit_cost
-  removed_S = cost_S - np.concatenate(probes) * sublayers.unit_cost
-  rate_S = np.maximum(np.concatenate(harms), _LEAST) / removed_S
+  probed_S = cost_S - np.concatenate(probes) * sublayers.unit_cost
+  rate_S = np.maximum(np.concatenate(increases), _MIN_INCREASE) / probed_S
   most_S = (sublayers.units - sublayers.floor) * sublayers.unit_cost
-  aim = cost_S.sum() - problem.limit
-  give_S = _shared_out(1.0 / rate_S, most_S, aim)
-  yield problem.fit(1.0 - give_S / cost_S)
+  total = cost_S.sum() - problem.limit
+  removed_S = _share_out(1.0 / rate_S, most_S, total)
+  yield problem.round_ratios(1.0 - removed_S / cost_S)
 
 
-def _shared_out(weight_S, most_S, aim: float):
-  """Shares in proportion to weights, none over its most, that sum to `aim`."""
+def _share_out(
+  weight_S: np.ndarray, most_S: np.ndarray, total: float
+) -> np.ndarray:
+  """Returns shares of `total` in proportion to weights, at most `most_S`."""
   share_S = np.zeros(len(weight_S))
   open_S = np.ones(len(weight_S), bool)
   while True:
-    rest = aim - share_S[~open_S].sum()
+    rest = total - share_S[~open_S].sum()
     share_S[open_S] = rest * weight_S[open_S] / weight_S[open_S].sum()
     over_S = open_S & (share_S > most_S)
     share_S = np.minimum(share_S, most_S)
@@ -45,23 +60,37 @@ def _shared_out(weight_S, most_S, aim: float):
       return share_S
 
 
-def knapsack(problem: Problem, seed: int, *, ratios: tuple[float, ...]):
-  """Additive losses, minimised exactly by dynamic programming.
+def knapsack(
+  problem: Problem,
+  seed: int,
+  *,
+  ratios: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85),
+) -> Iterator[np.ndarray]:
+  """Minimises a sum of losses exactly, by dynamic programming.
 
-  Every sublayer is scored alone at each of `ratios` and at the lowest; the
-  levels whose losses sum to the least within the budget are the answer (the
-  dynamic programme of SPDY, arXiv 2201.13096, on the block scores of Puzzle,
-  arXiv 2411.19146). Departs in that a score is the loss on the reward text.
+  Every sublayer is pruned alone to each of `ratios` and to the lowest; the
+  answer are the levels whose increases of the loss have the smallest sum
+  within the budget (the dynamic programme of SPDY, arXiv 2201.13096, on the
+  block scores of Puzzle, arXiv 2411.19146). Departs from them in that a score
+  is the loss on the reward text.
+
+  Args:
+    problem: scores the sublayers.
+    seed: draws the rows of reward text.
+    ratios: levels of every sublayer besides the lowest and the whole.
+
+  Yields:
+    The shared start, then the answer, as counts [S].
   """
   sublayers = problem.sublayers
   levels = [
     sorted(
-      {_rounded(sublayers, s, ratio) for ratio in (*ratios, problem.min_ratio)}
+      {_to_count(sublayers, s, ratio) for ratio in (*ratios, problem.min_ratio)}
     )
     for s in range(len(sublayers.units))
   ]
   yield problem.project(problem.start_S)
-  harms = [
+  increases = [
     [*row, 0.0]
     for row in _probe_each(problem, np.random.default_rng(seed), levels)
   ]
@@ -72,20 +101,24 @@ def knapsack(problem: Problem, seed: int, *, ratios: tuple[float, ...]):
     np.array(row) * cost
     for row, cost in zip(counts, sublayers.unit_cost, strict=True)
   ]
-  picks = least(harms, costs, problem.limit)
+  picks = solve_knapsack(increases, costs, problem.limit)
   count_S = np.array([row[i] for row, i in zip(counts, picks, strict=True)])
-  yield problem.fit(count_S / sublayers.units)
+  yield problem.round_ratios(count_S / sublayers.units)
 
 
-def least(values, costs, limit: int) -> list[int]:
-  """One item of each group, the smallest sum of values within a budget.
+def solve_knapsack(
+  values: Sequence[Sequence[float]],
+  costs: Sequence[np.ndarray],
+  limit: int,
+) -> list[int]:
+  """Picks one item of each group, for the least sum of values in a budget.
 
   Exact if the costs have a common divisor of at least limit / _BUCKETS, else
   costs are rounded up to that, and the budget still holds.
 
   Args:
     values: of each group's items, finite.
-    costs: of the same, integers.
+    costs: of the same items, integers.
     limit: of the sum of costs.
 
   Returns:
@@ -113,19 +146,30 @@ def least(values, costs, limit: int) -> list[int]:
   return picks[::-1]
 
 
-def _rounded(sublayers, s: int, ratio: float) -> int:
-  """The count next to a ratio, fewer than all units."""
+def _to_count(sublayers: Sublayers, s: int, ratio: float) -> int:
+  """Returns the count nearest to a ratio that removes at least one step."""
   step = int(sublayers.step[s])
   most = (int(sublayers.units[s]) - 1) // step * step
   count = round(ratio * sublayers.units[s] / step) * step
   return int(np.clip(count, min(sublayers.floor[s], most), most))
 
 
-def _probe_each(problem: Problem, source, levels) -> list[np.ndarray]:
-  """What each sublayer loses at each of its counts, the others whole.
+def _probe_each(
+  problem: Problem, rng: np.random.Generator, levels: list[list[int]]
+) -> list[np.ndarray]:
+  """Measures the increase of the loss when one sublayer alone is pruned.
 
-  All on the same rows, as many as the budget pays for, or on the beginning of
-  one where it doesn't pay for a whole. A loss that isn't finite is very large.
+  All losses are on the same rows, as many as the budget pays for, or on the
+  beginning of one row where it does not pay for a whole one. Losses that are
+  not finite count as 1e9.
+
+  Args:
+    problem: scores the candidates.
+    rng: draws the rows.
+    levels: counts of each sublayer to try.
+
+  Returns:
+    For each sublayer, the increase at each of its counts, in nats.
   """
   units = problem.sublayers.units
   candidates = [units]
@@ -134,9 +178,10 @@ def _probe_each(problem: Problem, source, levels) -> list[np.ndarray]:
       one = units.copy()
       one[s] = count
       candidates.append(one)
-  each = problem.left // len(candidates)  # tokens; two give one loss
+  # Tokens per candidate; a loss takes at least two.
+  each = problem.left // len(candidates)
   length = max(2, min(problem.rows_RxT.shape[1], each))
-  rows = problem.draw(source, max(1, each // length))[:, :length]
+  rows = problem.draw(rng, max(1, each // length))[:, :length]
   losses = np.minimum(problem.score(candidates, rows), 1e9)
   ends = np.cumsum([len(row) for row in levels])
   return np.split(losses[1:] - losses[0], ends[:-1])

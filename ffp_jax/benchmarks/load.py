@@ -1,12 +1,12 @@
-"""Memory and time of loading, beside safetensors' own reading.
+"""Measures memory and time of loading beside safetensors' own reading.
 
     python -m ffp_jax.benchmarks.load --params=1e9
 
-Writes a random LLaMA of about so many parameters as sharded bfloat16
-safetensors to a temporary directory, and loads it in fresh processes: the
-peak is the largest resident memory less what it was after the imports, over
-the bytes of the weights in the dtype they are loaded into. The files have
-just been written, so that all of them come from the page cache.
+Writes a random LLaMA of about --params parameters as sharded bfloat16
+safetensors to a temporary directory and loads it in fresh processes. The peak
+is the largest resident memory less that after the imports, divided by the
+bytes of the weights in the dtype that they are loaded into. The files have
+just been written, so they come from the page cache.
 """
 
 import json
@@ -27,22 +27,34 @@ from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.models import families
 
-_WIDTH, _FFN, _VOCAB = 2048, 5632, 32000
-_CONFIG = {
-  'model_type': 'llama',
-  'vocab_size': _VOCAB,
-  'hidden_size': _WIDTH,
-  'intermediate_size': _FFN,
-  'num_attention_heads': 16,
-  'num_key_value_heads': 4,
-}
+_MODULE = 'ffp_jax.benchmarks.load'
+_VOCAB = 32000
 
 
-def write(directory: pathlib.Path, params: str):
-  """A random model, one shard a layer, no more than a shard in memory."""
-  layer = _WIDTH * (2.5 * _WIDTH + 3 * _FFN)
-  layers = max(1, round((float(params) - 2 * _VOCAB * _WIDTH) / layer))
-  description = _CONFIG | {'num_hidden_layers': layers}
+def describe(params: float) -> dict:
+  """Returns the config.json of a LLaMA of about that many parameters.
+
+  The width is 2,048, or less where embeddings would be most of the model.
+  """
+  width = 2048
+  while width > 128 and 2 * _VOCAB * width > params / 2:
+    width //= 2
+  ffn = 11 * width // 4
+  layer = width * (2.5 * width + 3 * ffn)
+  return {
+    'model_type': 'llama',
+    'vocab_size': _VOCAB,
+    'hidden_size': width,
+    'intermediate_size': ffn,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 4,
+    'num_hidden_layers': max(1, round((params - 2 * _VOCAB * width) / layer)),
+  }
+
+
+def write(directory: pathlib.Path, params: str) -> None:
+  """Writes a random model with a shard per layer, holding a shard at a time."""
+  description = describe(float(params))
   (directory / 'config.json').write_text(json.dumps(description))
   config = model_config.read_model_config(directory)
   shards = {}
@@ -52,7 +64,7 @@ def write(directory: pathlib.Path, params: str):
     shards.setdefault(i, []).append(
       (tensor.name, families.stored_shape(tensor, shape))
     )
-  rng, where = np.random.default_rng(0), {}
+  rng, files = np.random.default_rng(0), {}
   for number, tensors in enumerate(shards.values(), 1):
     name = f'model-{number:05}-of-{len(shards):05}.safetensors'
     drawn = {
@@ -60,13 +72,13 @@ def write(directory: pathlib.Path, params: str):
       for key, shape in tensors
     }
     safetensors.numpy.save_file(drawn, directory / name)
-    where |= dict.fromkeys(drawn, name)
+    files |= dict.fromkeys(drawn, name)
   index = directory / 'model.safetensors.index.json'
-  index.write_text(json.dumps({'weight_map': where}))
+  index.write_text(json.dumps({'weight_map': files}))
 
 
-def plain(directory: pathlib.Path) -> dict:
-  """Seconds that safetensors takes to read every file, one by one."""
+def load_plainly(directory: pathlib.Path) -> dict:
+  """Measures the seconds in which safetensors reads all files, one by one."""
   start = time.perf_counter()
   for path in sorted(directory.glob('*.safetensors')):
     safetensors.numpy.load_file(path)
@@ -74,36 +86,34 @@ def plain(directory: pathlib.Path) -> dict:
 
 
 def load(directory: pathlib.Path, dtype: str) -> dict:
-  """Seconds and peak memory of `weights.load_params`."""
-  jax.block_until_ready(jax.numpy.zeros(1))  # what jax itself takes
-  config, dtype = (
-    model_config.read_model_config(directory),
-    jax.numpy.dtype(dtype),
-  )
-  before = _peak()
+  """Measures seconds and peak memory of `weights.load_params`."""
+  jax.block_until_ready(jax.numpy.zeros(1))  # starts JAX before measuring
+  config = model_config.read_model_config(directory)
+  before = _peak_memory()
   start = time.perf_counter()
   params = jax.block_until_ready(
-    weights_lib.load_params(directory, config, dtype)
+    weights_lib.load_params(directory, config, jax.numpy.dtype(dtype))
   )
   seconds = time.perf_counter() - start
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   return {
     'seconds': seconds,
     'weights, GB': weights / 1e9,
-    'peak / weights': (_peak() - before) / weights,
+    'peak / weights': (_peak_memory() - before) / weights,
   }
 
 
-def _peak() -> int:
-  """Largest resident memory of this process so far, bytes."""
+def _peak_memory() -> int:
+  """Returns the largest resident memory of this process so far, in bytes."""
   scale = 1 if sys.platform == 'darwin' else 1024
   return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Measures in processes of one task each and prints the figures as JSON."""
   args = flags.FLAGS
-  tasks = {'write': write, 'plain': plain, 'load': load}
-  if len(argv) > 1:  # a process of its own
+  tasks = {'write': write, 'load_plainly': load_plainly, 'load': load}
+  if len(argv) > 1:  # the process of one task
     task, directory, *rest = argv[1:]
     print(json.dumps(tasks[task](pathlib.Path(directory), *rest)))
     return
@@ -111,19 +121,19 @@ def main(argv):
   with tempfile.TemporaryDirectory(dir=args.tmp) as directory:
 
     def run(task, *rest):
-      command = (sys.executable, '-m', __spec__.name, task, directory, *rest)
+      command = (sys.executable, '-m', _MODULE, task, directory, *rest)
       done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
       return json.loads(done.stdout)
 
     run('write', str(args.params))
-    rows = {'safetensors load_file': run('plain')}
+    rows = {'safetensors load_file': run('load_plainly')}
     for dtype in ('bfloat16', 'float32'):
       rows[f'load_params, {dtype}'] = run('load', dtype)
-    rows['safetensors load_file, again'] = run('plain')
+    rows['safetensors load_file, again'] = run('load_plainly')
   print(json.dumps(rows, indent=2))
 
 
 if __name__ == '__main__':
-  flags.DEFINE_float('params', 1e9, 'Parameters of the model.')
-  flags.DEFINE_string('tmp', None, 'Where to write the model.')
+  flags.DEFINE_float('params', 1e9, 'Number of parameters of the model.')
+  flags.DEFINE_string('tmp', None, 'Directory for the temporary model.')
   app.run(main)

@@ -1,11 +1,12 @@
-"""Perplexity in JAX beside PyTorch transformers, the same tokens in float32.
+"""Computes perplexity in JAX and in PyTorch transformers on the same tokens.
 
     python -m ffp_jax.benchmarks.parity --model=demo --data=pydoc
 
-Needs torch, which is no requirement of ffp_jax.
+Both compute in float32. Needs torch, which is not a requirement of ffp_jax.
 """
 
 import json
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,8 @@ from ffp_jax.text import corpora, tokenization
 from ffp_jax.text import windows as windows_lib
 
 
-def torch_perplexity(directory, windows_WxT) -> float:
-  """exp of PyTorch's mean next-token loss, one window at a time.
+def torch_perplexity(directory: pathlib.Path, windows_WxT: np.ndarray) -> float:
+  """Returns exp of PyTorch's mean next-token loss, window by window.
 
   Raises:
     RequestError: torch is not installed.
@@ -45,8 +46,24 @@ def torch_perplexity(directory, windows_WxT) -> float:
   return float(np.exp(np.mean(losses)))
 
 
-def compare(model, source, *, field='', context, windows) -> dict:
-  """Both perplexities on the first windows of a text, and the protocol."""
+def compare(
+  model: str, source: str, *, field: str = '', context: int, windows: int
+) -> dict:
+  """Computes both perplexities on the first windows of a text.
+
+  Args:
+    model: directory or hub id.
+    source: built-in text or file.
+    field: what holds a document, where the file has fields.
+    context: tokens per window.
+    windows: number of windows, counted from the beginning.
+
+  Returns:
+    Perplexities, their relative difference, and the protocol.
+
+  Raises:
+    RequestError: the model or the text cannot be read, or torch is missing.
+  """
   directory = hub.resolve_model(model)
   config = model_config.read_model_config(directory)
   content = corpora.read_text(source, field=field).content
@@ -68,7 +85,8 @@ def compare(model, source, *, field='', context, windows) -> dict:
   }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Compares what the flags name and prints the figures as JSON."""
   del argv
   args = flags.FLAGS
   try:
@@ -85,9 +103,13 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
-  flags.DEFINE_string('data', 'pydoc', 'Text: built-in or file.')
-  flags.DEFINE_string('field', '', 'Of --data, what holds a document.')
-  flags.DEFINE_integer('context', 512, 'Tokens a window.', lower_bound=2)
-  flags.DEFINE_integer('windows', 4, 'First windows only.', lower_bound=1)
+  flags.DEFINE_string('model', 'demo', 'Directory or hub id of the model.')
+  flags.DEFINE_string('data', 'pydoc', 'Built-in text, or a file.')
+  flags.DEFINE_string(
+    'field', '', 'Field of --data that holds a document, if it has fields.'
+  )
+  flags.DEFINE_integer('context', 512, 'Tokens per window.', lower_bound=2)
+  flags.DEFINE_integer(
+    'windows', 4, 'Number of windows, from the beginning.', lower_bound=1
+  )
   app.run(main, flags_parser=cli.parse_flags)

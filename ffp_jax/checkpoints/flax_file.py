@@ -1,7 +1,7 @@
-"""The tensors of a flax_model.msgpack, found without reading them.
+"""Lazy access to the tensors of a flax_model.msgpack.
 
-The file is nested maps down to arrays. flax.serialization would read all of
-it at once; here its headers are walked, to know where every array lies.
+The file consists of nested maps of arrays. flax.serialization reads all of it
+at once; this module parses only its headers, to find the offset of each array.
 """
 
 import math
@@ -20,19 +20,21 @@ from ffp_jax.checkpoints.stored import (
 _NDARRAY = 1  # extension type of flax.serialization
 _CHUNKED = '__msgpack_chunked_array__'  # how it stores more than 1 GiB
 _HEAD = 4096  # longer than any header
-# The last part of a name here and in a PyTorch checkpoint.
+# The last part of a name in Flax, and in a PyTorch checkpoint.
 _LEAVES = {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
-  """Hugging Face name to tensor; kernels [in, out] appear as [out, in].
+  """Returns tensors by Hugging Face name, without reading them.
+
+  Kernels [in, out] are transposed to [out, in].
 
   Raises:
     RequestError: the file is truncated or damaged.
   """
   try:
     with path.open('rb') as file:
-      tree, end = _value(file, 0, path)
+      tree, end = _parse(file, 0, path)
     if not isinstance(tree, dict) or end > path.stat().st_size:
       raise ValueError('ends too early')
     return dict(_named(tree.get('params', tree), ()))
@@ -42,56 +44,60 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
     raise damaged_file_error(path, error or 'ends too early') from error
 
 
-def _decoder(head: bytes) -> msgpack.Unpacker:
-  decoder = msgpack.Unpacker()
-  decoder.feed(head)
-  return decoder
+def _unpacker(head: bytes) -> msgpack.Unpacker:
+  unpacker = msgpack.Unpacker()
+  unpacker.feed(head)
+  return unpacker
 
 
-def _value(file, at: int, path):
-  """(dict, Stored or scalar at this offset, offset of what follows)."""
-  file.seek(at)
+def _parse(file, offset: int, path):
+  """Parses the value at an offset, without reading arrays.
+
+  Returns:
+    (dict, Stored or scalar; offset of the next value).
+  """
+  file.seek(offset)
   head = file.read(_HEAD)
-  decoder, kind = _decoder(head), head[0]
+  unpacker, kind = _unpacker(head), head[0]
   if kind >> 4 == 0x8 or kind in (0xDE, 0xDF):
-    count, tree = decoder.read_map_header(), {}
-    at += decoder.tell()
+    count, tree = unpacker.read_map_header(), {}
+    offset += unpacker.tell()
     for _ in range(count):
-      key, at = _value(file, at, path)
+      key, offset = _parse(file, offset, path)
       if key in tree:
         raise ValueError(f'{key!r} is there twice')
-      tree[key], at = _value(file, at, path)
-    return tree, at
+      tree[key], offset = _parse(file, offset, path)
+    return tree, offset
   if kind in (0xC7, 0xC8, 0xC9):  # an extension; length of 1, 2 or 4 bytes
     width = 1 << (kind - 0xC7)
     start = 2 + width
-    end = at + start + int.from_bytes(head[1 : 1 + width])
+    end = offset + start + int.from_bytes(head[1 : 1 + width])
     if head[1 + width] != _NDARRAY:
       raise ValueError(f'extension type {head[1 + width]}')
-    return _array(head[start:], at + start, end, path), end
-  return decoder.unpack(), at + decoder.tell()
+    return _parse_array(head[start:], offset + start, end, path), end
+  return unpacker.unpack(), offset + unpacker.tell()
 
 
-def _array(head, at, end, path) -> Stored:
-  """An array that is packed as (shape, dtype name, bytes)."""
-  decoder = _decoder(head)
-  decoder.read_array_header()
-  shape, dtype = tuple(decoder.unpack()), decoder.unpack()
-  kind = head[decoder.tell()]  # of bytes; length of 1, 2 or 4 bytes
-  at += decoder.tell() + 1 + (1 << (kind - 0xC4))
+def _parse_array(head, offset, end, path) -> Stored:
+  """Parses an array, which is packed as (shape, dtype name, bytes)."""
+  unpacker = _unpacker(head)
+  unpacker.read_array_header()
+  shape, dtype = tuple(unpacker.unpack()), unpacker.unpack()
+  kind = head[unpacker.tell()]  # of bytes; length of 1, 2 or 4 bytes
+  offset += unpacker.tell() + 1 + (1 << (kind - 0xC4))
   size = numpy_dtype(dtype).itemsize * math.prod(shape)
-  if at + size != end:
-    raise ValueError(f'{end - at} bytes for an array of {size}')
+  if offset + size != end:
+    raise ValueError(f'{end - offset} bytes for an array of {size}')
   return Stored(
-    shape, dtype, mapped_reader(path, at, numpy_dtype(dtype), shape)
+    shape, dtype, mapped_reader(path, offset, numpy_dtype(dtype), shape)
   )
 
 
 def _named(tree, path):
-  """Pairs of Hugging Face name and tensor."""
+  """Yields pairs of Hugging Face name and tensor."""
   for key, value in tree.items():
     if isinstance(value, dict) and _CHUNKED in value:
-      value = _joined(value)
+      value = _join_chunks(value)
     if isinstance(value, dict):
       yield from _named(value, (*path, key))
     elif isinstance(value, Stored):
@@ -104,12 +110,12 @@ def _transposed(stored: Stored) -> Stored:
     stored.shape[::-1],
     stored.dtype,
     lambda index: stored.read(index[::-1]).T,
-    outer=len(stored.shape) - 1,
+    outer_axis=len(stored.shape) - 1,
   )
 
 
-def _joined(tree) -> Stored:
-  """An array whose flat pieces lie one after another."""
+def _join_chunks(tree) -> Stored:
+  """Returns the array that is stored as flat chunks."""
   shape = tuple(tree['shape'][str(i)] for i in range(len(tree['shape'])))
   parts = [tree['chunks'][str(i)] for i in range(len(tree['chunks']))]
   ends = np.cumsum([part.shape[0] for part in parts]).tolist()

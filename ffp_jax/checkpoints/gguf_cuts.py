@@ -1,10 +1,11 @@
-"""How byte-level BPE cuts text before merges, by llama.cpp's names for it.
+"""Pre-tokenizers of byte-level BPE, by llama.cpp's names for them.
 
-`tokenizer.ggml.pre` of a GGUF file is one of those names; what they mean is
-in llama.cpp's src/llama-vocab.cpp.
+`tokenizer.ggml.pre` of a GGUF file is one of those names. Their definitions
+are in llama.cpp's src/llama-vocab.cpp.
 """
 
 import json
+from collections.abc import Sequence
 
 from tokenizers import Regex, pre_tokenizers
 
@@ -18,7 +19,7 @@ def _split(pattern: str):
 
 
 def _by(pattern: str):
-  """Splits by a pattern, then spells bytes as characters."""
+  """Returns a split by a pattern, and the mapping of bytes to characters."""
   return _split(pattern), _BYTES
 
 
@@ -36,7 +37,7 @@ def _tekken(upper: str, lower: str):
   )
 
 
-# To llama.cpp only a-z and A-Z have a case, and marks are no letters.
+# For llama.cpp only a-z and A-Z have a case, and marks are not letters.
 _TEKKEN = _tekken(r'((?=[\p{L}])([^a-z]))', r'((?=[\p{L}])([^A-Z]))')
 _QWEN2 = _by(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -49,8 +50,8 @@ _QWEN35 = _by(
 _DIGITS = (_DIGIT, *_GPT2)
 _NEWLINE = _split('[\r\n]')
 _CJK = _split('[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+')
-# Letters that have upper and lower case. Escaped, as editors that normalise
-# would take the sign of Kelvin for a K.
+# Letters that have upper and lower case. They are escaped, because editors
+# that normalise text would turn the Kelvin sign into a K.
 _CASED = (
   'A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf'
   '\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f'
@@ -84,7 +85,7 @@ def _deepseek_llm(punctuation: str, numbers):
 
 
 _MARKS = '!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f'
-# To llama.cpp U+3000, the wide space, is a space and so no punctuation.
+# For llama.cpp U+3000, the wide space, is a space and not punctuation.
 _DEEPSEEK_LLM = _deepseek_llm(f'{_MARKS}\u3001-\u3002', _split(r'\p{N}+'))
 _DEEPSEEK_CODER = (
   _NEWLINE,
@@ -94,7 +95,7 @@ _DEEPSEEK_CODER = (
   _DIGIT,
   _BYTES,
 )
-# Of several names for the same, the first is the usual one.
+# Of several names for one pre-tokenizer, the first is the usual one.
 NAMES = {
   'gpt-2': _GPT2,
   'mpt': _GPT2,
@@ -119,12 +120,12 @@ NAMES = {
   'deepseek-llm': _DEEPSEEK_LLM,
   'deepseek-coder': _DEEPSEEK_CODER,
 }
-# Of these a word that is itself a token is never built by merges, and text
+# With these, a word that is itself a token is taken without merges, and a text
 # starts with BOS unless the file says otherwise.
 WHOLE = ('llama3', 'llama-v3', 'llama-bpe', 'falcon3', 'pixtral', 'tekken')
-# The tokenizer.json that a name stands for, where llama.cpp departs from it:
-# in rare text only. (Of DeepSeek LLM's numbers the ids are the same, as no
-# merge of its vocabulary joins digits.)
+# The pre-tokenizers of the original tokenizer.json, where llama.cpp's differ,
+# which matters in rare text only. (DeepSeek LLM's numbers get the same ids, as
+# no merge of its vocabulary joins digits.)
 _ALSO = {
   'tekken': _tekken(
     r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
@@ -133,20 +134,22 @@ _ALSO = {
 }
 
 
-def sequence(parts):
-  """One pre-tokenizer of `tokenizers` from its parts."""
+def sequence(
+  parts: Sequence[pre_tokenizers.PreTokenizer],
+) -> pre_tokenizers.PreTokenizer:
+  """Returns the pre-tokenizer that applies the parts one after another."""
   return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(list(parts))
 
 
 def name_of(pre_tokenizer: dict, whole: bool) -> str | None:
-  """`tokenizer.ggml.pre` of a tokenizer.json.
+  """Returns the `tokenizer.ggml.pre` of a tokenizer.json.
 
   Args:
-    pre_tokenizer: its section of that name.
+    pre_tokenizer: the section of that name.
     whole: whether a word that is itself a token is taken without merges.
 
   Returns:
-    None if no name is known for it.
+    The name, None if there is none.
   """
   for name, parts in (*NAMES.items(), *_ALSO.items()):
     section = json.loads(sequence(parts).__getstate__())
@@ -156,7 +159,7 @@ def name_of(pre_tokenizer: dict, whole: bool) -> str | None:
 
 
 def _same(one, other) -> bool:
-  """Equal but for the offsets that tokens are said to have."""
+  """Returns whether two sections are equal but for `trim_offsets`."""
   if isinstance(one, dict) and isinstance(other, dict):
     keys = (one.keys() | other.keys()) - {'trim_offsets'}
     return all(_same(one.get(k), other.get(k)) for k in keys)

@@ -1,4 +1,6 @@
-"""The tokenizer that a GGUF file carries in its metadata."""
+"""The tokenizer in the metadata of a GGUF file, as one of `tokenizers`."""
+
+from collections.abc import Sequence
 
 import gguf
 import tokenizers
@@ -8,19 +10,19 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from ffp_jax.checkpoints import gguf_cuts
-from ffp_jax.checkpoints.gguf_model import field, special_id
+from ffp_jax.checkpoints.gguf_metadata import field, special_id
 from ffp_jax.errors import RequestError
 
-# The scores of a SentencePiece vocabulary, a list, beside tokenizer.json: its
-# merges do not say which of them share a score.
+# The file with the scores of a SentencePiece vocabulary, a list, which the
+# merges of tokenizer.json do not determine: some share a score.
 SCORES = 'tokenizer_scores.json'
 
 
 def tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-  """The file's tokenizer, with BOS and EOS where the model expects them.
+  """Returns the file's tokenizer, which adds BOS and EOS as the file says.
 
   Raises:
-    RequestError: it is of a kind that isn't known here, or damaged.
+    RequestError: it is of an unsupported kind, or damaged.
   """
   kind, path = field(reader, 'tokenizer.ggml.model'), reader.data.filename
   pre = field(reader, 'tokenizer.ggml.pre')
@@ -36,16 +38,16 @@ def tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
     )
   try:
     made = byte_level(reader, pre) if kind == 'gpt2' else _sentencepiece(reader)
-    made.post_processor = _around(made, reader)
+    made.post_processor = _bos_eos_template(made, reader)
     return made
-  except Exception as error:  # tokenizers has no narrower one
+  except Exception as error:  # tokenizers raises no narrower class
     raise RequestError(
       f'{path}: its tokenizer is damaged ({error}); {instead}'
     ) from error
 
 
-def _around(made, reader) -> TemplateProcessing | None:
-  """Puts BOS before and EOS after a text, as far as the file says so."""
+def _bos_eos_template(made, reader) -> TemplateProcessing | None:
+  """Returns what adds BOS and EOS to a text, None if neither is added."""
   ids = {
     role: special_id(reader, role)
     for role in ('bos', 'eos')
@@ -63,41 +65,44 @@ def _around(made, reader) -> TemplateProcessing | None:
 
 
 def _adds(reader, role: str) -> bool:
-  """Whether a text gets its 'bos' or 'eos'; where unsaid, as in llama.cpp."""
-  said = field(reader, f'tokenizer.ggml.add_{role}_token')
-  if said is None:
+  """Returns whether a text gets its 'bos' or 'eos'.
+
+  If the file does not say, llama.cpp's default holds.
+  """
+  stated = field(reader, f'tokenizer.ggml.add_{role}_token')
+  if stated is None:
     kind = field(reader, 'tokenizer.ggml.model')
     pre = field(reader, 'tokenizer.ggml.pre')
-    said = role == 'bos' and (kind == 'llama' or pre in gguf_cuts.WHOLE)
-  return said and special_id(reader, role) is not None
+    stated = role == 'bos' and (kind == 'llama' or pre in gguf_cuts.WHOLE)
+  return stated and special_id(reader, role) is not None
 
 
 def tokenizer_config(reader: gguf.GGUFReader) -> dict:
-  """tokenizer_config.json beside the tokenizer.json of `tokenizer`."""
+  """Returns the tokenizer_config.json that goes with `tokenizer`."""
   tokens = field(reader, 'tokenizer.ggml.tokens')
 
-  def named(role: str) -> str | None:
+  def token(role: str) -> str | None:
     place = special_id(reader, role)
     return None if place is None else tokens[place]
 
   config = {
-    # The class that takes tokenizer.json as it is, in transformers 4 and 5.
+    # transformers 4 and 5 take tokenizer.json unchanged for this class.
     'tokenizer_class': 'PreTrainedTokenizerFast',
-    'bos_token': named('bos'),
-    'eos_token': named('eos'),
-    'unk_token': named('unknown'),
-    'pad_token': named('padding'),
+    'bos_token': token('bos'),
+    'eos_token': token('eos'),
+    'unk_token': token('unknown'),
+    'pad_token': token('padding'),
     'add_bos_token': _adds(reader, 'bos'),
     'add_eos_token': _adds(reader, 'eos') or None,
     'clean_up_tokenization_spaces': False,
     'model_max_length': field(reader, '{arch}.context_length'),
-    'chat_template': _template(reader),
+    'chat_template': _chat_template(reader),
   }
   return {key: value for key, value in config.items() if value is not None}
 
 
-def _template(reader) -> str | None:
-  """The default chat template; says which others are left out."""
+def _chat_template(reader) -> str | None:
+  """Returns the default chat template, and logs which others are dropped."""
   if others := field(reader, 'tokenizer.chat_templates'):
     logging.warning(
       '%s: chat templates but the default are left out: %s',
@@ -107,8 +112,13 @@ def _template(reader) -> str | None:
   return field(reader, 'tokenizer.chat_template')
 
 
-def byte_level(reader, pre: str) -> tokenizers.Tokenizer:
-  """Byte-level BPE, text cut as `pre` says."""
+def byte_level(reader: gguf.GGUFReader, pre: str) -> tokenizers.Tokenizer:
+  """Returns byte-level BPE.
+
+  Args:
+    reader: of the file.
+    pre: the pre-tokenizer, a key of `gguf_cuts.NAMES`.
+  """
   tokens = field(reader, 'tokenizer.ggml.tokens')
   merges = field(reader, 'tokenizer.ggml.merges')
   made = tokenizers.Tokenizer(
@@ -120,17 +130,17 @@ def byte_level(reader, pre: str) -> tokenizers.Tokenizer:
   )
   made.pre_tokenizer = gguf_cuts.sequence(gguf_cuts.NAMES[pre])
   made.decoder = decoders.ByteLevel()
-  return _with_added(made, reader)
+  return _add_whole_tokens(made, reader)
 
 
 def _sentencepiece(reader) -> tokenizers.Tokenizer:
-  """SentencePiece BPE with bytes to fall back on, as of LLaMA 2."""
+  """Returns SentencePiece BPE with byte fallback, as LLaMA 2 has it."""
   tokens = field(reader, 'tokenizer.ggml.tokens')
   vocab = {token: i for i, token in enumerate(tokens)}
   made = tokenizers.Tokenizer(
     BPE(
       vocab=vocab,
-      merges=merges_of(vocab, scores(reader)),
+      merges=merges_of(vocab, _scores(reader)),
       unk_token=tokens[special_id(reader, 'unknown')],
       fuse_unk=True,
       byte_fallback=True,
@@ -150,23 +160,32 @@ def _sentencepiece(reader) -> tokenizers.Tokenizer:
       *strip,
     ]
   )
-  return _with_added(made, reader)
+  return _add_whole_tokens(made, reader)
 
 
-def scores(reader) -> list[float] | None:
-  """SentencePiece's score of every token, None of other vocabularies."""
-  if field(reader, 'tokenizer.ggml.model') != 'llama':
-    return None
+def scores(reader: gguf.GGUFReader) -> list[float] | None:
+  """Returns SentencePiece's score of every token, None for byte-level BPE."""
+  is_sentencepiece = field(reader, 'tokenizer.ggml.model') == 'llama'
+  return _scores(reader) if is_sentencepiece else None
+
+
+def _scores(reader) -> list[float]:
   tokens = field(reader, 'tokenizer.ggml.tokens')
   return field(reader, 'tokenizer.ggml.scores') or [0.0] * len(tokens)
 
 
-def merges_of(vocab: dict, scores: list) -> list[tuple[str, str]]:
-  """Every pair of tokens that makes a token, best score first.
+def merges_of(
+  vocab: dict[str, int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+  """Returns every pair of tokens that makes a token, best score first.
 
   SentencePiece merges the pair whose result has the best score; of pairs
   with the same result the left-most in the text, so that their order among
-  themselves doesn't matter.
+  themselves does not matter.
+
+  Args:
+    vocab: ids by token.
+    scores: by id.
   """
   found = []
   for token, i in vocab.items():
@@ -177,8 +196,8 @@ def merges_of(vocab: dict, scores: list) -> list[tuple[str, str]]:
   return [(left, right) for *_, left, right in sorted(found)]
 
 
-def _with_added(made, reader):
-  """Tokens that are matched whole: control tokens, and the user's own."""
+def _add_whole_tokens(made, reader):
+  """Adds the tokens that are never split: control and user-defined ones."""
   tokens = field(reader, 'tokenizer.ggml.tokens')
   types = field(reader, 'tokenizer.ggml.token_type') or [1] * len(tokens)
   for kind, special in (
@@ -187,8 +206,8 @@ def _with_added(made, reader):
   ):
     added = [
       AddedToken(token, normalized=False, special=special)
-      for token, its in zip(tokens, types, strict=True)
-      if its == kind
+      for token, its_kind in zip(tokens, types, strict=True)
+      if its_kind == kind
     ]
     made.add_special_tokens(added) if special else made.add_tokens(added)
   return made

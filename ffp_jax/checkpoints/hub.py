@@ -1,25 +1,29 @@
-"""Where a model lies: the demo, a directory, a GGUF file, the hub."""
+"""Resolution of a model name to a local directory.
+
+A name is 'demo', a directory, a GGUF file, or an id of the Hugging Face hub.
+"""
 
 import codecs
 import fnmatch
 import hashlib
 import json
 import pathlib
-import tempfile
+from collections.abc import Callable, Sequence
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from ffp_jax.checkpoints import demo_model, gguf_model, gguf_tokenizer, stored
 from ffp_jax.errors import RequestError
+from ffp_jax.runtime.storage import staged
 
-_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_DESCRIBED = 2  # counts what `_describe` has written: old ones are not read
-_PLAIN = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_CACHE_VERSION = 2  # part of the key; to be raised when `_describe` changes
+_NOT_WEIGHTS = ('*.json', '*.txt', '*.jinja', 'tokenizer*')
 
 
 def resolve_model(model: str) -> pathlib.Path:
-  """The local directory of a model.
+  """Returns the local directory of a model, downloading it if needed.
 
   Args:
     model: 'demo', a directory, a .gguf file, or a hub id with or without
@@ -34,16 +38,16 @@ def resolve_model(model: str) -> pathlib.Path:
   if path.is_file() and path.suffix == '.gguf':
     return gguf_directory(path)
   if path.is_dir():
-    return _unmarked(_directory(path))
+    return _without_marks(_unless_gguf(path))
   name, _, revision = model.partition('@')
   local = path.is_absolute() or model.startswith(('.', '~'))
   if local or '/' not in name or path.suffix == '.gguf':
     raise RequestError(f'model: no directory {model!r}; check the path')
-  return _unmarked(_download_snapshot(name, revision or None))
+  return _without_marks(_download_snapshot(name, revision or None))
 
 
-def _directory(path: pathlib.Path) -> pathlib.Path:
-  """The directory itself, unless all it holds is a GGUF file."""
+def _unless_gguf(path: pathlib.Path) -> pathlib.Path:
+  """Returns the directory itself, or that of the GGUF file that it holds."""
   found = list(path.glob('*.gguf'))
   if (path / 'config.json').exists() or not found:
     return path
@@ -55,13 +59,14 @@ def _directory(path: pathlib.Path) -> pathlib.Path:
 
 
 def gguf_directory(path: pathlib.Path) -> pathlib.Path:
-  """A directory with config and tokenizer of a GGUF file, and a link to it.
+  """Makes a model directory for a GGUF file, with a link to it.
 
-  Made once, in ~/.cache/ffp_jax/gguf, for a file of this path, size and time
-  of change.
+  It is in ~/.cache/ffp_jax/gguf, and made once per path, size and time of
+  change of the file.
 
   Raises:
-    RequestError: the file is damaged, or its model or tokenizer unknown.
+    RequestError: the file is damaged, or its model or tokenizer is not
+      supported.
   """
   path = path.resolve()
 
@@ -72,14 +77,15 @@ def gguf_directory(path: pathlib.Path) -> pathlib.Path:
   return _cached('gguf', path.stem, [path], fill)
 
 
-def _unmarked(directory: pathlib.Path) -> pathlib.Path:
-  """The directory itself, unless JSON in it begins with a byte-order mark.
+def _without_marks(directory: pathlib.Path) -> pathlib.Path:
+  """Returns a directory whose JSON files have no byte-order marks.
 
-  Editors and shells of Windows write one, and no tokenizer library reads it.
-  Then it is a directory of links, but for the JSON, which is as it should be.
+  Editors and shells of Windows write such marks, and tokenizer libraries
+  refuse them. Without any, it is the directory itself; else one of links, and
+  of JSON files rewritten without their marks.
 
   Raises:
-    RequestError: a file is not in the encoding that its mark says.
+    RequestError: a file is not in the encoding of its mark.
   """
   marked = {x for x in directory.glob('*.json') if _has_mark(x)}
   if not marked:
@@ -106,44 +112,48 @@ def _has_mark(path) -> bool:
   if not path.is_file():
     return False
   with path.open('rb') as file:
-    return file.read(3).startswith(_MARKS)
+    return file.read(3).startswith(_BYTE_ORDER_MARKS)
 
 
-def _cached(kind: str, name: str, sources, fill) -> pathlib.Path:
-  """A directory in ~/.cache/ffp_jax, made once for files as they are now.
+def _cached(
+  kind: str,
+  name: str,
+  sources: Sequence[pathlib.Path],
+  fill: Callable[[pathlib.Path], None],
+) -> pathlib.Path:
+  """Returns a directory in ~/.cache/ffp_jax, made once per state of sources.
 
   Args:
-    kind, name: begin its path.
-    sources: the files; their paths, sizes and times of change are the key.
-    fill: makes the content, given an empty directory.
+    kind: the folder in the cache.
+    name: how the directory's own name begins.
+    sources: files whose paths, sizes and times of change are the key.
+    fill: writes the content into an empty directory.
   """
   stats = [(str(x), x.lstat().st_size, x.lstat().st_mtime_ns) for x in sources]
   cache = pathlib.Path.home() / '.cache' / 'ffp_jax' / kind
-  key = hashlib.sha256(repr((stats, _DESCRIBED)).encode()).hexdigest()[:12]
+  key = hashlib.sha256(repr((stats, _CACHE_VERSION)).encode()).hexdigest()[:12]
   out = cache / f'{name}-{key}'
   if out.exists():
     return out
   cache.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=cache, prefix='.new.') as tmp:
-    stage = pathlib.Path(tmp) / 'model'
-    stage.mkdir()
-    fill(stage)
-    try:
-      stage.rename(out)
-    except OSError:
-      if not out.exists():  # else another process was faster: fine
-        raise
+  try:
+    with staged(out) as stage:
+      stage.mkdir()
+      fill(stage)
+  except OSError:
+    if not out.exists():  # else another process was faster
+      raise
   return out
 
 
-def _describe(path: pathlib.Path, out: pathlib.Path):
-  """Writes what every command needs beside the weights."""
+def _describe(path: pathlib.Path, out: pathlib.Path) -> None:
+  """Writes config and tokenizer of the GGUF file `path` to `out`."""
   reader = gguf_model.open_file(path)
   settings = gguf_tokenizer.tokenizer_config(reader)
   gguf_tokenizer.tokenizer(reader).save(str(out / 'tokenizer.json'))
   for name, content in (
     ('config.json', gguf_model.hf_config(reader)),
-    # The mark is for tokenization.load.
+    # `tokenization.load_tokenizer` looks for this key.
     ('tokenizer_config.json', settings | {'ffp_jax': 'gguf'}),
     (gguf_tokenizer.SCORES, gguf_tokenizer.scores(reader)),
   ):
@@ -152,18 +162,18 @@ def _describe(path: pathlib.Path, out: pathlib.Path):
 
 
 def _download_snapshot(name: str, revision: str | None) -> pathlib.Path:
-  """The snapshot of a hub id, one weight format of it.
+  """Downloads the snapshot of a hub id, with weights in one format.
 
-  Without a connection, what an earlier run has fetched.
+  Without a connection, it is the snapshot that an earlier run has downloaded.
   """
   at = f'{name!r}' + (f' at revision {revision!r}' if revision else '')
   try:
     try:
       listed = huggingface_hub.list_repo_files(name, revision=revision)
-    except errors.HfHubHTTPError:  # the hub's own answer
+    except errors.HfHubHTTPError:  # an answer of the hub
       raise
-    except (ConnectionError, errors.HTTPError):  # none; offline mode too
-      wanted, cached = list(_PLAIN), True
+    except (ConnectionError, errors.HTTPError):  # no answer, or offline mode
+      wanted, cached = list(_NOT_WEIGHTS), True
     else:
       wanted, cached = _wanted(listed, at), False
     return pathlib.Path(
@@ -181,13 +191,15 @@ def _download_snapshot(name: str, revision: str | None) -> pathlib.Path:
 
 
 def _wanted(listed: list[str], at: str) -> list[str]:
-  """Config and tokenizer files, and the weights that will be read of them."""
+  """Returns the files to download: config, tokenizer and preferred weights."""
   for name in stored.formats():
     stem, suffix = name.rsplit('.', 1)
     shards = fnmatch.filter(listed, f'{stem}-*-of-*.{suffix}')
     if weights := [name] if name in listed else shards:
-      plain = {x for pattern in _PLAIN for x in fnmatch.filter(listed, pattern)}
-      return sorted(x for x in {*plain, *weights} if '/' not in x)
+      others = {
+        x for glob in _NOT_WEIGHTS for x in fnmatch.filter(listed, glob)
+      }
+      return sorted(x for x in {*others, *weights} if '/' not in x)
   raise RequestError(
     f'model: {at} holds none of {", ".join(stored.FORMATS)}; '
     'give another model, or download a .gguf and give its path'
@@ -195,7 +207,7 @@ def _wanted(listed: list[str], at: str) -> list[str]:
 
 
 def _explain_error(error: Exception) -> str:
-  """What is wrong with a hub id and what to do, in half a line."""
+  """Returns what is wrong with a hub id and what to do, in half a line."""
   match error:
     case errors.GatedRepoError():
       return (

@@ -7,21 +7,21 @@ import pathlib
 from ffp_jax.checkpoints import directory as directories
 from ffp_jax.checkpoints.stored import FORMATS
 from ffp_jax.errors import RequestError
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.families import EMBED, FAMILIES, HEAD_NAME
 from ffp_jax.models.json_fields import Fields
 
 
 def read_config_json(directory: pathlib.Path) -> dict:
-  """config.json of a model directory that can be read on.
+  """Returns the config.json of a model directory, if it is supported.
 
   Raises:
-    RequestError: it is missing, no JSON object, of a family we don't know,
+    RequestError: it is missing, not a JSON object, of an unsupported family,
       or of a quantised model.
   """
   path = directory / 'config.json'
   try:
-    hf = json.loads(path.read_bytes())  # which sees to a byte-order mark
+    hf = json.loads(path.read_bytes())  # bytes may begin with a mark
   except FileNotFoundError as error:
     if (directory / 'adapter_config.json').exists():
       raise RequestError(
@@ -39,12 +39,12 @@ def read_config_json(directory: pathlib.Path) -> dict:
     raise RequestError(
       f'{path}: model_type {family!r} is not supported; use one of {known}'
     )
-  _refuse_stored_otherwise(path, hf)
+  _check_plain_weights(path, hf)
   return {key: hf[key] for key in hf if key != 'quantization_config'}
 
 
-def _refuse_stored_otherwise(path, hf):
-  """Refuses weights that are not stored as they are, in the usual files."""
+def _check_plain_weights(path, hf):
+  """Refuses weights that are quantised, compressed or in unusual files."""
   if hf.get('transformers_weights'):
     raise RequestError(
       f'{path}: transformers_weights names {hf["transformers_weights"]!r}; '
@@ -66,7 +66,7 @@ def _refuse_stored_otherwise(path, hf):
 
 
 def _dense(scheme) -> bool:
-  """Whether compressed-tensors stores plain weights, as of sparse models."""
+  """Returns whether compressed-tensors stores plain weights with a scheme."""
   return (
     isinstance(scheme, dict)
     and scheme.get('format') == 'dense'
@@ -76,21 +76,20 @@ def _dense(scheme) -> bool:
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
-  """The decoder's config of a dense or sliced model directory.
+  """Returns the decoder's config of a dense or sliced model directory.
 
-  `tied` is what the weights say, where there are any; whatever is written
-  says it after them.
+  `tied` goes by the weights, if there are any, see `directory.is_tied`.
 
   Raises:
     RequestError: config.json is missing, broken, incomplete or unsupported;
-      or says that weights are tied, and they can't be opened.
+      or it says that embeddings are tied, and the weights can't be opened.
   """
   hf = read_config_json(directory)
   family = FAMILIES[hf['model_type']]
-  fields = Fields(str(directory / 'config.json'), family.absent | hf)
+  fields = Fields(str(directory / 'config.json'), family.defaults | hf)
   config = family.config(fields)
   if config.tied:
-    embed = family.names[1]['/'.join(EMBED)].name
+    embed = family.names.outside['/'.join(EMBED)].name
     tied = directories.is_tied(directory, embed, HEAD_NAME)
     config = dataclasses.replace(config, tied=tied)
   if 'ffp_jax' not in hf:

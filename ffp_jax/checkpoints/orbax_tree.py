@@ -12,25 +12,26 @@ FOLDER = 'params'
 
 
 def is_orbax(directory: pathlib.Path) -> bool:
+  """Returns whether a model directory has an orbax checkpoint."""
   return (directory / FOLDER).is_dir()
 
 
 def read_params(directory: pathlib.Path) -> dict:
-  """The nested dict of NumPy arrays, whole in memory.
+  """Reads the parameters, a nested dict of NumPy arrays.
 
   Raises:
-    RequestError: damaged.
+    RequestError: the checkpoint is damaged.
   """
   path = (directory / FOLDER).resolve()
   try:
     with ocp.StandardCheckpointer() as reader:
       return jax.tree.map(np.asarray, reader.restore(path))
-  except Exception as error:  # of many kinds, one a file and a fault
+  except Exception as error:  # the class depends on the file and the fault
     raise damaged_file_error(path, str(error)[:200]) from error
 
 
-def write_params(params, directory: pathlib.Path):
-  """Saves a nested dict of arrays; for `StandardCheckpointer.restore`."""
+def write_params(params: dict, directory: pathlib.Path) -> None:
+  """Writes parameters so that `StandardCheckpointer.restore` reads them."""
   with ocp.StandardCheckpointer() as writer:
     writer.save(
       (directory / FOLDER).resolve(), jax.tree.map(np.asarray, params)

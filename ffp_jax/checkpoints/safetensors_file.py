@@ -1,4 +1,4 @@
-"""The tensors of a .safetensors file."""
+"""Lazy access to the tensors of a .safetensors file."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from ffp_jax.checkpoints.stored import (
   damaged_file_error,
   mapped_reader,
   numpy_dtype,
+  refuse_to_read,
   reject_duplicate_keys,
 )
 
@@ -23,7 +24,7 @@ _DTYPES = {
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
-  """Name to tensor, nothing read.
+  """Returns the tensors by name, without reading them.
 
   Raises:
     RequestError: the file is truncated or damaged.
@@ -45,11 +46,12 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _tensor(path, start, entry) -> Stored:
+  """Describes the tensor of a header's entry; its data begin at `start`."""
   shape, dtype = tuple(entry['shape']), entry['dtype']
   if dtype not in _DTYPES or not math.prod(shape):
-    return Stored(shape, dtype, None)
+    return Stored(shape, dtype, refuse_to_read)
   dtype = _DTYPES[dtype]
-  at = start + entry['data_offsets'][0]
+  offset = start + entry['data_offsets'][0]
   return Stored(
-    shape, dtype, mapped_reader(path, at, numpy_dtype(dtype), shape)
+    shape, dtype, mapped_reader(path, offset, numpy_dtype(dtype), shape)
   )

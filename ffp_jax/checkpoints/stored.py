@@ -1,10 +1,10 @@
-"""A checkpoint as a mapping: tensor name to where and how to read it."""
+"""A checkpoint as a mapping from names to tensors that are read on demand."""
 
 import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -13,54 +13,63 @@ import numpy as np
 from ffp_jax.errors import RequestError
 
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
-# Whole weight files, the first that is there is read; sharded, they have an
-# index of the same name.
+# Names of whole weight files in order of preference; the index of shards has
+# the same name with '.index.json' after it.
 FORMATS = ('model.safetensors', 'pytorch_model.bin', 'flax_model.msgpack')
 _POINTER = b'version https://git-lfs'
 _PIECE = 1 << 20  # numbers compared at once
 
 
 def formats() -> tuple[str, ...]:
-  """FORMATS in the order in which they can be read here."""
+  """Returns FORMATS, those that need a missing library last."""
   best, torch, flax = FORMATS
   installed = importlib.util.find_spec('torch') is not None
   return FORMATS if installed else (best, flax, torch)
 
 
 class Stored(NamedTuple):
-  """A tensor in a file, not read yet."""
+  """Describes a tensor in a file, and how to read it."""
 
   shape: tuple[int, ...]
-  dtype: str  # one of FLOATS, or the file's own name of what can't be read
-  # (one slice with start and stop an axis) -> that part of the tensor
+  dtype: str  # one of FLOATS, or the file's name of a type that is not read
+  # Returns a part of the tensor, given one slice per axis with start and stop.
   read: Callable[[tuple[slice, ...]], np.ndarray]
-  outer: int = 0  # the axis that is outermost in the file
+  outer_axis: int = 0  # the axis that varies slowest in the file
+
+
+def refuse_to_read(index: tuple[slice, ...]) -> np.ndarray:
+  """Stands in for `Stored.read` of a tensor whose dtype is not in FLOATS."""
+  raise TypeError(f'a tensor that is no float has no part {index}')
 
 
 def numpy_dtype(name: str) -> np.dtype:
-  """The numpy dtype of one of FLOATS."""
+  """Returns the NumPy dtype of one of FLOATS."""
   return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def lookup(where: dict[str, Stored], name: str) -> Stored | None:
-  """A tensor by the name that it has in a whole model.
+def lookup(tensors: Mapping[str, Stored], name: str) -> Stored | None:
+  """Finds a tensor by the name that it has in a whole model.
 
-  As in transformers, a checkpoint may lack the first 'model.' of names, as
-  that of a bare decoder does, or have one more.
+  As in transformers, names in a checkpoint may lack their first 'model.', as
+  those of a bare decoder do, or have one more.
+
+  Args:
+    tensors: of the checkpoint, by name.
+    name: Hugging Face name.
   """
   names = name, name.removeprefix('model.'), f'model.{name}'
-  return next((where[x] for x in names if x in where), None)
+  return next((tensors[x] for x in names if x in tensors), None)
 
 
 def equal(a: Stored, b: Stored) -> bool:
-  """Whether two matrices hold the same numbers, read piece by piece."""
+  """Returns whether two matrices hold the same numbers, reading in pieces."""
   if a.shape != b.shape or not {a.dtype, b.dtype} <= {*FLOATS}:
     return False
   rows = max(1, _PIECE // max(1, math.prod(a.shape[1:])))
   rest = tuple(slice(0, n) for n in a.shape[1:])
   pieces = (
-    (slice(at, min(at + rows, a.shape[0])), *rest)
-    for at in range(0, a.shape[0], rows)
+    (slice(start, min(start + rows, a.shape[0])), *rest)
+    for start in range(0, a.shape[0], rows)
   )
   return all(
     np.array_equal(a.read(x).astype(np.float64), b.read(x).astype(np.float64))
@@ -69,16 +78,24 @@ def equal(a: Stored, b: Stored) -> bool:
 
 
 def some(names: list[str]) -> str:
-  """A list of names for a message, cut where it gets long."""
+  """Returns names with commas between them, the fifth and later as a count."""
   more = [f'{len(names) - 4} more'] if len(names) > 4 else []
   return ', '.join(names[:4] + more)
 
 
-def mapped_reader(path: pathlib.Path, offset: int, dtype, shape):
-  """A `read` of an array that lies in a file as it is, in C order.
+def mapped_reader(
+  path: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+  """Returns the `Stored.read` of an array that is stored in C order.
 
-  The file is mapped anew for every read, so that a page that was read does
-  not stay in memory for as long as the model loads.
+  The file is mapped anew for every read, so that pages that were read do not
+  stay in memory while the rest of the model is loaded.
+
+  Args:
+    path: of the file.
+    offset: of the array in bytes.
+    dtype: of the array.
+    shape: of the array.
   """
 
   def read(index):
@@ -87,8 +104,10 @@ def mapped_reader(path: pathlib.Path, offset: int, dtype, shape):
   return read
 
 
-def damaged_file_error(path: pathlib.Path, problem) -> RequestError:
-  """The error of a file that is damaged."""
+def damaged_file_error(
+  path: pathlib.Path, problem: str | Exception
+) -> RequestError:
+  """Returns the error for a file that is damaged, or a pointer of Git LFS."""
   if path.is_file():
     with path.open('rb') as file:
       if file.read(len(_POINTER)) == _POINTER:
@@ -98,7 +117,11 @@ def damaged_file_error(path: pathlib.Path, problem) -> RequestError:
 
 
 def reject_duplicate_keys(pairs: list[tuple]) -> dict:
-  """A JSON object; refuses a key that is there twice."""
+  """Returns a JSON object, for `object_pairs_hook` of `json.loads`.
+
+  Raises:
+    ValueError: a key occurs twice.
+  """
   found = dict(pairs)
   if len(found) < len(pairs):
     keys = [key for key, _ in pairs]
@@ -108,7 +131,7 @@ def reject_duplicate_keys(pairs: list[tuple]) -> dict:
 
 
 def weight_files(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """The files of one format: `name`, else the shards that its index names.
+  """Returns the files of one format: `name`, or the shards of its index.
 
   Raises:
     RequestError: the index is broken, or names a file outside `directory` or
@@ -132,7 +155,7 @@ def weight_files(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def _shard(directory, name, index) -> pathlib.Path:
-  """A shard's path; as any file here, it may link to where it will."""
+  """Returns a shard's path, which may be a link, but must be in `directory`."""
   parts = pathlib.PurePath(name).parts if isinstance(name, str) else ()
   if not parts or '..' in parts or pathlib.PurePath(name).is_absolute():
     raise RequestError(

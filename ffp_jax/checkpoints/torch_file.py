@@ -1,4 +1,4 @@
-"""The tensors of a pytorch_model.bin, where PyTorch is installed."""
+"""Lazy access to the tensors of a pytorch_model.bin, which needs PyTorch."""
 
 import functools
 import pathlib
@@ -12,11 +12,11 @@ from ffp_jax.errors import RequestError
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
-  """Name to tensor, nothing read; never runs code that is in the file.
+  """Returns the tensors by name; never runs code that is in the file.
 
   Raises:
-    RequestError: there is no PyTorch, or the file is damaged or holds more
-      than tensors.
+    RequestError: PyTorch is not installed, or the file is damaged or holds
+      more than tensors.
   """
   try:
     import torch
@@ -30,9 +30,9 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
   )
   try:
     if _zipped(path):
-      # A map that is opened anew for every read lets go of the pages read.
+      # Mapping the file anew for every read frees the pages that were read.
       load = functools.partial(load, mmap=True)
-    else:  # before PyTorch 1.6; there is no part of it to be had
+    else:  # before PyTorch 1.6; can only be read whole
       load = functools.cache(load)
     state = load()
   except (pickle.UnpicklingError, RuntimeError) as error:
@@ -54,10 +54,10 @@ def open_tensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _zipped(path) -> bool:
-  """Whether a file is of today's format, and not of those before.
+  """Returns whether a file is of PyTorch's zip format, not of an older one.
 
   Raises:
-    ValueError: it is of none.
+    ValueError: it is of neither.
   """
   with path.open('rb') as file:
     head = file.read(64)
@@ -70,7 +70,7 @@ def _zipped(path) -> bool:
 
 
 def _unsafe(path, problem: str) -> RequestError:
-  """The error of a file that is only read by running code that is in it."""
+  """Returns the error for a file that can only be read by running its code."""
   if '.tar' in problem:
     kind = "is of PyTorch's oldest format (tar)"
   elif 'TorchScript' in problem:
@@ -85,7 +85,7 @@ def _unsafe(path, problem: str) -> RequestError:
 
 
 def _check(path, state, kind):
-  """Refuses what is no mapping from names to tensors."""
+  """Refuses everything but a mapping from names to tensors."""
   if not isinstance(state, dict):
     raise RequestError(
       f'{path}: holds a {type(state).__name__}, not a mapping from names to '
@@ -111,6 +111,6 @@ def _read(load, name, index) -> np.ndarray:
 
   part = load()[name][index]
   dtype = numpy_dtype(str(part.dtype).removeprefix('torch.'))
-  # As bits, because PyTorch hands numpy no bfloat16.
+  # Passes the bits as integers, because PyTorch converts no bfloat16 to NumPy.
   bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
   return part.view(bits).numpy().view(dtype)

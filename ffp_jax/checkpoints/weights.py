@@ -1,9 +1,9 @@
-"""Checkpoint files to the decoder's parameters, and back."""
+"""Conversion of checkpoint files to the decoder's parameters, and back."""
 
 import collections
-import itertools
 import math
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import flax.traverse_util
 import jax
@@ -11,18 +11,16 @@ import numpy as np
 import safetensors.numpy
 
 from ffp_jax.checkpoints import directory as directories
-from ffp_jax.checkpoints import model_config, orbax_tree, stored
+from ffp_jax.checkpoints import model_config, orbax_tree, shards, stored
 from ffp_jax.checkpoints.stored import Stored
 from ffp_jax.errors import RequestError
 from ffp_jax.models import families
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.config import ModelConfig
 from ffp_jax.runtime import sharding
-
-_PIECE = 1 << 20  # numbers read at once: little memory, near the cache
 
 
 def _from_orbax(directory, config, family) -> dict[str, Stored]:
-  """Name to tensor of an orbax checkpoint, read whole."""
+  """Returns the tensors of an orbax checkpoint by name; reads all of them."""
   params = orbax_tree.read_params(directory)
   try:
     return {
@@ -35,17 +33,24 @@ def _from_orbax(directory, config, family) -> dict[str, Stored]:
     ) from error
 
 
-def _checked(where, wanted, tied, directory) -> dict[str, Stored]:
-  """The tensors that are wanted, under the names they are wanted by."""
+def _checked(tensors, wanted, tied, directory) -> dict[str, Stored]:
+  """Returns the tensors that the decoder needs, and checks shape and dtype.
+
+  Args:
+    tensors: of the checkpoint, by the names that they have in it.
+    wanted: as `families.list_tensors` yields them.
+    tied: whether the head is the embedding, so that either will do.
+    directory: for messages.
+  """
   found = {}
   for tensor, path, _, shape in wanted:
     name = tensor.name
-    value = stored.lookup(where, name)
+    value = stored.lookup(tensors, name)
     if value is None and tied and path == families.EMBED:
-      value = stored.lookup(where, families.HEAD_NAME)  # which is the same then
+      value = stored.lookup(tensors, families.HEAD_NAME)
     if value is None:
       raise RequestError(
-        f'{directory}: tensor {name} is missing{_advice(where, name)}'
+        f'{directory}: tensor {name} is missing{_missing_advice(tensors, name)}'
       )
     expected = families.stored_shape(tensor, shape)
     if value.shape != expected:
@@ -63,18 +68,18 @@ def _checked(where, wanted, tied, directory) -> dict[str, Stored]:
   return found
 
 
-def _advice(where, name: str) -> str:
-  """Why a tensor may be missing, and what helps, as the end of a line."""
-  if any('.lora_' in x or '.base_layer.' in x for x in where):
+def _missing_advice(tensors, name: str) -> str:
+  """Returns why a tensor may be missing and what helps, to end a message."""
+  if any('.lora_' in x or '.base_layer.' in x for x in tensors):
     return '; merge the adapter into the model first (PEFT: merge_and_unload)'
   stem = name.removesuffix('weight')
-  if parts := [x for x in where if x.startswith(stem) and x != f'{stem}bias']:
+  if parts := [x for x in tensors if x.startswith(stem) and x != f'{stem}bias']:
     return (
       f', but there is {stored.some(parts)}: the weights are quantised or '
       'compressed; use the model they were made from'
     )
   inner = name.removeprefix('model.')
-  if other := next((x for x in where if x.endswith(f'.{inner}')), None):
+  if other := next((x for x in tensors if x.endswith(f'.{inner}')), None):
     prefix = other.removesuffix(inner).removesuffix('model.')
     return (
       f', but there is {other}: every name starts with {prefix!r}, as a '
@@ -89,54 +94,66 @@ def _advice(where, name: str) -> str:
   return '; use a checkpoint that goes with config.json'
 
 
-def check_files(directory: pathlib.Path, config: ModelConfig, dtype):
-  """Opens a model's weights and compares names and shapes, reading none.
+def check_files(
+  directory: pathlib.Path, config: ModelConfig, dtype: np.dtype
+) -> tuple[dict[str, Stored], list[tuple]]:
+  """Opens a model's weights and checks names and shapes, without reading them.
+
+  Args:
+    directory: of the model.
+    config: of its decoder.
+    dtype: any; it changes nothing here.
 
   Returns:
-    (name to `Stored` of each tensor that `families.list_tensors` yields, what
-    that yields).
+    (tensors by Hugging Face name, what `families.list_tensors` yields).
 
   Raises:
-    RequestError: a file or tensor is missing, damaged, twice there, of a
-      wrong shape or of a type that is no float; or an index leads outside.
+    RequestError: a file or tensor is missing, damaged, duplicate, of a wrong
+      shape or not of a float type; or an index names a file outside.
   """
   family = model_config.read_config_json(directory)['model_type']
   checkpoint = directories.find_checkpoint(directory)
   if checkpoint is None:
     raise directories.missing_error(directory)
   if checkpoint.kind == 'orbax':
-    where = _from_orbax(directory, config, family)
+    tensors = _from_orbax(directory, config, family)
   else:
-    where = directories.open_tensors(checkpoint)
+    tensors = directories.open_tensors(checkpoint)
   wanted = list(families.list_tensors(config, family, dtype))
-  return _checked(where, wanted, config.tied, directory), wanted
+  return _checked(tensors, wanted, config.tied, directory), wanted
 
 
-def main_dtype(where: dict[str, Stored], wanted) -> np.dtype:
-  """The dtype of most numbers of a checkpoint; takes `check_files`' return.
+def main_dtype(tensors: dict[str, Stored], wanted: Iterable[tuple]) -> np.dtype:
+  """Returns the dtype that most numbers of a checkpoint have.
 
-  Float64 counts as float32, which is the most that JAX computes in here.
+  float64 is returned as float32, the widest type that JAX computes in here.
+
+  Args:
+    tensors, wanted: from `check_files`.
   """
   numbers = collections.Counter()
   for tensor, *_ in wanted:
-    found = where[tensor.name]
+    found = tensors[tensor.name]
     numbers[found.dtype] += math.prod(found.shape)
   name = numbers.most_common(1)[0][0]
   return stored.numpy_dtype('float32' if name == 'float64' else name)
 
 
 def load_params(
-  directory: pathlib.Path, config: ModelConfig, dtype, shardings=None
+  directory: pathlib.Path,
+  config: ModelConfig,
+  dtype: np.dtype,
+  shardings: dict | None = None,
 ) -> dict:
-  """The decoder's parameters, each shard read straight into place.
+  """Reads the decoder's parameters, each shard straight into place.
 
-  Only what the devices of this process need is read, and beside it some
-  megabytes of the file at a time. On CPU the arrays are the memory that was
-  read into, not a copy.
+  Reads only what the devices of this process need, and needs only some
+  megabytes of memory beside the parameters. On CPU the arrays own the memory
+  that was read into, without a copy.
 
   Args:
-    directory: a model directory in one of the formats above, or GGUF.
-    config: from `model_config`.
+    directory: of the model, in any format.
+    config: from `model_config.read_model_config`.
     dtype: of the parameters.
     shardings: pytree like the parameters of `jax.sharding.Sharding`; None
       for those of `sharding.param_shardings` on the mesh that is set.
@@ -145,10 +162,10 @@ def load_params(
     The nested 'params' dict of jax arrays.
 
   Raises:
-    RequestError: see `check_files`, found before any tensor is read; or a
-      tensor holds what is not finite, found as it is read.
+    RequestError: see `check_files`, before any tensor is read; or a tensor
+      has a value that is not finite, as it is read.
   """
-  where, wanted = check_files(directory, config, dtype)
+  tensors, wanted = check_files(directory, config, dtype)
   shapes = families.param_shapes(config, dtype)
   shardings = flax.traverse_util.flatten_dict(
     shardings or sharding.param_shardings(shapes)
@@ -159,123 +176,25 @@ def load_params(
     parts[path][i] = tensor, shape
   flat = {}
   for path, spec in specs.items():
-    read = _reader(where, parts[path], spec, directory)
+    read = shards.shard_reader(tensors, parts[path], spec, directory)
     flat[path] = jax.make_array_from_callback(
       spec.shape, shardings[path], read, dtype=spec.dtype
     )
   return flax.traverse_util.unflatten_dict(flat)
 
 
-def _reader(where, parts, spec, directory):
-  """Function from a shard's index to its numbers.
+def named_tensors(
+  params: dict, config: ModelConfig, family: str
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Converts parameters to the tensors of a Hugging Face checkpoint.
 
   Args:
-    where: name to `Stored`.
-    parts: layer, or None where there is only one, to (Tensor, shape).
-    spec: shape and dtype of the whole parameter.
-    directory: for messages.
-  """
-  shards = {}  # copies of a shard, on several devices, are read once
-
-  def read(index):
-    bounds = tuple(
-      x.indices(n)[:2] for x, n in zip(index, spec.shape, strict=True)
-    )
-    if bounds in shards:
-      return shards[bounds]
-    out = _aligned([stop - start for start, stop in bounds], spec.dtype)
-    if None in parts:
-      _fill(out, where, *parts[None], bounds, directory)
-    else:
-      for row, layer in zip(out, range(*bounds[0]), strict=True):
-        _fill(row, where, *parts[layer], bounds[1:], directory)
-    shards[bounds] = out
-    return out
-
-  return read
-
-
-def _aligned(shape, dtype) -> np.ndarray:
-  """An empty array where XLA wants its own, so that it takes it uncopied."""
-  size = math.prod(shape) * dtype.itemsize
-  memory = np.empty(size + 63, np.uint8)
-  start = -memory.ctypes.data % 64
-  return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _axes(tensor: families.Tensor, ndim: int, stored_ndim: int) -> list[tuple]:
-  """The axes of a parameter that make up each axis of the stored tensor."""
-  if stored_ndim == 1:
-    return [tuple(range(ndim))]
-  if not tensor.inputs:
-    return [(axis,) for axis in range(ndim)]
-  split = ndim - 1 if tensor.inputs == 3 else tensor.inputs
-  return [tuple(range(split, ndim)), tuple(range(split))]
-
-
-def _fill(out, where, tensor, shape, bounds, directory):
-  """Reads one tensor's part of a parameter into `out`, piece by piece.
-
-  Args:
-    out: view to write.
-    where: name to `Stored`.
-    tensor, shape: which, and its whole shape here.
-    bounds: (start, stop) of the part, an axis of `shape`.
-    directory: for messages.
-  """
-  source = where[tensor.name]
-  axes = _axes(tensor, len(shape), len(source.shape))
-  lead = _lead(axes[source.outer], shape)
-  start, stop = bounds[lead]
-  step = max(1, _PIECE * (stop - start) // max(1, out.size))
-  for at in range(start, stop, step):
-    end = min(at + step, stop)
-    piece = (*bounds[:lead], (at, end), *bounds[lead + 1 :])
-    target = (slice(None),) * lead + (slice(at - start, end - start),)
-    try:
-      with np.errstate(over='ignore'):
-        value = _piece(source, axes, shape, piece).astype(out.dtype)
-    except (OSError, ValueError) as error:  # the file changed meanwhile
-      raise stored.damaged_file_error(
-        directory, f'{tensor.name}: {error}'
-      ) from error
-    if not np.isfinite(value).all():
-      raise RequestError(
-        f'{directory}: tensor {tensor.name} holds NaN, or more than '
-        f'{out.dtype.name} can hold; use another checkpoint or dtype'
-      )
-    out[target] = value
-
-
-def _lead(axes, shape) -> int:
-  """The first of these axes that isn't of size 1."""
-  return next((axis for axis in axes if shape[axis] > 1), axes[0])
-
-
-def _piece(source, axes, shape, bounds) -> np.ndarray:
-  """Part of a tensor, axes in our order, as little read as can be.
-
-  Of several axes that are one axis in the file, the first is cut as the file
-  is read and the others thereafter.
-  """
-  index, sizes, inner = [], [], []
-  for group in axes:
-    lead = _lead(group, shape)
-    row = math.prod(shape[lead + 1 : group[-1] + 1])
-    index.append(slice(bounds[lead][0] * row, bounds[lead][1] * row))
-    for axis in group:
-      first, last = bounds[axis]
-      sizes.append(last - first if axis == lead else shape[axis])
-      inner.append(slice(None) if axis == lead else slice(first, last))
-  value = source.read(tuple(index)).reshape(sizes)[tuple(inner)]
-  return value.transpose(np.argsort(list(itertools.chain(*axes))))
-
-
-def named_tensors(params, config: ModelConfig, family: str):
-  """The tensors of a checkpoint, under their HF names and in their shapes.
+    params: of the decoder.
+    config: of the decoder.
+    family: `model_type` of config.json.
 
   Yields:
-    (name, NumPy array, not contiguous where it is a transposed view).
+    (Hugging Face name, array, not contiguous if it is a transposed view).
   """
   flat = flax.traverse_util.flatten_dict(params)
   dtype = next(iter(flat.values())).dtype
@@ -287,19 +206,23 @@ def named_tensors(params, config: ModelConfig, family: str):
 
 
 def save_params(
-  params, directory: pathlib.Path, config, family: str, dtype=None
+  params: dict,
+  directory: pathlib.Path,
+  config: ModelConfig,
+  family: str,
+  dtype: np.dtype | None = None,
 ) -> int:
-  """Writes parameters as one model.safetensors under their HF names.
+  """Writes parameters as one model.safetensors with Hugging Face names.
 
   Args:
-    params: the decoder's.
-    directory: where.
-    config: its `ModelConfig`.
+    params: of the decoder.
+    directory: to write to.
+    config: of the decoder.
     family: `model_type` of config.json.
-    dtype: to write in, None for theirs.
+    dtype: to write; None for that of the parameters.
 
   Returns:
-    Bytes written.
+    The bytes written.
   """
   tensors = named_tensors(params, config, family)
   if dtype:
@@ -307,14 +230,16 @@ def save_params(
   return save_tensors(tensors, directory)
 
 
-def save_tensors(tensors, directory: pathlib.Path) -> int:
-  """Writes (HF name, array) pairs as one model.safetensors.
+def save_tensors(
+  tensors: Iterable[tuple[str, np.ndarray]], directory: pathlib.Path
+) -> int:
+  """Writes pairs of Hugging Face name and array as one model.safetensors.
 
   Returns:
-    Bytes written.
+    The bytes written.
   """
   out = {name: np.ascontiguousarray(value) for name, value in tensors}
   path = directory / stored.FORMATS[0]
   safetensors.numpy.save_file(out, path, metadata={'format': 'pt'})
-  path.chmod(0o644)  # safetensors makes it its owner's alone
+  path.chmod(0o644)  # safetensors makes it readable by its owner only
   return path.stat().st_size

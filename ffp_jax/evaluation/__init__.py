@@ -1,1 +1,1 @@
-"""What a model is worth: losses, protocols, tasks."""
+"""Losses, perplexity protocols and benchmark tasks."""

@@ -1,7 +1,7 @@
-"""Tasks of the LM Evaluation Harness (lm_eval), answered in JAX.
+"""Answers tasks of the LM Evaluation Harness (lm_eval) with a JAX decoder.
 
-What a request means is the harness's own; here its texts become tokens, and
-those a handful of padded shapes.
+The harness defines the meaning of a request. Here the texts of requests are
+tokenised and put into batches of a few padded shapes.
 """
 
 import contextlib
@@ -9,50 +9,54 @@ import itertools
 import os
 import random
 import sys
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import lm_eval.tasks
 import lm_eval.utils
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as harness
+from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
-from ffp_jax.evaluation import likelihood
+from ffp_jax.evaluation import batches, likelihood
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import ModelConfig
 
 HARNESS = f'lm_eval {lm_eval.__version__}'
 _RESAMPLES = 1000  # for standard errors without a formula
-_NEW_TOKENS = 256  # of a task that doesn't say, as for the harness's models
-# What it seeds with, so that its examples and shots are the same ones here.
+_NEW_TOKENS = 256  # for tasks without a number, as in the harness's own models
+# The harness's own seeds, so that examples and shots are the same ones here.
 _SEED, _NUMPY_SEED = 0, 1234
 _DECODING = {'do_sample', 'temperature'}
-_SAMPLING = {'top_k', 'top_p'}  # of no account for the likeliest token
+_SAMPLING = {'top_k', 'top_p'}  # without effect on greedy decoding
 
 
-def load_tasks(names: list[str], tokenizer, fewshot: int | None = None) -> dict:
-  """The tasks of these names, with their examples.
+def load_tasks(
+  names: list[str], tokenizer: Any, fewshot: int | None = None
+) -> TaskDict:
+  """Loads tasks with their examples.
 
   Args:
     names: of tasks, groups or tags, or paths of .yaml files.
-    tokenizer: of the model that will be asked.
+    tokenizer: transformers tokenizer of the model to evaluate.
     fewshot: examples in each prompt, for tasks that allow it; None for the
       tasks' own number.
 
   Raises:
-    RequestError: there is no such task, its examples can't be fetched, or
-      the tokenizer has no EOS.
+    RequestError: a task does not exist, its examples cannot be fetched, or the
+      tokenizer has no EOS.
   """
   if tokenizer.eos_token_id is None:
     raise RequestError('tasks: the tokenizer has no end-of-sequence token')
   random.seed(_SEED)
   np.random.seed(_NUMPY_SEED)
-  # The harness's own tasks are thousands of files to look through.
-  own = not all(name.endswith('.yaml') for name in names)
+  # The harness's own tasks are thousands of files, which take long to index.
+  index_own = not all(name.endswith('.yaml') for name in names)
   try:
-    loaded = lm_eval.tasks.TaskManager(include_defaults=own).load(names)
+    loaded = lm_eval.tasks.TaskManager(include_defaults=index_own).load(names)
   except Exception as error:  # of many kinds: files, formats, the network
     raise RequestError(
       f'tasks: cannot load {",".join(names)} '
@@ -60,36 +64,38 @@ def load_tasks(names: list[str], tokenizer, fewshot: int | None = None) -> dict:
     ) from error
   for task in loaded['tasks'].values():
     shots = task.get_config('num_fewshot')
-    if fewshot is not None and shots != 0:  # a 0 of the task's own stands
+    if fewshot is not None and shots != 0:  # 0 is the task's choice
       shots = fewshot
     task.set_config(key='num_fewshot', value=shots or 0)
     task.set_fewshot_seed(seed=_NUMPY_SEED)
   return loaded
 
 
-def score_tasks(model: TemplateLM, loaded: dict, limit: int | None) -> dict:
-  """Every task's and group's figures.
+def score_tasks(
+  model: TemplateLM, loaded: TaskDict, limit: int | None
+) -> dict[str, dict]:
+  """Scores a model on tasks.
 
   Args:
     model: such as `JaxLM`.
-    loaded: from `load`.
-    limit: only the first so many examples of each task, None for all.
+    loaded: from `load_tasks`.
+    limit: number of examples of each task, from the first on; None for all.
 
   Returns:
-    dict from task to its metrics with standard errors, `examples`,
-    `fewshot` and `version`.
+    dict from each task and group to its metrics with standard errors,
+    `examples`, `fewshot` and `version`.
   """
-  # It would resample in forks, which the threads of JAX may not survive.
+  # The harness would resample in forked processes, and JAX has threads.
   os.environ['DISABLE_MULTIPROC'] = '1'
   with contextlib.redirect_stdout(sys.stderr):
-    found = lm_eval.evaluate(
+    scores = lm_eval.evaluate(
       model,
       loaded,
       limit=limit,
       log_samples=False,
       bootstrap_iters=_RESAMPLES,
     )
-  counts = found['n-samples']
+  counts = scores['n-samples']
   return {
     name: {
       key.removesuffix(',none').replace('_stderr,none', '_stderr'): value
@@ -98,64 +104,30 @@ def score_tasks(model: TemplateLM, loaded: dict, limit: int | None) -> dict:
     }
     | {
       'examples': counts[name]['effective'] if name in counts else None,
-      'fewshot': found['n-shot'].get(name),
-      'version': found['versions'].get(name),
+      'fewshot': scores['n-shot'].get(name),
+      'version': scores['versions'].get(name),
     }
-    for name, figures in found['results'].items()
+    for name, figures in scores['results'].items()
   }
 
 
-class Batch(NamedTuple):
-  """Requests that are computed together."""
+class JaxLM(TemplateLM):
+  """A decoder, dense or sliced, behind lm_eval's interface of a model.
 
-  index: list[int]  # of the requests
-  tokens: np.ndarray  # int32 [B,T]; the last rows may be of no request
-  real: np.ndarray  # int32 [B], tokens that are no padding, 1 or more
-
-
-def make_batches(
-  rows: list[list[int]], *, most: int, tokens: int, extra: int = 0
-):
-  """Rows sorted by length, longest first, and padded to few shapes.
-
-  Args:
-    rows: token ids, none empty.
-    most: tokens of the longest shape; other shapes are powers of two.
-    tokens: about so many in a batch.
-    extra: tokens that each row will grow by.
-
-  Yields:
-    `Batch`es.
+  Its methods answer lm_eval's requests in their order.
   """
 
-  def shape(length):
-    return min(most, max(likelihood.SHORTEST, 1 << (length - 1).bit_length()))
-
-  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-  for time, group in itertools.groupby(order, lambda i: shape(len(rows[i]))):
-    same, count = list(group), max(1, tokens // (time + extra))
-    for start in range(0, len(same), count):
-      index = same[start : start + count]
-      padded = np.zeros((count, time), np.int32)
-      real = np.ones(count, np.int32)
-      for row, i in enumerate(index):
-        real[row] = len(rows[i])
-        padded[row, : real[row]] = rows[i]
-      yield Batch(index, padded, real)
-
-
-class JaxLM(TemplateLM):
-  """What lm_eval asks of a model, dense or sliced."""
+  tokenizer: Any
 
   def __init__(
     self,
-    params,
+    params: dict,
     config: ModelConfig,
-    tokenizer,
+    tokenizer: Any,
     *,
-    max_length,
-    batch_tokens,
-    ends=(),
+    max_length: int,
+    batch_tokens: int,
+    ends: Iterable[int] = (),
   ):
     """Takes a loaded model.
 
@@ -164,8 +136,8 @@ class JaxLM(TemplateLM):
       config: its `ModelConfig`.
       tokenizer: of transformers, with an EOS.
       max_length: tokens of its context; longer requests lose their start.
-      batch_tokens: about so many are computed together.
-      ends: ids that end an answer, besides the tokenizer's EOS.
+      batch_tokens: approximate number of tokens that are computed together.
+      ends: token ids that end an answer, besides the tokenizer's EOS.
     """
     super().__init__()
     self._params, self._config, self.tokenizer = params, config, tokenizer
@@ -173,50 +145,59 @@ class JaxLM(TemplateLM):
     self._ends = {tokenizer.eos_token_id, *ends}
 
   @property
-  def eot_token_id(self):
+  def eot_token_id(self) -> int:
+    """The token id that ends a text."""
     return self.tokenizer.eos_token_id
 
   @property
-  def prefix_token_id(self):
+  def prefix_token_id(self) -> int:
+    """The token id that stands before a text: BOS, or EOS if there is none."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
-  def tok_encode(self, string, add_special_tokens=None, **_):
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **_
+  ) -> list[int]:
+    """Tokenises a text; None adds special tokens unless it begins with them."""
     if add_special_tokens is None:
       prefix = self.tokenizer.decode(self.prefix_token_id)
       add_special_tokens = not string.startswith(prefix)
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
-    answers = [None] * len(requests)
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_) -> list:
+    """Returns (log-likelihood, whether greedy) of tokenised continuations."""
+    answers: list = [None] * len(requests)
     bar = tqdm(total=len(requests), disable=disable_tqdm, leave=False)
-    kinds = {}
+    by_shape = {}
     for sequence in likelihood.plan_sequences(
       requests,
-      most=self.max_length,
-      tokens=self._batch_tokens,
+      max_length=self.max_length,
+      batch_tokens=self._batch_tokens,
       share=self._config.rope_scaling.kind != 'dynamic',
     ):
-      kinds.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
-    for (count, size), alike in kinds.items():
-      for batch in make_batches(
-        [sequence.prefix for sequence in alike],
-        most=self.max_length,
-        tokens=self._batch_tokens,
-        extra=count * size,
+      by_shape.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
+    for (count, size), sequences in by_shape.items():
+      for batch in batches.make_batches(
+        [sequence.prefix for sequence in sequences],
+        max_length=self.max_length,
+        batch_tokens=self._batch_tokens,
+        new_tokens=count * size,
       ):
         for i, answer in likelihood.score(
           self._params,
-          [alike[i] for i in batch.index],
+          [sequences[i] for i in batch.index],
           batch.tokens,
-          batch.real,
+          batch.lengths,
           config=self._config,
         ):
           answers[i] = answer
           bar.update()
     return answers
 
-  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+  def loglikelihood_rolling(
+    self, requests, disable_tqdm: bool = False
+  ) -> list[float]:
+    """Returns the log-likelihoods of whole texts, in nats."""
     windows, owners = [], []
     for i, request in enumerate(requests):
       for window in lm_eval.utils.get_rolling_token_windows(
@@ -233,18 +214,22 @@ class JaxLM(TemplateLM):
       totals[i] += total
     return totals
 
-  def generate_until(self, requests, disable_tqdm=False):
-    answers = [None] * len(requests)
+  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    """Returns the texts that continue prompts, up to their stops."""
+    answers: list = [None] * len(requests)
     bar = tqdm(total=len(requests), disable=disable_tqdm, leave=False)
-    kinds = {}
+    by_settings = {}
     for i, request in enumerate(requests):
-      kinds.setdefault(repr(request.args[1]), []).append(i)
-    for index in kinds.values():
-      settings = _settings(requests[index[0]].args[1], self)
-      room = self.max_length - settings.new
-      rows = [self.tok_encode(requests[i].args[0])[-room:] for i in index]
-      for batch in make_batches(
-        rows, most=room, tokens=self._batch_tokens, extra=settings.new
+      by_settings.setdefault(repr(request.args[1]), []).append(i)
+    for index in by_settings.values():
+      settings = _generation_settings(requests[index[0]].args[1], self)
+      max_prompt = self.max_length - settings.max_tokens
+      rows = [self.tok_encode(requests[i].args[0])[-max_prompt:] for i in index]
+      for batch in batches.make_batches(
+        rows,
+        max_length=max_prompt,
+        batch_tokens=self._batch_tokens,
+        new_tokens=settings.max_tokens,
       ):
         texts = self._generate(batch, settings)
         for i, text in zip(batch.index, texts, strict=True):
@@ -252,65 +237,69 @@ class JaxLM(TemplateLM):
         bar.update(len(batch.index))
     return answers
 
-  def _generate(self, batch, settings) -> list[str]:
-    """The text that follows each request, up to where it stops."""
+  def _generate(
+    self, batch: batches.Batch, settings: '_GenerationSettings'
+  ) -> list[str]:
+    """Returns the text that continues each prompt, up to its stop."""
     steps = decoding.generate_tokens(
       self._params,
       batch.tokens,
-      batch.real,
+      batch.lengths,
       config=self._config,
-      slots=batch.tokens.shape[1] + settings.new,
+      slots=batch.tokens.shape[1] + settings.max_tokens,
       temperature=settings.temperature,
     )
-    made = [[] for _ in batch.index]
-    open_rows = set(range(len(made)))
-    for chosen in itertools.islice(steps, settings.new):
-      chosen = chosen[:, 0].tolist()
-      for row in tuple(open_rows):
-        made[row].append(chosen[row])
-        text = self.tokenizer.decode(made[row])
-        if chosen[row] in self._ends or any(
-          stop and stop in text for stop in settings.until
+    generated = [[] for _ in batch.index]
+    unfinished = set(range(len(generated)))
+    for token_Bx1 in itertools.islice(steps, settings.max_tokens):
+      tokens = token_Bx1[:, 0].tolist()
+      for row in tuple(unfinished):
+        generated[row].append(tokens[row])
+        text = self.tokenizer.decode(generated[row])
+        if tokens[row] in self._ends or any(
+          stop and stop in text for stop in settings.stops
         ):
-          open_rows.remove(row)
-      if not open_rows:
+          unfinished.remove(row)
+      if not unfinished:
         break
     return [
       harness.postprocess_generated_text(
         self.tokenizer.decode(row, skip_special_tokens=True),
-        settings.until,
+        settings.stops,
         None,
       )
-      for row in made
+      for row in generated
     ]
 
 
-class _Settings(NamedTuple):
-  """How a task wants its answers."""
+class _GenerationSettings(NamedTuple):
+  """A task's settings of generation."""
 
-  until: list[str]  # what ends one, EOS included
-  new: int  # most tokens
+  stops: list[str]  # texts that end an answer, EOS included
+  max_tokens: int
   temperature: float
 
 
-def _settings(asked: dict, model: JaxLM) -> _Settings:
-  """The harness's keyword arguments of a generation.
+def _generation_settings(gen_kwargs: dict, model: JaxLM) -> _GenerationSettings:
+  """Reads the harness's keyword arguments of a generation.
 
   Raises:
-    RequestError: they ask for what isn't there.
+    RequestError: they ask for something that is not supported.
   """
-  kwargs = dict(harness.normalize_gen_kwargs(asked, _NEW_TOKENS))
+  kwargs: dict[str, Any] = dict(
+    harness.normalize_gen_kwargs(gen_kwargs, _NEW_TOKENS)
+  )
   eos = model.tokenizer.decode(model.eot_token_id)
-  until = harness.handle_stop_sequences(kwargs.pop('until'), eos)
-  new = kwargs.pop('max_gen_toks')
+  stops = harness.handle_stop_sequences(kwargs.pop('until'), eos)
+  max_tokens = kwargs.pop('max_gen_toks')
   known = _DECODING if kwargs['do_sample'] else _DECODING | _SAMPLING
   if unknown := kwargs.keys() - known:
     raise RequestError(
       f'tasks: generation by {", ".join(sorted(unknown))} is not supported'
     )
-  if new >= model.max_length:
+  if max_tokens >= model.max_length:
     raise RequestError(
-      f'tasks: {new} new tokens leave no room for a prompt in '
+      f'tasks: {max_tokens} new tokens leave no room for a prompt in '
       f'{model.max_length}'
     )
-  return _Settings(until, new, kwargs.get('temperature', 0.0))
+  return _GenerationSettings(stops, max_tokens, kwargs.get('temperature', 0.0))

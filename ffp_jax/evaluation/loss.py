@@ -1,17 +1,27 @@
-"""Next-token negative log-likelihood of a masked model, and the reward."""
+"""The next-token negative log-likelihood of a masked model."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.models.functional import make_apply
 
-def token_nll(apply, params, tokens_BxT, masks=None):
-  """Negative log-likelihood of every token but each window's first, in nats.
+
+def token_nll(
+  apply: Callable,
+  params: dict,
+  tokens_BxT: jax.Array,
+  masks: Masks | None = None,
+) -> jax.Array:
+  """Returns the loss of every token but the first of each window, in nats.
 
   Args:
     apply: (params, tokens, masks) -> float32 logits [B,T,V].
-    params: what `apply` takes.
+    params: of the decoder.
     tokens_BxT: token ids.
-    masks: `Masks` or None for the dense model.
+    masks: the units to keep, or None for the dense model.
 
   Returns:
     float32 [B,T-1].
@@ -22,6 +32,33 @@ def token_nll(apply, params, tokens_BxT, masks=None):
   return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def nll(apply, params, tokens_BxT, masks=None):
-  """Mean of `token_nll` over each window, float32 [B]."""
+def nll(
+  apply: Callable,
+  params: dict,
+  tokens_BxT: jax.Array,
+  masks: Masks | None = None,
+) -> jax.Array:
+  """Returns the mean of `token_nll` over each window, float32 [B]."""
   return jnp.mean(token_nll(apply, params, tokens_BxT, masks), axis=-1)
+
+
+def make_nll(
+  config: ModelConfig, *, remat: bool = False
+) -> Callable[..., jax.Array]:
+  """Returns the losses of a decoder as a function.
+
+  Args:
+    config: of the decoder.
+    remat: whether a backward pass recomputes the activations of a layer, which
+      takes less memory and more time.
+
+  Returns:
+    (params, tokens [B,T], `Masks` or None) -> mean loss of each window in nats,
+    float32 [B].
+  """
+  apply = make_apply(config, remat=remat)
+
+  def losses(params, tokens_BxT, masks=None):
+    return nll(apply, params, tokens_BxT, masks)
+
+  return losses

@@ -1,4 +1,4 @@
-"""Named ways to compute a perplexity, and what a figure says of its own."""
+"""Perplexity protocols, and the record of the one that a figure is of."""
 
 from typing import NamedTuple
 
@@ -11,23 +11,29 @@ NAMES = ('gptq', 'sliding')
 
 
 class Protocol(NamedTuple):
-  """What a perplexity was computed on, and how."""
+  """The text and the method that a perplexity was computed with."""
 
   name: str  # one of NAMES
   text: str
   split: str  # the part of the text
-  context: int  # tokens a window
-  stride: int  # tokens from the start of a window to that of the next
-  bos: bool  # whether the first window begins with that token
-  windows: int
-  tokens: int  # scored
+  context: int  # tokens per window
+  stride: int  # tokens between the starts of neighbouring windows
+  bos: bool  # whether the first window begins with the BOS token
+  windows: int  # number of windows
+  tokens: int  # number of tokens scored
 
 
 def resolve_stride(name: str, context: int, wanted: int | None) -> int:
-  """The stride of a protocol: the context (gptq), or half of it (sliding).
+  """Returns the stride of a protocol, in tokens.
+
+  Args:
+    name: of the protocol.
+    context: tokens per window.
+    wanted: the stride that was asked for; None for the protocol's own, which is
+      the context for gptq and half of it for sliding.
 
   Raises:
-    RequestError: `wanted` is another one, and not possible.
+    RequestError: the protocol does not allow the wanted stride.
   """
   if name == 'gptq':
     if wanted not in (None, context):
@@ -40,41 +46,44 @@ def resolve_stride(name: str, context: int, wanted: int | None) -> int:
   return wanted or context // 2
 
 
-def full_spans(windows_WxT) -> np.ndarray:
-  """Spans [W,2] that score all tokens of each window but the first."""
+def full_spans(windows_WxT: np.ndarray) -> np.ndarray:
+  """Returns spans that score all tokens of a window but its first, [W,2]."""
   count, context = windows_WxT.shape
   return np.tile(np.array([1, context], np.int32), (count, 1))
 
 
-def arrange_windows(name: str, tokens, context: int, stride: int):
-  """Windows of a text, and the span of positions to score in each.
+def arrange_windows(
+  name: str, tokens: np.ndarray, context: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts a text into windows, and returns the positions to score in each.
 
   gptq: as in the scripts of GPTQ, SparseGPT, Wanda and FLAP. The text is
-  tokenised once and cut into windows side by side, the ragged end dropped;
-  context - 1 tokens of each are scored. There the mean loss of a window is
-  multiplied by the context, and the sum divided by windows x context: the
-  mean over windows.
+  tokenised once and cut into adjacent windows, without the remainder at its
+  end; context - 1 tokens of each are scored. Those scripts multiply the mean
+  loss of a window by the context, and divide the sum by windows x context,
+  which is the mean over windows.
 
   sliding: as in Hugging Face's "Perplexity of fixed-length models", see
-  `windows.overlapping`. The mean is over tokens; there a window counts as one
-  token less than is scored in it, which hardly differs.
+  `windows.overlapping`. The mean is over tokens; there a window has the weight
+  of one token less than is scored in it, which makes hardly any difference.
 
   Args:
     name: of the protocol.
-    tokens: [N].
-    context: tokens a window.
-    stride: from `stride`.
+    tokens: token ids of the text, [N].
+    context: tokens per window.
+    stride: from `resolve_stride`.
 
   Returns:
-    (token ids [W,T], spans [W,2]); the span's end is one past the last.
+    (token ids [W,T], spans [W,2]). A span is the first position scored, and the
+    one after the last.
 
   Raises:
-    RequestError: there is nothing to score.
+    RequestError: the text is too short.
   """
-  least = context if name == 'gptq' else 2
-  if len(tokens) < least:
+  minimum = context if name == 'gptq' else 2
+  if len(tokens) < minimum:
     raise RequestError(
-      f'data: {len(tokens)} tokens are too few to score, {least} are needed; '
+      f'data: {len(tokens)} tokens are too few to score, {minimum} are needed; '
       'give more text or a smaller --context'
     )
   if name == 'gptq':
@@ -84,16 +93,23 @@ def arrange_windows(name: str, tokens, context: int, stride: int):
 
 
 def describe_protocol(
-  name, text, split, windows, spans, *, stride, bos
+  name: str,
+  text: str,
+  split: str,
+  windows: np.ndarray,
+  spans: np.ndarray,
+  *,
+  stride: int,
+  bos: int | None,
 ) -> Protocol:
-  """The protocol of a figure.
+  """Returns the record of the protocol that a figure is computed with.
 
   Args:
     name: of the protocol.
-    text, split: in words.
+    text, split: names of the text and of the part of it.
     windows: token ids [W,T].
-    spans: what is scored in each, [W,2].
-    stride: tokens.
+    spans: positions scored in each window, [W,2].
+    stride: tokens between the starts of neighbouring windows.
     bos: the tokenizer's beginning-of-sequence id, or None.
   """
   return Protocol(

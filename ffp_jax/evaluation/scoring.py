@@ -1,4 +1,4 @@
-"""A decoder as functions: logits, what enters its projections, losses."""
+"""Mean losses of a decoder over windows of text."""
 
 import sys
 
@@ -9,28 +9,35 @@ from tqdm import tqdm
 
 from ffp_jax.evaluation import protocols
 from ffp_jax.evaluation.loss import token_nll
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.models.functional import make_apply
 
 
 class Scorer:
-  """A decoder's losses over windows, compiled once a window shape."""
+  """Computes a decoder's losses over windows; compiled per window shape."""
 
   def __init__(self, config: ModelConfig):
+    """Takes the decoder's config, and no parameters."""
     apply = make_apply(config)
 
     def mean_nll(params, tokens_BxT, span_2, masks):
       losses = token_nll(apply, params, tokens_BxT, masks)
-      at = jnp.arange(1, tokens_BxT.shape[1])
-      inside = (at >= span_2[0]) & (at < span_2[1])
+      position = jnp.arange(1, tokens_BxT.shape[1])
+      inside = (position >= span_2[0]) & (position < span_2[1])
       return jnp.mean(losses, where=inside)
 
     self._nll = jax.jit(mean_nll)
 
   def __call__(
-    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
+    self,
+    params: dict,
+    windows_WxT: np.ndarray,
+    masks: Masks | None = None,
+    *,
+    spans_Wx2: np.ndarray | None = None,
+    label: str | None = None,
   ) -> float:
-    """Mean negative log-likelihood of all tokens scored; see `each`."""
+    """Returns the mean loss of all scored tokens in nats; see `each`."""
     if spans_Wx2 is None:
       spans_Wx2 = protocols.full_spans(windows_WxT)
     losses = self.each(
@@ -39,17 +46,25 @@ class Scorer:
     return float(np.average(losses, weights=spans_Wx2 @ (-1, 1)))
 
   def each(
-    self, params, windows_WxT, masks=None, *, spans_Wx2=None, label=None
+    self,
+    params: dict,
+    windows_WxT: np.ndarray,
+    masks: Masks | None = None,
+    *,
+    spans_Wx2: np.ndarray | None = None,
+    label: str | None = None,
   ) -> np.ndarray:
-    """Mean negative log-likelihood of each window's tokens, one at a time.
+    """Returns the mean loss of each window's scored tokens, in nats.
+
+    The windows are scored one at a time.
 
     Args:
       params: of the decoder.
       windows_WxT: token ids.
-      masks: `Masks` or None.
+      masks: the units to keep, or None for the dense model.
       spans_Wx2: first position scored in each window, 1 or more, and the one
-        past the last; None for T - 1 of each window.
-      label: of the progress bar, None for no bar.
+        after the last; None for all T - 1 of them.
+      label: of the progress bar; None for no bar.
 
     Returns:
       float64 [W].

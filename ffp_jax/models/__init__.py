@@ -1,1 +1,1 @@
-"""The decoder of every family, and how it decodes."""
+"""The decoder of every family, its parameters, and decoding."""

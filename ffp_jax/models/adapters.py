@@ -1,8 +1,8 @@
-"""Low-rank updates of weights that stay as they are (LoRA, arXiv 2106.09685).
+"""Low-rank updates of frozen weights (LoRA, arXiv 2106.09685).
 
-Beside a weight W [*inputs, *outputs] lie A [*inputs, r] and B [r, *outputs],
-and the layer multiplies by W + A B. There is no scale: the learning rate of
-Adam says how far the factors go.
+Each weight W [*inputs, *outputs] has factors A [*inputs, r] and
+B [r, *outputs], and the layer multiplies by W + A B. There is no scale
+factor, because Adam's learning rate sets the size of the update.
 """
 
 import dataclasses
@@ -13,39 +13,47 @@ import jax
 import jax.numpy as jnp
 
 from ffp_jax.models import families
-from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.models.config import ModelConfig
+from ffp_jax.models.decoder import Masks
 from ffp_jax.runtime.sharding import param_shardings
 
 
-def join(frozen: dict, trained: dict, dtype) -> dict:
-  """Puts what is trained beside what isn't, in the model's dtype."""
+def join(frozen: dict, trained: dict, dtype: jnp.dtype) -> dict:
+  """Joins frozen and trained parameters into those of one decoder.
+
+  Args:
+    frozen: parameters that are not trained; may be empty.
+    trained: parameters that are trained.
+    dtype: of the model, to which the trained ones are cast.
+  """
   flat = flax.traverse_util.flatten_dict(trained)
   flat = {path: x.astype(dtype) for path, x in flat.items()}
   flat = flax.traverse_util.flatten_dict(frozen) | flat
   return flax.traverse_util.unflatten_dict(flat)
 
 
-def merge(frozen: dict, trained: dict, dtype) -> dict:
-  """Folds what was trained into plain parameters of the dense decoder.
+def merge(frozen: dict, trained: dict, dtype: jnp.dtype) -> dict:
+  """Folds low-rank updates into plain parameters of the dense decoder.
 
   Args:
-    frozen, trained: as in `begin`.
+    frozen: the parameters that were not trained; empty if all were.
+    trained: the low-rank factors, or all parameters.
     dtype: of the model, if all of it was trained.
   """
   if not frozen:
     return join(frozen, trained, dtype)
   flat = flax.traverse_util.flatten_dict(frozen)
-  new = flax.traverse_util.flatten_dict(trained)
-  for (*module, leaf), a in new.items():
+  factors = flax.traverse_util.flatten_dict(trained)
+  for (*module, leaf), a in factors.items():
     if leaf.endswith('_a'):
       name = leaf.removesuffix('_a')
-      b = new[*module, f'{name}_b']
-      flat[*module, name] = _folded(flat[*module, name], a, b)
+      b = factors[*module, f'{name}_b']
+      flat[*module, name] = _add_update(flat[*module, name], a, b)
   return flax.traverse_util.unflatten_dict(flat)
 
 
 @jax.jit
-def _folded(weight, a, b):
+def _add_update(weight, a, b):
   """Returns stacked weights [L,...] with their low-rank updates added."""
   L, *_, r = a.shape
   update = jnp.matmul(
@@ -54,26 +62,29 @@ def _folded(weight, a, b):
     precision=jax.lax.Precision.HIGHEST,
   )
   update = update.reshape(weight.shape)
-  # What isn't updated keeps its bits, those of -0.0 too.
+  # Weights without an update keep their bits, -0.0 included.
   new = jnp.where(update == 0.0, weight, weight + update)
   return new.astype(weight.dtype)
 
 
-def draw(model: ModelConfig, keep: Masks, *, rank: int, key) -> dict:
-  """Draws the low-rank updates A B of every linear layer; float32.
+def draw(model: ModelConfig, keep: Masks, *, rank: int, key: jax.Array) -> dict:
+  """Draws the factors A and B of every linear layer, float32.
 
-  A is normal with variance 1 / inputs, and zero for removed inputs; B is
-  zero, so that training starts from the model as it is.
+  A is normal with variance 1 / inputs, and zero for removed inputs. B is
+  zero, so that training starts from the unchanged model.
 
   Args:
     model: of the dense decoder.
     keep: the masks.
     rank: of the updates.
     key: PRNG key.
+
+  Returns:
+    The factors alone, nested as the parameters of the decoder.
   """
-  wide = dataclasses.replace(model, adapter_rank=rank)
+  adapted = dataclasses.replace(model, adapter_rank=rank)
   shapes = flax.traverse_util.flatten_dict(
-    families.param_shapes(wide, jnp.float32)
+    families.param_shapes(adapted, jnp.float32)
   )
   plain = flax.traverse_util.flatten_dict(
     families.param_shapes(model, jnp.float32)
@@ -94,5 +105,5 @@ def draw(model: ModelConfig, keep: Masks, *, rank: int, key) -> dict:
         flat[path] *= mask.reshape(*mask.shape, *inner)
     return flax.traverse_util.unflatten_dict(flat)
 
-  placed = param_shardings(flax.traverse_util.unflatten_dict(shapes))
-  return jax.jit(values, out_shardings=placed)(key, keep)
+  shardings = param_shardings(flax.traverse_util.unflatten_dict(shapes))
+  return jax.jit(values, out_shardings=shardings)(key, keep)

@@ -1,17 +1,22 @@
-"""Tokens after tokens: a forward with a cache, and the choice of the next."""
+"""Autoregressive decoding: a cached forward pass, and sampling of tokens."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffp_jax.errors import RequestError
-from ffp_jax.models.decoder import Cache, Decoder, ModelConfig, Past
+from ffp_jax.models.config import ModelConfig
+from ffp_jax.models.decoder import Cache, Decoder, Masks
+from ffp_jax.models.sublayers import Past
 
 
 def unroll_layers(config: ModelConfig) -> ModelConfig:
-  """The same decoder, its layers one by one even if they are alike.
+  """Returns the config of the same decoder, with layers that are not scanned.
 
   One token takes little work, and a scan over layers would spend more on
   copying each layer's weights and past out of the stack and back.
@@ -21,50 +26,61 @@ def unroll_layers(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, kept_groups=groups, kept_ffn=channels)
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int, dtype) -> Cache:
-  """A cache that holds nothing yet.
+def empty_cache(
+  config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype
+) -> Cache:
+  """Returns an empty cache.
 
   Args:
     config: of the decoder, dense or sliced.
     rows: B.
-    slots: S, the most tokens that a row can come to; those beyond are lost.
+    slots: S, the maximal number of tokens of a row; later ones are dropped.
     dtype: of the parameters.
   """
 
-  def past(groups, *lead):
-    shape = (*lead, rows, slots, groups, config.head_size)
+  def past(groups, *leading):
+    shape = (*leading, rows, slots, groups, config.head_size)
     return Past(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-  if config.sliced:
-    layers = tuple(past(groups) for groups in config.kept_groups)
-  else:
+  if config.kept_groups is None:
     layers = past(config.groups, config.layers)
+  else:
+    layers = tuple(past(groups) for groups in config.kept_groups)
   return Cache(layers, jnp.zeros(rows, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
-def forward(params, tokens_BxT, cache: Cache, masks=None, *, config):
-  """Logits of tokens that follow those in the cache.
+def forward(
+  params: dict,
+  tokens_BxT: jax.Array,
+  cache: Cache,
+  masks: Masks | None = None,
+  *,
+  config: ModelConfig,
+) -> tuple[jax.Array, Cache]:
+  """Computes the logits of tokens that follow those in the cache.
 
-  Positions that stretch with the context ('dynamic') do so for new tokens
-  only, as in transformers: keys stay in the cache as they were rotated.
+  With 'dynamic' scaling, whose angles depend on the length of the context,
+  only the new keys are rotated for the new length, as in transformers; those
+  in the cache stay as they are.
 
   Args:
     params: of the decoder.
     tokens_BxT: token ids.
-    cache: given up; use the one returned.
-    masks: `Masks` or None; of a dense decoder.
-    config: its `ModelConfig`.
+    cache: donated; use the one returned.
+    masks: of a dense decoder; None keeps all units.
+    config: of the decoder.
 
   Returns:
-    (float32 [B,T,V], `Cache`).
+    (float32 logits [B,T,V], the extended cache).
   """
 
   def run(decoder):
-    x, longer = decoder.extend(tokens_BxT, cache, masks)
-    return decoder.unembed(x), longer
+    x, extended = decoder.extend(tokens_BxT, cache, masks)
+    return decoder.unembed(x), extended
 
-  return Decoder(config).apply({'params': params}, method=run)
+  logits_and_cache: Any = Decoder(config).apply({'params': params}, method=run)
+  return logits_and_cache
 
 
 @functools.partial(
@@ -73,62 +89,78 @@ def forward(params, tokens_BxT, cache: Cache, masks=None, *, config):
   donate_argnames='cache',
 )
 def next_tokens(
-  params, tokens_BxT, real_B, cache: Cache, key, *, config, temperature
-):
-  """The token after each row.
+  params: dict,
+  tokens_BxT: jax.Array | np.ndarray,
+  real_B: jax.Array,
+  cache: Cache,
+  key: jax.Array,
+  *,
+  config: ModelConfig,
+  temperature: float,
+) -> tuple[jax.Array, Cache]:
+  """Samples the next token of each row.
 
   Args:
     params: of the decoder.
-    tokens_BxT: token ids that follow those in the cache, padded behind.
-    real_B: how many tokens of a row are no padding, 1 or more.
-    cache: given up; use the one returned.
-    key: of all choices; each position has its own of it.
-    config: `ModelConfig`.
-    temperature: of the choice; 0 for the likeliest token.
+    tokens_BxT: token ids that follow those in the cache, padded at the end.
+    real_B: tokens of each row without the padding, 1 or more.
+    cache: donated; use the one returned.
+    key: PRNG key; the position is folded in, so that one key serves all.
+    config: of the decoder.
+    temperature: of sampling; 0 for the most likely token.
 
   Returns:
-    (int32 [B,1], the `Cache` with the real tokens).
+    (int32 [B,1], the cache extended by the real tokens).
   """
 
   def run(decoder):
-    x, longer = decoder.extend(tokens_BxT, cache)
-    # The logits of one position, not of all.
+    x, extended = decoder.extend(tokens_BxT, cache)
+    # Only the last real position needs logits.
     last = jnp.take_along_axis(x, real_B[:, None, None] - 1, axis=1)
-    return decoder.unembed(last)[:, 0], longer.layers
+    return decoder.unembed(last)[:, 0], extended.layers
 
-  logits, layers = Decoder(config).apply({'params': params}, method=run)
+  result: Any = Decoder(config).apply({'params': params}, method=run)
+  logits, layers = result
   if temperature:
     key = jax.random.fold_in(key, jnp.max(cache.length + real_B))
-    chosen = jax.random.categorical(key, logits / temperature)
+    sampled = jax.random.categorical(key, logits / temperature)
   else:
-    chosen = jnp.argmax(logits, axis=-1)
-  # What padding has left lies behind the length, and is overwritten.
-  longer = Cache(layers, cache.length + real_B)
-  return chosen.astype(jnp.int32)[:, None], longer
+    sampled = jnp.argmax(logits, axis=-1)
+  # Slots that hold padding lie beyond the length, and are overwritten.
+  extended = Cache(layers, cache.length + real_B)
+  return sampled.astype(jnp.int32)[:, None], extended
 
 
 def generate_tokens(
-  params, tokens_BxT, real_B, *, config, slots, temperature=0.0, seed=0
-):
-  """What a model goes on with, token by token, until the slots are full.
+  params: dict,
+  tokens_BxT: jax.Array | np.ndarray,
+  real_B: jax.Array | np.ndarray,
+  *,
+  config: ModelConfig,
+  slots: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+) -> Iterator[jax.Array]:
+  """Continues prompts token by token, until the longest fills its slots.
 
   Args:
     params: of the decoder.
-    tokens_BxT: prompts, padded behind.
+    tokens_BxT: prompts, padded at the end.
     real_B: tokens of each prompt.
-    config: `ModelConfig`.
-    slots: most tokens of a row, with the prompt.
-    temperature: 0 for the likeliest token each time.
-    seed: of the choices.
+    config: of the decoder.
+    slots: maximal tokens of a row, the prompt included.
+    temperature: of sampling; 0 for the most likely token each time.
+    seed: of sampling.
 
   Yields:
-    int32 [B,1], on the device; not waited for.
+    The next token of each row, int32 [B,1], on the device; dispatched, not
+    waited for.
   """
   dtype = jax.tree.leaves(params)[0].dtype
   cache = empty_cache(config, len(tokens_BxT), slots, dtype)
-  key, left = jax.random.key(seed), slots - int(max(real_B))
+  key, free = jax.random.key(seed), slots - int(max(real_B))
   real_B = jnp.asarray(real_B)
-  for _ in range(left + 1):  # the last one needs no slot
+  for _ in range(free + 1):  # the last token needs no slot
     tokens_BxT, cache = next_tokens(
       params,
       tokens_BxT,
@@ -142,8 +174,8 @@ def generate_tokens(
     real_B = jnp.ones_like(real_B)
 
 
-def check_slots(config: ModelConfig, slots: int):
-  """Refuses positions that a model has not got.
+def check_slots(config: ModelConfig, slots: int) -> None:
+  """Checks that a model has a position for every slot.
 
   Raises:
     RequestError: there are more slots than learned positions.

@@ -1,112 +1,33 @@
-"""Names and shapes of Hugging Face checkpoints, both ways.
+"""Model families: how config.json and parameters map to our decoder.
 
-The only file that knows family names: it turns config.json into a
-`ModelConfig`, and tensors into the decoder's parameters and back.
+With tensor_names.py the only file that knows family names: it turns
+config.json into a `ModelConfig`, and lists the tensors of a checkpoint with
+the parameters that they belong to.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.models import rope
-from ffp_jax.models.decoder import ACTIVATIONS, Decoder, ModelConfig
+from ffp_jax.models import rope, tensor_names
+from ffp_jax.models.config import ModelConfig
+from ffp_jax.models.decoder import Decoder
 from ffp_jax.models.json_fields import Fields
+from ffp_jax.models.sublayers import ACTIVATIONS
+from ffp_jax.models.tensor_names import Tensor
 
-
-class Tensor(NamedTuple):
-  """Where a parameter lies in a checkpoint.
-
-  A linear layer's weight is stored transposed: its `inputs` leading axes
-  here are its last axis there. 0 inputs: stored as it is.
-  """
-
-  name: str
-  inputs: int
-
-
-def _layer(prefix, attention_norm, ffn_norm, out, ffn):
-  """The tensors of one layer, the layer's number still open."""
-  at = f'{prefix}layers.{{i}}.'
-  table = {
-    'attention_norm/norm/{norm}': Tensor(f'{at}{attention_norm}.{{hf}}', 0),
-    'ffn_norm/norm/{norm}': Tensor(f'{at}{ffn_norm}.{{hf}}', 0),
-  }
-  projections = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj'}
-  for ours, theirs in projections.items():
-    name = f'{at}self_attn.{theirs}'
-    table[f'attention/{ours}'] = Tensor(f'{name}.weight', 1)
-    table[f'attention/{ours}_bias'] = Tensor(f'{name}.bias', 0)
-  for ours, theirs in {'query': 'q_norm', 'key': 'k_norm'}.items():
-    name = f'{at}self_attn.{theirs}'
-    table[f'attention/{ours}_norm'] = Tensor(f'{name}.weight', 0)
-  table['attention/out'] = Tensor(f'{at}self_attn.{out}.weight', 3)
-  table['attention/out_bias'] = Tensor(f'{at}self_attn.{out}.bias', 0)
-  for ours, theirs in ffn.items():
-    table[f'ffn/{ours}'] = Tensor(f'{at}{theirs}.weight', 1)
-    table[f'ffn/{ours}_bias'] = Tensor(f'{at}{theirs}.bias', 0)
-  return table
-
-
-EMBED = ('embed', 'table')  # the path of the embedding
-HEAD_NAME = 'lm_head.weight'
-
-
-def _ends(prefix):
-  """The tensors outside the layers."""
-  return {
-    'embed/table': Tensor(f'{prefix}embed_tokens.weight', 0),
-    'position/table': Tensor(f'{prefix}embed_positions.weight', 0),
-    'embed_in/kernel': Tensor(f'{prefix}project_in.weight', 1),
-    'embed_out/kernel': Tensor(f'{prefix}project_out.weight', 1),
-    'head/kernel': Tensor(HEAD_NAME, 1),
-  }
-
-
-_ROPE_FAMILY = (
-  _layer(
-    'model.',
-    'input_layernorm',
-    'post_attention_layernorm',
-    'o_proj',
-    {'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj'},
-  ),
-  _ends('model.') | {'final_norm/norm/{norm}': Tensor('model.norm.{hf}', 0)},
-)
-_OPT = (
-  _layer(
-    'model.decoder.',
-    'self_attn_layer_norm',
-    'final_layer_norm',
-    'out_proj',
-    {'up': 'fc1', 'down': 'fc2'},
-  ),
-  _ends('model.decoder.')
-  | {
-    'final_norm/norm/{norm}': Tensor('model.decoder.final_layer_norm.{hf}', 0)
-  },
-)
-
-
-def _tensor_of(path: str, family: str, layer: int | None) -> Tensor:
-  """The checkpoint tensor behind a parameter path such as 'ffn/up'."""
-  table = FAMILIES[family].names[1 if layer is None else 0]
-  norms = {'scale': 'weight', 'bias': 'bias'}
-  head, _, leaf = path.rpartition('/')
-  if head.endswith('norm'):
-    tensor = table[f'{head}/{{norm}}']
-  else:
-    tensor, leaf = table[path], 'scale'
-  name = tensor.name.format(i=layer, hf=norms[leaf])
-  return tensor._replace(name=name)
+EMBED = tensor_names.EMBED
+HEAD_NAME = tensor_names.HEAD_NAME
 
 
 def _head_size(fields: Fields, width: int, heads: int) -> int:
-  """H where the file leaves it to be width / heads."""
+  """Returns width / heads, the head size where the file states none."""
   if width % heads:
     raise fields.error(
       f'hidden_size {width} is not a multiple of num_attention_heads {heads}'
@@ -115,7 +36,7 @@ def _head_size(fields: Fields, width: int, heads: int) -> int:
 
 
 def _rope_config(fields: Fields) -> ModelConfig:
-  """LLaMA, from which the others of its kind depart."""
+  """Reads the config of LLaMA, which similar families modify."""
   heads = fields.integer('num_attention_heads')
   groups = fields.optional('num_key_value_heads', heads)
   if heads % groups:
@@ -214,14 +135,14 @@ def _opt_config(fields: Fields) -> ModelConfig:
 
 
 class Family(NamedTuple):
-  """How one model_type is read."""
+  """Describes how one `model_type` is read."""
 
-  config: object  # Fields to ModelConfig
-  names: tuple[dict, dict]
-  absent: dict  # what transformers takes for a key that is not there
+  config: Callable[[Fields], ModelConfig]
+  names: tensor_names.Names
+  defaults: dict  # transformers' default for each missing key
 
 
-_LLAMA_ABSENT = {
+_LLAMA_DEFAULTS = {
   'attention_bias': False,
   'hidden_act': 'silu',
   'max_position_embeddings': 2048,
@@ -231,17 +152,17 @@ _LLAMA_ABSENT = {
   'rope_theta': 10000.0,
   'tie_word_embeddings': False,
 }
-_MISTRAL_ABSENT = _LLAMA_ABSENT | {
+_MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {
   'max_position_embeddings': 131072,
   'num_key_value_heads': 8,
   'sliding_window': 4096,
 }
-_QWEN_ABSENT = _LLAMA_ABSENT | {
+_QWEN_DEFAULTS = _LLAMA_DEFAULTS | {
   'max_position_embeddings': 32768,
   'num_key_value_heads': 32,
   'use_sliding_window': False,
 }
-_OPT_ABSENT = {
+_OPT_DEFAULTS = {
   '_remove_final_layer_norm': False,
   'activation_function': 'relu',
   'do_layer_norm_before': True,
@@ -250,19 +171,19 @@ _OPT_ABSENT = {
   'tie_word_embeddings': True,
 }
 FAMILIES = {
-  'llama': Family(_rope_config, _ROPE_FAMILY, _LLAMA_ABSENT),
-  'mistral': Family(_mistral_config, _ROPE_FAMILY, _MISTRAL_ABSENT),
-  'opt': Family(_opt_config, _OPT, _OPT_ABSENT),
-  'qwen2': Family(_qwen2_config, _ROPE_FAMILY, _QWEN_ABSENT),
+  'llama': Family(_rope_config, tensor_names.LLAMA, _LLAMA_DEFAULTS),
+  'mistral': Family(_mistral_config, tensor_names.LLAMA, _MISTRAL_DEFAULTS),
+  'opt': Family(_opt_config, tensor_names.OPT, _OPT_DEFAULTS),
+  'qwen2': Family(_qwen2_config, tensor_names.LLAMA, _QWEN_DEFAULTS),
   'qwen3': Family(
-    _qwen3_config, _ROPE_FAMILY, _QWEN_ABSENT | {'head_dim': 128}
+    _qwen3_config, tensor_names.LLAMA, _QWEN_DEFAULTS | {'head_dim': 128}
   ),
 }
 
 
 @functools.cache
-def param_shapes(config: ModelConfig, dtype) -> dict:
-  """Shapes and dtypes of the decoder's parameters, nothing allocated."""
+def param_shapes(config: ModelConfig, dtype: Any) -> dict:
+  """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s."""
   init = Decoder(config).init
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   tree = jax.eval_shape(init, jax.random.key(0), tokens)['params']
@@ -270,38 +191,51 @@ def param_shapes(config: ModelConfig, dtype) -> dict:
 
 
 def param_count(config: ModelConfig) -> int:
-  """Parameters of the whole model, tied embeddings once."""
+  """Returns the number of parameters, counting tied embeddings once."""
   leaves = jax.tree.leaves(param_shapes(config, jnp.float32))
   return sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
 def _split_path(path: tuple[str, ...]) -> tuple[str, int | None]:
-  """('layer_3', 'ffn', 'up') to ('ffn/up', 3); the rest have no layer."""
+  """Turns ('layer_3', 'ffn', 'up') into ('ffn/up', 3).
+
+  The layer is None for parameters outside the layers.
+  """
   head, *rest = path
   if head.startswith('layer_'):
     return '/'.join(rest), int(head.removeprefix('layer_'))
   return '/'.join(path), None
 
 
-def list_tensors(config: ModelConfig, family: str, dtype):
-  """Every tensor of a checkpoint and where it goes.
+def list_tensors(
+  config: ModelConfig, family: str, dtype: Any
+) -> Iterator[tuple[Tensor, tuple[str, ...], int | None, tuple[int, ...]]]:
+  """Lists the tensors of a checkpoint and the parameters that they belong to.
+
+  Args:
+    config: of the decoder.
+    family: a key of FAMILIES.
+    dtype: any; it changes nothing here.
 
   Yields:
-    (Tensor, parameter path, index in the stack or None, shape here).
+    (tensor, parameter path, layer in the stack or None, shape of the
+    parameter or of its slice for that layer).
   """
+  names = FAMILIES[family].names
   flat = flax.traverse_util.flatten_dict(param_shapes(config, dtype))
   for path, spec in flat.items():
     if path[0] == 'stack':
       for i in range(config.layers):
-        tensor = _tensor_of('/'.join(path[1:]), family, i)
+        tensor = tensor_names.find_tensor(names, '/'.join(path[1:]), i)
         yield tensor, path, i, spec.shape[1:]
     else:
       name, layer = _split_path(path)
-      yield _tensor_of(name, family, layer), path, None, spec.shape
+      tensor = tensor_names.find_tensor(names, name, layer)
+      yield tensor, path, None, spec.shape
 
 
-def stored_shape(tensor: Tensor, shape) -> tuple[int, ...]:
-  """Shape in the checkpoint of a parameter with this shape here."""
+def stored_shape(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+  """Returns the shape that a parameter of shape `shape` has in a checkpoint."""
   if not tensor.inputs:
     return (int(np.prod(shape)),) if '.bias' in tensor.name else tuple(shape)
   split = len(shape) - 1 if tensor.inputs == 3 else tensor.inputs

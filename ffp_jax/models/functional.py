@@ -1,24 +1,44 @@
 """The decoder as pure functions of its parameters."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from ffp_jax.models.decoder import Decoder
+from ffp_jax.models.config import ModelConfig
+from ffp_jax.models.decoder import Decoder, Masks
 
 
-def make_apply(config, *, remat=False):
-  """(params, tokens, masks) -> logits of the decoder with this config."""
+def make_apply(
+  config: ModelConfig, *, remat: bool = False
+) -> Callable[[dict, jax.Array, Masks | None], jax.Array]:
+  """Returns the function (params, tokens [B,T], masks) -> logits [B,T,V].
+
+  Args:
+    config: of the decoder.
+    remat: whether the backward pass recomputes each layer, to save memory.
+  """
   decoder = Decoder(config, remat=remat)
-  return lambda params, tokens, masks: decoder.apply(
-    {'params': params}, tokens, masks
-  )
+
+  def apply(params, tokens, masks) -> Any:
+    return decoder.apply({'params': params}, tokens, masks)
+
+  return apply
 
 
-def make_capture(config, statistic):
-  """(params, tokens) -> `statistic` of each output projection's inputs.
+def make_capture(
+  config: ModelConfig, statistic: Callable[[jax.Array], jax.Array]
+) -> Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]:
+  """Returns a function that computes statistics of the sublayers' activations.
+
+  Args:
+    config: of a dense decoder.
+    statistic: maps the inputs of an output projection, attention
+      [B,T,K,G,H] or FFN [B,T,F], to an array.
 
   Returns:
-    Function to (attention [L,...], ffn [L,...]) of a dense decoder.
+    The function (params, tokens [B,T]) -> (attention [L,...], ffn [L,...]).
   """
   decoder = Decoder(config, capture=statistic)
 
@@ -30,8 +50,13 @@ def make_capture(config, statistic):
   return captured
 
 
-def resolve_dtype(name: str):
-  """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators."""
+def resolve_dtype(name: str) -> jnp.dtype:
+  """Returns the dtype of a name.
+
+  Args:
+    name: such as 'float32' or 'bfloat16'; 'auto' for bfloat16, but float32 on
+      CPU.
+  """
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)

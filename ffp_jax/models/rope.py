@@ -1,4 +1,4 @@
-"""Rotary position frequencies, plain or stretched to longer contexts."""
+"""Frequencies of rotary positions, plain or scaled to longer contexts."""
 
 import dataclasses
 import math
@@ -10,34 +10,35 @@ import numpy as np
 from ffp_jax.models.json_fields import Fields
 
 KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn')
-# What transformers takes for a key that is not stated.
-_ABSENT = {'beta_slow': 1.0, 'beta_fast': 32.0, 'truncate': True}
+# transformers' default for each missing key.
+_DEFAULTS = {'beta_slow': 1.0, 'beta_fast': 32.0, 'truncate': True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-  """How frequencies depart from the plain ones, theta ** (-2 i / H).
+  """Describes how frequencies differ from the plain ones, theta ** (-2 i / H).
 
   A frequency that is not kept is divided by `factor`. 'linear' keeps none,
-  'default' all; 'dynamic' keeps all of a theta that grows with the context.
-  'llama3' and 'yarn' keep those that make at least `fast` turns over the
-  trained positions, none that make `slow` or fewer, and blend in between.
+  'default' all. 'dynamic' keeps all, with a theta that grows with the
+  context. 'llama3' and 'yarn' keep frequencies that make at least `fast`
+  turns over the trained positions, divide those that make `slow` or fewer,
+  and interpolate in between.
   """
 
   kind: str = 'default'
   factor: float = 1.0
-  trained: int = 1  # positions before stretching
-  slow: float = 1.0
-  fast: float = 1.0
-  whole: bool = True  # yarn: blend between whole dimensions
-  amplitude: float = 1.0  # of sine and cosine
+  trained: int = 1  # context in tokens before scaling
+  slow: float = 1.0  # turns
+  fast: float = 1.0  # turns
+  whole: bool = True  # of 'yarn': interpolates between whole dimensions
+  amplitude: float = 1.0  # factor of sine and cosine
 
-  def reach(self, positions: int) -> int:
-    """Returns how many positions these frequencies are meant for.
+  def max_context(self, positions: int) -> int:
+    """Returns the longest context that these frequencies are meant for.
 
     Args:
-      positions: `max_position_embeddings` of config.json. Those of 'llama3'
-        count the stretched ones; others mostly the trained ones.
+      positions: `max_position_embeddings` of config.json, which is the
+        context after scaling for 'llama3', and mostly before it for others.
     """
     match self.kind:
       case 'linear' | 'dynamic':
@@ -48,16 +49,16 @@ class Scaling:
 
 
 def frequencies(
-  scaling: Scaling, theta: float, head_size: int, time
+  scaling: Scaling, theta: float, head_size: int, time: int | np.ndarray
 ) -> np.ndarray:
-  """Radians a position, of each pair of a head's dimensions.
+  """Returns the radians per position of each pair of a head's dimensions.
 
   Args:
-    scaling: which kind, with its numbers.
+    scaling: how they differ from the plain ones.
     theta: base of the plain frequencies (arXiv 2104.09864).
     head_size: H, even.
-    time: tokens of the context, an integer or [N,1]; only 'dynamic' looks at
-      it.
+    time: tokens of the context, an integer or [N,1]; only 'dynamic' depends
+      on it.
 
   Returns:
     float32 [H / 2], or [N, H / 2] for each of N contexts.
@@ -80,43 +81,50 @@ def frequencies(
 
 
 def angles(
-  scaling: Scaling, theta: float, head_size: int, at_BxT, longest: int
+  scaling: Scaling,
+  theta: float,
+  head_size: int,
+  positions_BxT: jax.Array,
+  longest: int,
 ) -> jax.Array:
-  """Radians by which heads at these positions are turned.
+  """Returns the angles in radians by which heads are rotated.
 
   Args:
     scaling, theta, head_size: as `frequencies` takes them.
-    at_BxT: positions of the tokens; the last of a row ends its context.
-    longest: the last position is smaller than this.
+    positions_BxT: of the tokens; the last of a row ends its context.
+    longest: a bound that all positions are below.
 
   Returns:
     float32 [B, T, H / 2].
   """
-  turns = frequencies(
+  frequency = frequencies(
     scaling, theta, head_size, np.arange(longest + 1)[:, None]
   )
   if scaling.kind == 'dynamic':
-    turns = jnp.asarray(turns)[at_BxT[:, -1:] + 1]
-  return at_BxT[..., None].astype(jnp.float32) * turns
+    frequency = jnp.asarray(frequency)[positions_BxT[:, -1:] + 1]
+  return positions_BxT[..., None].astype(jnp.float32) * frequency
 
 
 def _kept_by_turns(s, plain):
-  """Llama 3.1's blend, linear in the turns over the trained positions."""
+  """Returns Llama 3.1's kept shares, linear in turns over trained positions."""
   turns = s.trained * plain / (2.0 * math.pi)
   return np.clip((turns - s.slow) / (s.fast - s.slow), 0.0, 1.0)
 
 
 def _kept_by_index(s, theta, half):
-  """YaRN's blend, linear in the dimension (arXiv 2309.00071, section 3.2)."""
+  """Returns YaRN's kept shares, linear in the dimension.
+
+  The source is arXiv 2309.00071, section 3.2.
+  """
 
   def index(turns):
-    """Where a frequency makes so many turns over the trained positions."""
+    """Returns the index whose frequency makes so many turns."""
     return half * math.log(s.trained / (2 * math.pi * turns)) / math.log(theta)
 
   first, last = index(s.fast), index(s.slow)
   if s.whole:
     first, last = math.floor(first), math.ceil(last)
-  # The upper bound is the head size, not half of it, in every checkpoint.
+  # transformers bounds it by the head size, not by half of it.
   first, last = max(first, 0), min(last, 2 * half - 1)
   if first == last:
     last += 0.001
@@ -124,7 +132,7 @@ def _kept_by_index(s, theta, half):
 
 
 def _yarn_amplitude(fields: Fields, factor: float) -> float:
-  """What keeps attention as sharp as before (section 3.4)."""
+  """Returns YaRN's factor of sine and cosine (its section 3.4)."""
 
   def amplitude(scale):
     return 1.0 + 0.1 * scale * math.log(max(factor, 1.0))
@@ -139,20 +147,21 @@ def _yarn_amplitude(fields: Fields, factor: float) -> float:
 
 
 def read_scaling(top: Fields, head_size: int) -> tuple[float, Scaling]:
-  """theta and scaling of a config.json, in its new form or its older one.
+  """Returns theta and the scaling of a config.json, in its old or new form.
 
   Args:
-    top: the file; `rope_scaling` wins over `rope_parameters`, and what they
-      hold over `rope_theta` and `partial_rotary_factor` beside them.
+    top: the whole file. `rope_scaling` takes precedence over
+      `rope_parameters`, and the values in them over `rope_theta` and
+      `partial_rotary_factor` of the file.
     head_size: H.
 
   Raises:
-    RequestError: an unknown kind, or numbers that give no frequencies.
+    RequestError: the kind is unknown, or the numbers give no frequencies.
   """
   name = 'rope_scaling' if top.group('rope_scaling') else 'rope_parameters'
   stated = {k: v for k, v in top.group(name).items() if v is not None}
   outer = {k: top.values[k] for k in ('rope_theta', 'partial_rotary_factor')}
-  fields = Fields(f'{top.where}: {name}', _ABSENT | outer | stated)
+  fields = Fields(f'{top.where}: {name}', _DEFAULTS | outer | stated)
   kind = stated.get('rope_type', stated.get('type', 'default'))
   if kind not in KINDS:
     raise fields.error(
@@ -165,15 +174,23 @@ def read_scaling(top: Fields, head_size: int) -> tuple[float, Scaling]:
   theta = fields.number('rope_theta')
   if theta <= 1.0:
     raise fields.error(f'rope_theta must be above 1, found {theta}')
-  least = 4 if kind == 'dynamic' else 2
-  if head_size % 2 or head_size < least:
+  smallest = 4 if kind == 'dynamic' else 2
+  if head_size % 2 or head_size < smallest:
     raise fields.error(
-      f'{kind} positions need an even head size from {least}, found {head_size}'
+      f'{kind} positions need an even head size from {smallest}, found '
+      f'{head_size}'
     )
-  return theta, _scaling(kind, fields, top)
+  return theta, _read_kind(kind, fields, top)
 
 
-def _scaling(kind: str, fields: Fields, top: Fields) -> Scaling:
+def _read_kind(kind: str, fields: Fields, top: Fields) -> Scaling:
+  """Reads the numbers of one kind of scaling.
+
+  Args:
+    kind: one of KINDS.
+    fields: the rope section of the file, with defaults.
+    top: the whole file.
+  """
   positions = top.integer('max_position_embeddings')
   if kind == 'default':
     return Scaling()
@@ -188,16 +205,17 @@ def _scaling(kind: str, fields: Fields, top: Fields) -> Scaling:
   if kind == 'dynamic':
     return Scaling(kind, factor, positions)
   if kind == 'llama3':
-    slow, fast, rest = 'low_freq_factor', 'high_freq_factor', {}
-  else:
-    slow, fast = 'beta_slow', 'beta_fast'
-    rest = {
-      'whole': fields.flag('truncate'),
-      'amplitude': _yarn_amplitude(fields, factor),
-    }
-  slowest, fastest = fields.number(slow), fields.number(fast)
-  if slowest >= fastest:
+    slow, fast = _read_turns(fields, 'low_freq_factor', 'high_freq_factor')
+    return Scaling(kind, factor, trained, slow, fast)
+  whole, amplitude = fields.flag('truncate'), _yarn_amplitude(fields, factor)
+  slow, fast = _read_turns(fields, 'beta_slow', 'beta_fast')
+  return Scaling(kind, factor, trained, slow, fast, whole, amplitude)
+
+
+def _read_turns(fields, slow_key, fast_key) -> tuple[float, float]:
+  slow, fast = fields.number(slow_key), fields.number(fast_key)
+  if slow >= fast:
     raise fields.error(
-      f'{slow} {slowest} must be smaller than {fast} {fastest}'
+      f'{slow_key} {slow} must be smaller than {fast_key} {fast}'
     )
-  return Scaling(kind, factor, trained, slowest, fastest, **rest)
+  return slow, fast

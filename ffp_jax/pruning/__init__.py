@@ -1,1 +1,1 @@
-"""The method: what to remove, and how to repair the rest."""
+"""The pruning method: importance, search, calibration, recovery."""

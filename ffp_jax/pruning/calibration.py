@@ -1,159 +1,79 @@
-"""Ridge recovery: output projections take over what removed inputs carried.
+"""Ridge calibration: refits output projections after units were removed.
 
-Layers in order, on the stream that the already pruned and calibrated layers
-produce. One Cholesky factorisation a sublayer and strength serves all outputs.
+The layers are calibrated in order, on the residual stream that the layers
+before, already pruned and calibrated, produce. Shape letters: W batches of
+windows, I inputs and D outputs of an output projection.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.models.decoder import Decoder, Layer, Masks
-
-_RAISES = 8  # times the strength may grow tenfold for a failing factorisation
-
-
-class Moments(NamedTuple):
-  """Second moments of a sublayer over tokens; I inputs, D outputs."""
-
-  gram_IxI: jax.Array  # inputs of the pruned stream with themselves
-  cross_IxD: jax.Array  # inputs of the pruned stream with what to come near
-
-
-def ridge_regression(moments: Moments, weight_IxD, mask_I, strength):
-  """The kept rows that come closest to the target, shrunk to the weights.
-
-  Minimises |X M W' - Y|^2 + lambda |W' - W|^2 over the kept rows, lambda =
-  strength * mean diagonal of the kept Gram matrix, raised tenfold until the
-  factorisation succeeds.
-
-  Args:
-    moments: X'X and X'Y over the calibration tokens.
-    weight_IxD: W.
-    mask_I: M, 1 keeps an input.
-    strength: positive.
-
-  Returns:
-    W' [I,D], rows of removed inputs zero.
-  """
-  mask_1 = mask_I[:, None]
-  kept = moments.gram_IxI * mask_1 * mask_I
-  kept_weight = weight_IxD * mask_1
-  miss = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_1
-  mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
-
-  def factor(strength):
-    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    return jnp.linalg.cholesky(kept + jnp.diag(ridge_I))
-
-  def failed(carry):
-    tries, _, lower = carry
-    return (tries < _RAISES) & ~jnp.all(jnp.isfinite(lower))
-
-  def retry(carry):
-    tries, strength, _ = carry
-    return tries + 1, strength * 10.0, factor(strength * 10.0)
-
-  strength = jnp.float32(strength)
-  first = (jnp.int32(0), strength, factor(strength))
-  _, _, lower = jax.lax.while_loop(failed, retry, first)
-  change = jax.scipy.linalg.cho_solve((lower, True), miss)
-  return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_1
-
-
-def squared_error(moments: Moments, weight_IxD):
-  """|X W - Y|^2 up to a constant of Y."""
-  fitted = moments.gram_IxI @ weight_IxD - 2.0 * moments.cross_IxD
-  return jnp.sum(weight_IxD * fitted)
-
-
-def select_strength(
-  fit: Moments, check: Moments, weight_IxD, mask_I, strengths
-):
-  """The best of no change and `ridge` at each strength, on unseen tokens.
-
-  Args:
-    fit: moments of the calibration tokens.
-    check: moments of the validation tokens.
-    weight_IxD: W.
-    mask_I: 1 keeps an input.
-    strengths: candidates, in any order.
-
-  Returns:
-    (W' [I,D], index of the strength, -1 for no change).
-  """
-  kept = weight_IxD * mask_I[:, None]
-
-  def consider(best, item):
-    index, strength = item
-    weight = ridge_regression(fit, weight_IxD, mask_I, strength)
-    loss = squared_error(check, weight)
-    better = loss < best[0]
-    new = (loss, index, weight)
-    return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, best), None
-
-  start = (squared_error(check, kept), jnp.int32(-1), kept)
-  items = (jnp.arange(len(strengths)), jnp.asarray(strengths, jnp.float32))
-  (_, index, weight), _ = jax.lax.scan(consider, start, items)
-  return weight, index
-
-
-def input_moments(inputs_WxBxTxI, weight_IxD) -> Moments:
-  """Moments over windows, towards the sublayer's own full output.
-
-  Args:
-    inputs_WxBxTxI: what enters the projection in the pruned stream.
-    weight_IxD: W.
-  """
-  size = len(weight_IxD)
-
-  def add(gram, inputs):
-    x = inputs.reshape(-1, size).astype(jnp.float32)
-    # Accelerators would round float32 products to fewer digits.
-    return gram + jnp.einsum(
-      'ni,nj->ij', x, x, precision=jax.lax.Precision.HIGHEST
-    ), None
-
-  gram, _ = jax.lax.scan(add, jnp.zeros((size, size)), inputs_WxBxTxI)
-  return Moments(gram, gram @ weight_IxD)
+from ffp_jax.models.decoder import Decoder, Layer, Masks, ModelConfig
+from ffp_jax.pruning import ridge
 
 
 class Sublayer(NamedTuple):
-  """Attention or FFN of a layer: a residual stream in, the next one out."""
+  """The attention or the FFN of a layer, which adds to the residual stream.
+
+  Attributes:
+    name: of its parameters in those of a layer.
+    projection: name of the output projection.
+    inputs: method of `Layer` that computes the projection's inputs.
+    output: method of `Layer` that adds the projected inputs to the stream.
+  """
 
   name: str
-  projection: str  # the output projection
-  inputs: str  # methods of `Layer`
+  projection: str
+  inputs: str
   output: str
 
-  def weight(self, params) -> jax.Array:
-    """The output projection of a layer's parameters, float32 [I,D]."""
+  def weight(self, params: dict) -> jax.Array:
+    """Returns the output projection of a layer's parameters, float32 [I,D]."""
     weight = params[self.name][self.projection]
     return weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
 
-  def with_weight(self, params, weight_IxD):
-    """The parameters with another output projection."""
+  def with_weight(self, params: dict, weight_IxD: jax.Array) -> dict:
+    """Returns a layer's parameters with another output projection."""
     old = params[self.name]
     new = weight_IxD.reshape(old[self.projection].shape).astype(
       old[self.projection].dtype
     )
     return {**params, self.name: {**old, self.projection: new}}
 
-  def enter(self, layer, params, x_WxBxTxD):
-    """What enters the output projection, a window at a time."""
+  def collect_inputs(
+    self, layer: Layer, params: dict, x_WxBxTxD: jax.Array
+  ) -> jax.Array:
+    """Returns the inputs of the output projection, [W,B,T,...]."""
     run = functools.partial(layer.apply, {'params': params}, method=self.inputs)
     return jax.lax.map(run, x_WxBxTxD)
 
-  def leave(self, layer, params, x_WxBxTxD, entered, mask):
-    """The stream behind this sublayer."""
+  def apply_output(
+    self,
+    layer: Layer,
+    params: dict,
+    x_WxBxTxD: jax.Array,
+    inputs: jax.Array,
+    mask: jax.Array | None,
+  ) -> jax.Array:
+    """Returns the residual stream behind this sublayer, [W,B,T,D].
+
+    Args:
+      layer: of the dense decoder.
+      params: of the layer.
+      x_WxBxTxD: the residual stream before this sublayer.
+      inputs: from `collect_inputs`.
+      mask: of the units, or None to keep all.
+    """
     return jax.lax.map(
       lambda pair: layer.apply(
         {'params': params}, *pair, mask, method=self.output
       ),
-      (x_WxBxTxD, entered),
+      (x_WxBxTxD, inputs),
     )
 
 
@@ -166,104 +86,138 @@ SUBLAYERS = (
 def _calibrate_sublayer(
   layer, params, stream_WxBxTxD, mask, sublayer: Sublayer, fit_on, strengths
 ):
-  """Calibrates one sublayer and moves the stream past it."""
+  """Calibrates one sublayer.
+
+  Args:
+    layer: of the dense decoder.
+    params: of the layer.
+    stream_WxBxTxD: the residual stream before the sublayer.
+    mask: of the sublayer's units.
+    sublayer: attention or FFN.
+    fit_on: number of batches to fit on; the others choose the strength.
+    strengths: candidates for `ridge.ridge_regression`.
+
+  Returns:
+    (params, the residual stream behind the sublayer, index of the strength).
+  """
   weight = sublayer.weight(params)
   mask_I = jnp.repeat(mask, len(weight) // len(mask))
-  entered = sublayer.enter(layer, params, stream_WxBxTxD)
-  fit = input_moments(entered[:fit_on], weight)
-  check = input_moments(entered[fit_on:], weight)
-  best, index = select_strength(fit, check, weight, mask_I, strengths)
+  inputs = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
+  fit = ridge.input_moments(inputs[:fit_on], weight)
+  check = ridge.input_moments(inputs[fit_on:], weight)
+  best, index = ridge.select_strength(fit, check, weight, mask_I, strengths)
   params = sublayer.with_weight(params, best)
-  stream = sublayer.leave(layer, params, stream_WxBxTxD, entered, mask)
+  stream = sublayer.apply_output(layer, params, stream_WxBxTxD, inputs, mask)
   return params, stream, index
 
 
-def embed_windows(params, tokens_WxBxT, *, config):
-  """The first residual streams, [W,B,T,D]."""
-  ends = {name: tree for name, tree in params.items() if name != 'stack'}
-  return _embed(ends, tokens_WxBxT, config=config)
+def embed_windows(
+  params: dict, tokens_WxBxT: np.ndarray, *, config: ModelConfig
+) -> jax.Array:
+  """Returns the residual streams before the first layer, [W,B,T,D]."""
+  outer = {name: tree for name, tree in params.items() if name != 'stack'}
+  return _embed(outer, tokens_WxBxT, config=config)
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def _embed(ends, tokens_WxBxT, *, config):
-  def one(tokens):
+def _embed(params, tokens_WxBxT, *, config):
+  """Embeds tokens; `params` are those outside the stack of layers."""
+
+  def embed_batch(tokens):
     return Decoder(config).apply(
-      {'params': ends}, tokens, method='embed_tokens'
+      {'params': params}, tokens, method='embed_tokens'
     )
 
-  return jax.lax.map(one, tokens_WxBxT)
+  return jax.lax.map(embed_batch, tokens_WxBxT)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
 def calibrate_layer(
-  params, stream_WxBxTxD, masks, *, config, fit_on, strengths
-):
+  params: dict,
+  stream_WxBxTxD: jax.Array,
+  masks: tuple[jax.Array, jax.Array],
+  *,
+  config: ModelConfig,
+  fit_on: int,
+  strengths: tuple[float, ...],
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
   """Calibrates both sublayers of a layer, attention first.
 
+  Args:
+    params: of the layer.
+    stream_WxBxTxD: the residual stream before the layer.
+    masks: of the layer's units, (attention [K], ffn [F]).
+    config: of the dense decoder.
+    fit_on: number of batches to fit on; the others choose the strengths.
+    strengths: candidates for `ridge.ridge_regression`.
+
   Returns:
-    (attention out, ffn down), the stream behind the layer, strength indices.
+    ((attention out, ffn down), the residual stream behind the layer, indices of
+    the strengths [2]; -1 for no change).
   """
   layer = Layer(config, config.groups, config.ffn)
-  picks, stream = [], stream_WxBxTxD
+  indices, stream = [], stream_WxBxTxD
   for mask, sublayer in zip(masks, SUBLAYERS, strict=True):
     params, stream, index = _calibrate_sublayer(
       layer, params, stream, mask, sublayer, fit_on, strengths
     )
-    picks.append(index)
+    indices.append(index)
   new = params['attention']['out'], params['ffn']['down']
-  return new, stream, jnp.stack(picks)
+  return new, stream, jnp.stack(indices)
 
 
 def calibrate(
-  params,
-  config,
-  keep: Masks,
-  fit_WxBxT,
-  check_WxBxT,
+  params: dict,
+  config: ModelConfig,
+  masks: Masks,
+  fit_WxBxT: np.ndarray,
+  check_WxBxT: np.ndarray,
   *,
-  strengths,
-  dtype=None,
-):
+  strengths: Sequence[float],
+  dtype: jnp.dtype | None = None,
+) -> tuple[dict, np.ndarray]:
   """Calibrates every output projection of a masked model.
 
   Args:
     params: of the dense decoder, stacked.
     config: its `ModelConfig`.
-    keep: the masks.
-    fit_WxBxT: calibration tokens, in W batches.
-    check_WxBxT: validation tokens, which choose the strengths.
-    strengths: candidates for `ridge`.
-    dtype: what the projections will be saved in, to which they are rounded;
-      None for that of `params`.
+    masks: the units to keep.
+    fit_WxBxT: calibration tokens, in batches.
+    check_WxBxT: validation tokens, which choose the strengths; in batches.
+    strengths: candidates for `ridge.ridge_regression`.
+    dtype: the type that the projections will be saved in, to which they are
+      rounded; None for that of `params`.
 
   Returns:
-    (params with new output projections, chosen strength [2, L] of attention
-    and FFN, 0 where the projection stays as it is).
+    (params with new output projections, chosen strengths [2,L] of attention and
+    FFN, 0 where the projection is unchanged).
   """
   tokens = np.concatenate([fit_WxBxT, check_WxBxT])
   stream = embed_windows(params, tokens, config=config)
-  outs, picks = [], []
+  projections, indices = [], []
   for i in range(config.layers):
-    at = jax.tree.map(lambda x, i=i: x[i], (params['stack'], keep))
-    new, stream, pick = calibrate_layer(
-      at[0],
+    layer, layer_masks = jax.tree.map(
+      lambda x, i=i: x[i], (params['stack'], masks)
+    )
+    new, stream, index = calibrate_layer(
+      layer,
       stream,
-      at[1],
+      layer_masks,
       config=config,
       fit_on=len(fit_WxBxT),
       strengths=tuple(strengths),
     )
-    outs.append(new)
-    picks.append(pick)
+    projections.append(new)
+    indices.append(index)
   stack = params['stack']
   out, down = (
     jnp.stack(x).astype(dtype or x[0].dtype).astype(x[0].dtype)
-    for x in zip(*outs, strict=True)
+    for x in zip(*projections, strict=True)
   )
   stack = {
     **stack,
     'attention': {**stack['attention'], 'out': out},
     'ffn': {**stack['ffn'], 'down': down},
   }
-  chosen = np.array([0.0, *strengths])[np.stack(picks, axis=1) + 1]
+  chosen = np.array([0.0, *strengths])[np.stack(indices, axis=1) + 1]
   return {**params, 'stack': stack}, chosen

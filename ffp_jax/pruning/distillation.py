@@ -1,44 +1,53 @@
-"""How far the predictions of a pruned model are from the dense model's."""
+"""The distillation loss: KL divergence from a dense model to a pruned one."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
 def distillation_loss(
-  unembed, params, stream_BxTxD, dense, dense_stream_BxTxD, *, chunk
-):
-  """Returns the mean over tokens of KL(dense || pruned), in float32.
+  unembed: Callable[[dict, jax.Array], jax.Array],
+  params: dict,
+  stream_BxTxD: jax.Array,
+  dense: dict,
+  dense_stream_BxTxD: jax.Array,
+  *,
+  chunk: int,
+) -> jax.Array:
+  """Returns the mean over tokens of KL(dense || pruned), a float32 scalar.
 
-  Logits exist for a chunk of tokens at a time, and are computed once: where a
-  gradient is wanted, it is taken chunk by chunk along with the value.
+  The logits of only a chunk of tokens exist at a time, and are computed once:
+  where a gradient is wanted, it is taken chunk by chunk along with the value.
 
   Args:
     unembed: (params, stream [B,t,D]) -> float32 logits [B,t,V].
-    params: what `unembed` reads of the pruned model, and no more, as there is
-      a gradient of all of it.
-    stream_BxTxD: the pruned model's last residual stream.
-    dense, dense_stream_BxTxD: the same of the dense model; no gradient.
-    chunk: tokens whose logits may exist at once, if B is not more already.
+    params: parameters of the pruned model that `unembed` reads; a gradient is
+      computed for each of them.
+    stream_BxTxD: last residual stream of the pruned model.
+    dense: the same parameters of the dense model, without gradient.
+    dense_stream_BxTxD: last residual stream of the dense model, without
+      gradient.
+    chunk: most tokens whose logits may exist at once; at least B are taken.
   """
   B, T, _ = stream_BxTxD.shape
-  time = max(
+  length = max(
     t for t in range(1, T + 1) if T % t == 0 and B * t <= max(chunk, B)
   )
 
   def chunks(x_BxTxD):
-    return jnp.moveaxis(x_BxTxD.reshape(B, T // time, time, -1), 1, 0)
+    return jnp.moveaxis(x_BxTxD.reshape(B, T // length, length, -1), 1, 0)
 
-  streams = chunks(stream_BxTxD), chunks(dense_stream_BxTxD)
-  return _divergence(unembed, params, streams[0], dense, streams[1]) / (B * T)
+  streams, dense_streams = chunks(stream_BxTxD), chunks(dense_stream_BxTxD)
+  return _divergence(unembed, params, streams, dense, dense_streams) / (B * T)
 
 
 def _chunk_divergence(unembed, params, stream, dense, dense_stream):
   """Returns the sum over a chunk of tokens of KL(dense || pruned)."""
-  aim = jax.nn.log_softmax(unembed(dense, dense_stream))
-  found = jax.nn.log_softmax(unembed(params, stream))
-  return jnp.sum(jnp.exp(aim) * (aim - found))
+  dense_log_prob = jax.nn.log_softmax(unembed(dense, dense_stream))
+  log_prob = jax.nn.log_softmax(unembed(params, stream))
+  return jnp.sum(jnp.exp(dense_log_prob) * (dense_log_prob - log_prob))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -55,36 +64,37 @@ def _divergence(unembed, params, streams, dense, dense_streams):
 
 
 def _divergence_forward(unembed, params, streams, dense, dense_streams):
-  """Returns the value, and its gradient in the streams and in trained heads."""
-  heads = any(x.perturbed for x in jax.tree.leaves(params))
+  """Returns the value, and its gradients by streams and trained parameters."""
+  trains = any(x.perturbed for x in jax.tree.leaves(params))
   params, streams, dense, dense_streams = jax.tree.map(
     lambda x: x.value, (params, streams, dense, dense_streams)
   )
 
   def add(totals, chunk):
     stream, dense_stream = chunk
-    value, (of_stream, *of_params) = jax.value_and_grad(
-      _chunk_divergence, argnums=(2, 1) if heads else (2,)
+    value, (by_stream, *by_params) = jax.value_and_grad(
+      _chunk_divergence, argnums=(2, 1) if trains else (2,)
     )(unembed, params, stream, dense, dense_stream)
-    return jax.tree.map(jnp.add, totals, (value, of_params)), of_stream
+    return jax.tree.map(jnp.add, totals, (value, by_params)), by_stream
 
-  zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape), params)] if heads else []
-  (total, of_params), of_streams = jax.lax.scan(
+  zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape), params)] if trains else []
+  (total, by_params), by_streams = jax.lax.scan(
     add, (jnp.float32(0.0), zeros), (streams, dense_streams)
   )
-  of_params = [
+  by_params = [
     jax.tree.map(lambda g, x: g.astype(x.dtype), tree, params)
-    for tree in of_params
+    for tree in by_params
   ]
-  return total, (of_streams, of_params)
+  return total, (by_streams, by_params)
 
 
 def _divergence_backward(unembed, gradients, slope):
+  """Scales the gradients that the forward pass has computed."""
   del unembed
-  of_streams, of_params = jax.tree.map(
+  by_streams, by_params = jax.tree.map(
     lambda x: (x * slope).astype(x.dtype), gradients
   )
-  return (of_params or [None])[0], of_streams, None, None
+  return (by_params or [None])[0], by_streams, None, None
 
 
 _divergence.defvjp(

@@ -1,4 +1,6 @@
-"""Scores: how much each attention group and FFN channel matters."""
+"""Scores the importance of each attention group and FFN channel."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +8,24 @@ import jax.numpy as jnp
 from ffp_jax.models.decoder import Masks
 
 
-def square_sum(activations):
-  """The statistic that Wanda needs of [B,T,...]: sum of squares over B, T."""
+def square_sum(activations: jax.Array) -> jax.Array:
+  """Returns the float32 sum of squares of [B,T,...] over B and T.
+
+  It is the statistic of a projection's inputs that `wanda` needs.
+  """
   squares = jnp.square(activations.astype(jnp.float32))
   return jnp.sum(squares, axis=(0, 1))
 
 
-def input_norms(captured_apply, params, tokens_WxBxT):
-  """Root mean square of every output projection's inputs.
+def input_norms(
+  captured_apply: Callable, params: dict, tokens_WxBxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the root mean square of every output projection's inputs.
 
   Args:
     captured_apply: (params, tokens [B,T]) -> (attention [L,K,G,H],
-      ffn [L,F]), the `square_sum` of each sublayer's inputs.
-    params: what it takes.
+      ffn [L,F]), the `square_sum` of each output projection's inputs.
+    params: of the decoder.
     tokens_WxBxT: calibration tokens in W batches.
 
   Returns:
@@ -34,10 +41,13 @@ def input_norms(captured_apply, params, tokens_WxBxT):
   return jax.tree.map(lambda x: jnp.sqrt(x / tokens_WxBxT.size), total)
 
 
-def wanda(out_weights, norms) -> Masks:
-  """|W| times the root mean square of its input, summed over the unit.
+def wanda(
+  out_weights: tuple[jax.Array, jax.Array], norms: tuple[jax.Array, jax.Array]
+) -> Masks:
+  """Returns |weight| times the root mean square of its input, summed per unit.
 
-  Source: Wanda, arXiv 2306.11695, equation 1, summed as design.md says.
+  The score of a weight is that of Wanda (arXiv 2306.11695, equation 1); a
+  unit's score is the sum over its rows of the output projection.
 
   Args:
     out_weights: (attention out [L,K,G,H,D], ffn down [L,F,D]).

@@ -1,10 +1,10 @@
-"""Recovery: the pruned model learns from the dense one what it has lost.
+"""Recovery: trains the pruned model to predict what the dense model predicts.
 
-The masked model is trained to predict what the dense model predicts on the
-same text, the KL divergence of their next-token distributions. Trained is
-every kept weight, or low-rank updates of the weights (LoRA, arXiv 2106.09685)
-while the weights themselves stay shared with the dense model. What is removed
-has no gradient, and so stays as it is, bit for bit.
+The loss is the KL divergence of the next-token distributions of the masked
+model and the dense model on the same text. Either every kept weight is trained,
+or low-rank updates of the weights (LoRA, arXiv 2106.09685) while the weights
+themselves stay shared with the dense model. Removed units have no gradient, and
+so stay as they are, bit for bit.
 """
 
 import dataclasses
@@ -28,30 +28,32 @@ from ffp_jax.models.decoder import (
 from ffp_jax.pruning.distillation import distillation_loss
 from ffp_jax.runtime.sharding import constrain_params, mean_over_rows
 
-_FAR = 0.25  # nats above the best validation loss, at which training diverges
-_MOST_HALVINGS = 1  # of the rate; training that diverges once more ends
+_DIVERGED_NATS = 0.25  # above the best validation loss, training has diverged
+_MAX_HALVINGS = 1  # of the rate; training ends when it diverges once more
 
 
 class RecoveryState(NamedTuple):
-  """All that recovery needs to go on; one pytree."""
+  """The complete, resumable state of recovery; one pytree of arrays."""
 
-  trained: dict  # float32, see `begin`
-  opt_state: tuple
-  step: jax.Array  # steps taken, which is also the position in the text
-  rate_scale: jax.Array  # what the learning rate is multiplied by
-  halvings: jax.Array  # how often training has diverged
+  trained: dict  # float32 parameters, see `begin`
+  opt_state: optax.OptState
+  step: jax.Array  # int32, steps taken; also the position in the text
+  rate_scale: jax.Array  # float32, factor of the learning rate
+  halvings: jax.Array  # int32, how often training has diverged
   best: dict  # the trained parameters with the lowest validation loss
-  best_loss: jax.Array
-  start_loss: jax.Array  # validation loss before the first step; NaN: unknown
+  best_loss: jax.Array  # float32, their validation loss
+  start_loss: jax.Array  # validation loss before the first step, NaN if unknown
 
 
-def begin(params, model: ModelConfig, keep: Masks, *, rank: int, seed: int):
-  """Splits a calibrated model into what is trained and what isn't.
+def begin(
+  params: dict, model: ModelConfig, masks: Masks, *, rank: int, seed: int
+) -> tuple[dict, dict]:
+  """Splits a calibrated model into trained and frozen parameters.
 
   Args:
-    params: calibrated, of the dense decoder; not used up.
+    params: calibrated parameters of the dense decoder; their buffers are kept.
     model: its `ModelConfig`.
-    keep: the masks.
+    masks: the units to keep.
     rank: of the low-rank updates; 0 to train every kept weight.
     seed: of the updates.
 
@@ -60,42 +62,44 @@ def begin(params, model: ModelConfig, keep: Masks, *, rank: int, seed: int):
   """
   if rank:
     key = jax.random.key(seed)
-    return adapters.draw(model, keep, rank=rank, key=key), params
-  # Copies, as the buffers of what is trained are used again.
+    return adapters.draw(model, masks, rank=rank, key=key), params
+  # Copies, because the training step donates the buffers of `trained`.
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params), {}
 
 
-def optimizer(*, max_norm, decays):
-  """Returns Adam on the clipped gradient, still without a learning rate.
+def optimizer(
+  *, max_norm: float, decays: tuple[float, float]
+) -> optax.GradientTransformation:
+  """Returns Adam on the clipped gradient, without a learning rate.
 
   Args:
-    max_norm: of the whole gradient.
-    decays: Adam's two.
+    max_norm: largest norm of the whole gradient.
+    decays: Adam's two decay rates.
   """
   return optax.chain(
     optax.clip_by_global_norm(max_norm), optax.scale_by_adam(*decays)
   )
 
 
-def schedule(*, peak, warmup, steps):
+def schedule(*, peak: float, warmup: int, steps: int) -> optax.Schedule:
   """Returns step -> learning rate: a linear rise, then a cosine to zero.
 
   Args:
     peak: the highest rate.
-    warmup: steps below it, fewer than `steps`.
-    steps: in all, after which the rate is zero.
+    warmup: number of steps before the peak, less than `steps`.
+    steps: number of all steps, after which the rate is zero.
   """
   low = peak / (warmup + 1)  # not zero, so that no step is wasted
   return optax.warmup_cosine_decay_schedule(low, peak, warmup, steps)
 
 
-def start(trained, optim) -> RecoveryState:
+def start(trained: dict, optim: optax.GradientTransformation) -> RecoveryState:
   """Returns the state before the first step."""
 
   @jax.jit
   def scalars():
-    none, unknown = jnp.float32(jnp.inf), jnp.float32(jnp.nan)
-    return jnp.int32(0), jnp.float32(1.0), jnp.int32(0), none, unknown
+    infinite, unknown = jnp.float32(jnp.inf), jnp.float32(jnp.nan)
+    return jnp.int32(0), jnp.float32(1.0), jnp.int32(0), infinite, unknown
 
   step, rate_scale, halvings, best_loss, start_loss = scalars()
   return RecoveryState(
@@ -110,8 +114,53 @@ def start(trained, optim) -> RecoveryState:
   )
 
 
+def _make_loss(
+  model: ModelConfig, *, rank: int, remat: bool, chunk: int
+) -> Callable:
+  """Returns (trained, frozen, dense params, Masks, tokens [B,T]) -> mean KL."""
+  dense_decoder = Decoder(model)
+  decoder = Decoder(dataclasses.replace(model, adapter_rank=rank), remat=remat)
+
+  def unembed(params, stream):
+    return decoder.apply({'params': params}, stream, method='unembed')
+
+  def unembed_params(params):
+    names = ('embed_out', 'final_norm', 'embed' if model.tied else 'head')
+    return {name: params[name] for name in names if name in params}
+
+  def loss_fn(trained, frozen, dense, masks, tokens_BxT):
+    params = join(frozen, trained, dense['embed']['table'].dtype)
+
+    def mean_divergence(rows):
+      positions = positions_from_zero(rows.shape[1])
+      dense_stream, _ = dense_decoder.apply(
+        {'params': dense}, rows, positions, method='stream'
+      )
+      stream, _ = decoder.apply(
+        {'params': params}, rows, positions, masks, method='stream'
+      )
+      return distillation_loss(
+        unembed,
+        unembed_params(params),
+        stream,
+        unembed_params(dense),
+        dense_stream,
+        chunk=chunk,
+      )
+
+    return mean_over_rows(mean_divergence, tokens_BxT)
+
+  return loss_fn
+
+
 def make_step(
-  model: ModelConfig, optim, rate, *, rank: int, remat: bool, chunk: int
+  model: ModelConfig,
+  optim: optax.GradientTransformation,
+  rate: optax.Schedule,
+  *,
+  rank: int,
+  remat: bool,
+  chunk: int,
 ) -> Callable:
   """Returns the jitted training step.
 
@@ -120,46 +169,24 @@ def make_step(
     optim: from `optimizer`.
     rate: from `schedule`.
     rank: as in `begin`.
-    remat: whether to compute activations again in the backward pass.
-    chunk: of `distillation_loss`.
+    remat: whether to recompute activations in the backward pass.
+    chunk: see `distillation_loss`.
 
   Returns:
     (trained, opt_state, step, rate_scale, frozen, dense params, Masks, tokens
-    [A,B,T]) -> (trained, opt_state, step, metrics); the first two are used
-    up. The gradient is the mean over A micro-batches, computed in turn, whose
-    rows are split over the mesh.
+    [A,B,T]) -> (trained, opt_state, step, metrics); the buffers of the first
+    two arguments are donated. The gradient is the mean over A micro-batches,
+    computed in turn, whose rows are split over the mesh. The metrics are the
+    loss `kl` in nats, `gradient_norm` and `rate`.
   """
-  dense_decoder = Decoder(model)
-  decoder = Decoder(dataclasses.replace(model, adapter_rank=rank), remat=remat)
-
-  def unembed(params, stream):
-    return decoder.apply({'params': params}, stream, method='unembed')
-
-  def read(params):
-    names = ('embed_out', 'final_norm', 'embed' if model.tied else 'head')
-    return {name: params[name] for name in names if name in params}
-
-  def loss_of(trained, frozen, dense, keep, tokens_BxT):
-    params = join(frozen, trained, dense['embed']['table'].dtype)
-
-    def mean_divergence(rows):
-      at = positions_from_zero(rows.shape[1])
-      aim, _ = dense_decoder.apply({'params': dense}, rows, at, method='stream')
-      found, _ = decoder.apply(
-        {'params': params}, rows, at, keep, method='stream'
-      )
-      return distillation_loss(
-        unembed, read(params), found, read(dense), aim, chunk=chunk
-      )
-
-    return mean_over_rows(mean_divergence, tokens_BxT)
+  loss_fn = _make_loss(model, rank=rank, remat=remat, chunk=chunk)
 
   def step(
-    trained, opt_state, step, rate_scale, frozen, dense, keep, tokens_AxBxT
+    trained, opt_state, step, rate_scale, frozen, dense, masks, tokens_AxBxT
   ):
     def add(total, tokens_BxT):
-      new = jax.value_and_grad(loss_of)(
-        trained, frozen, dense, keep, tokens_BxT
+      new = jax.value_and_grad(loss_fn)(
+        trained, frozen, dense, masks, tokens_BxT
       )
       loss, gradient = jax.tree.map(jnp.add, total, new)
       return (loss, constrain_params(gradient)), None
@@ -168,12 +195,12 @@ def make_step(
     total, _ = jax.lax.scan(add, zero, tokens_AxBxT)
     loss, gradient = jax.tree.map(lambda x: x / len(tokens_AxBxT), total)
     change, opt_state = optim.update(gradient, opt_state)
-    speed = rate(step) * rate_scale
-    trained = jax.tree.map(lambda x, u: x - speed * u, trained, change)
+    step_rate = rate(step) * rate_scale
+    trained = jax.tree.map(lambda x, u: x - step_rate * u, trained, change)
     metrics = {
       'kl': loss,
       'gradient_norm': optax.tree.norm(gradient),
-      'rate': speed,
+      'rate': step_rate,
     }
     return constrain_params(trained), opt_state, step + 1, metrics
 
@@ -183,42 +210,46 @@ def make_step(
 def steps(
   state: RecoveryState,
   step_fn: Callable,
-  batch: Callable,
-  validate: Callable,
-  optim,
+  batch: Callable[[int], jax.Array | np.ndarray],
+  validate: Callable[[dict], float],
+  optim: optax.GradientTransformation,
   *,
   total: int,
   every: int,
 ) -> Iterator[tuple[RecoveryState, dict]]:
   """Trains to the end, from the start or from any state that was yielded.
 
-  The best state by validation loss is kept, and the start is one of them:
-  `state.best` is never worse. Training has diverged if its loss or gradient
-  isn't finite, or if the validation loss isn't, or is more than 0.25 above
-  the best (a perplexity 28% higher). It then goes on from the best
-  parameters, with the moments of Adam forgotten, at half the rate, and with
-  the text that comes next; the second time it ends there.
+  The parameters with the lowest validation loss are kept as `state.best`; those
+  at the start are among the candidates, so the result is never worse.
+
+  Training has diverged if its loss, its gradient or the validation loss is not
+  finite, or if the validation loss is more than 0.25 nats above the best (a
+  perplexity 28% higher). It then restarts from the best parameters with fresh
+  moments of Adam, at half the rate, on the text that comes next; the second
+  time, training ends.
 
   Args:
-    state: to go on from; used up, as each state is when the next is asked
-      for.
+    state: from `start`, or yielded by the same training. Each state's buffers
+      are donated when the next one is asked for.
     step_fn: (trained, opt_state, step, rate_scale, tokens) -> (trained,
       opt_state, step, metrics); see `make_step`.
     batch: step -> tokens [A,B,T].
-    validate: trained -> validation loss.
+    validate: trained -> validation loss, in nats.
     optim: from `optimizer`.
-    total: steps in all.
-    every: steps between validations; there is one before the first step and
-      after the last as well.
+    total: number of all steps.
+    every: number of steps between validations; there is also one before the
+      first step and one after the last.
 
   Yields:
-    (state, metrics): before the first step, and after each.
+    (state, metrics) before the first step, and after each. The metrics are
+    those of the step and `diverged`; after a validation also its loss
+    (`validation`) and the lowest one so far (`best`).
   """
   if np.isnan(state.start_loss):
     state, metrics = _validated(state, validate)
     state = state._replace(start_loss=state.best_loss)
     yield state, metrics
-  while state.step < total and state.halvings <= _MOST_HALVINGS:
+  while state.step < total and state.halvings <= _MAX_HALVINGS:
     *new, metrics = step_fn(*state[:4], batch(int(state.step)))
     state = state._replace(
       **dict(zip(('trained', 'opt_state', 'step'), new, strict=True))
@@ -228,17 +259,19 @@ def steps(
     finite = math.isfinite(metrics['kl'] + metrics['gradient_norm'])
     diverged = not finite
     if finite and (taken % every == 0 or taken == total):
-      state, found = _validated(state, validate)
-      metrics |= found
-      # Also of a loss that isn't finite.
-      diverged = not metrics['validation'] <= float(state.best_loss) + _FAR
+      state, validation = _validated(state, validate)
+      metrics |= validation
+      # Negated, so that a validation loss of NaN has diverged too.
+      diverged = (
+        not metrics['validation'] <= float(state.best_loss) + _DIVERGED_NATS
+      )
     if diverged:
       state = _halved(state, optim)
     yield state, metrics | {'diverged': diverged}
 
 
-def _validated(state, validate):
-  """Returns the state with its best brought up to date, and the metrics."""
+def _validated(state: RecoveryState, validate) -> tuple[RecoveryState, dict]:
+  """Validates, and returns the state with its updated best, and metrics."""
   loss = float(np.float32(validate(state.trained)))
   if loss < float(state.best_loss):
     state = state._replace(
@@ -247,7 +280,7 @@ def _validated(state, validate):
   return state, {'validation': loss, 'best': float(state.best_loss)}
 
 
-def _halved(state, optim):
+def _halved(state: RecoveryState, optim) -> RecoveryState:
   """Returns the best parameters with a fresh optimiser at half the rate."""
   return state._replace(
     trained=_copy(state.best),
@@ -258,10 +291,10 @@ def _halved(state, optim):
 
 
 def _like(value, old):
-  """Returns a number as an array of the type and place of another."""
+  """Returns a number as an array with the type and sharding of another."""
   return jax.device_put(np.asarray(value, old.dtype), old.sharding)
 
 
 def _copy(tree):
-  """Returns parameters in buffers of their own."""
+  """Copies parameters into new buffers."""
   return jax.tree.map(jnp.copy, tree)

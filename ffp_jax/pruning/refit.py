@@ -1,15 +1,15 @@
-"""Masks that refit: every candidate as calibration would leave it.
+"""Makes every masked candidate equal to its ridge-calibrated model.
 
 With H the inputs of an output projection in the order of the ranks, W its
-weights and G + lambda = L L' for the Gram matrix G = H'H,
+weights, G = H'H their Gram matrix, and G + lambda = L L',
 
-  H W = (H L'^-1) (L'W),
+  H W = (H L'^-1) (L'W).
 
-and since column i of H L'^-1 depends on the units up to i alone and all are
-orthogonal under G + lambda, a mask of the first n columns leaves just what the
-ridge regression of H W on the first n units predicts, shrunk to W. So one
-Cholesky factor a sublayer, known before the search, serves every count: the
-masks stay masks, and their gradient is that of the refit model.
+Column i of H L'^-1 depends on the units up to i alone, and all columns are
+orthonormal under G + lambda. A mask of the first n columns therefore leaves
+what the ridge regression of H W on the first n units, shrunk to W, predicts.
+One Cholesky factor per sublayer, known before the search, serves every count;
+the masks stay masks, and their gradient is that of the refit model.
 """
 
 import dataclasses
@@ -17,91 +17,114 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
-from ffp_jax.pruning import calibration
+from ffp_jax.pruning import calibration, ridge
 from ffp_jax.runtime.sharding import constrain
 
 
-def refit_basis(gram_IxI, weight_IxD, rank_U, strength):
-  """What to multiply inputs by, and the weights that belong to it.
+def refit_basis(
+  gram_IxI: jax.Array, weight_IxD: jax.Array, rank_U: jax.Array, strength: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the refit's change of basis, and the weights in that basis.
+
+  I inputs, D outputs, U units.
 
   Args:
-    gram_IxI: X'X of the sublayer's inputs.
-    weight_IxD: W.
-    rank_U: of the units, each I / U inputs.
-    strength: of the ridge, a share of the mean diagonal.
+    gram_IxI: Gram matrix of the inputs of the output projection, H'H.
+    weight_IxD: its weights, W.
+    rank_U: ranks of the units, each of which has I / U inputs.
+    strength: of the ridge, as a share of the mean diagonal of the Gram matrix.
 
   Returns:
-    (refit [I,I], weights [I,D]), whose product is W; without effect on what
-    a mask leaves where the factorisation fails.
+    (matrix [I,I] to multiply the inputs by, weights [I,D]), whose product is W.
+    If the factorisation fails, the identity and W: masks then do not refit.
   """
   size = len(gram_IxI) // len(rank_U)
   rank_I = (rank_U[:, None] * size + jnp.arange(size)).reshape(-1)
   order_I = jnp.argsort(rank_I)
-  one = jnp.eye(len(gram_IxI))
+  identity = jnp.eye(len(gram_IxI))
   gram = gram_IxI[order_I][:, order_I]
   ridge = strength * jnp.trace(gram) / len(gram)
-  lower = jnp.linalg.cholesky(gram + ridge * one)
-  inverse = jax.scipy.linalg.solve_triangular(lower, one, lower=True)
+  lower = jnp.linalg.cholesky(gram + ridge * identity)
+  inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
   weight = jnp.matmul(
     lower.T, weight_IxD[order_I], precision=jax.lax.Precision.HIGHEST
   )
-  works = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(inverse))
+  valid = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(inverse))
   return (
-    jnp.where(works, inverse.T[rank_I][:, rank_I], one),
-    jnp.where(works, weight[rank_I], weight_IxD),
+    jnp.where(valid, inverse.T[rank_I][:, rank_I], identity),
+    jnp.where(valid, weight[rank_I], weight_IxD),
   )
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'strength'))
-def _layer(params, stream_WxBxTxD, ranks, *, config, strength):
-  """Returns (output projection, refit) of both, and the stream behind them."""
+def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
+  """Refits both sublayers of a layer.
+
+  Args:
+    params: of the layer.
+    stream_WxBxTxD: the residual stream before the layer.
+    ranks: of the units, (attention [K], ffn [F]).
+    config: `ModelConfig` of the dense decoder.
+    strength: of the ridge.
+
+  Returns:
+    ((output projection, change of basis) of attention and FFN, the residual
+    stream behind the layer).
+  """
   layer = Layer(config, config.groups, config.ffn)
-  found = []
+  refits = []
   for rank_U, sublayer in zip(ranks, calibration.SUBLAYERS, strict=True):
     weight = sublayer.weight(params)
-    entered = sublayer.enter(layer, params, stream_WxBxTxD)
-    gram = calibration.input_moments(entered, weight).gram_IxI
-    refit, weight = refit_basis(gram, weight, rank_U, strength)
-    new = sublayer.with_weight(params, weight)[sublayer.name][
+    inputs = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
+    gram = ridge.input_moments(inputs, weight).gram_IxI
+    basis, weight = refit_basis(gram, weight, rank_U, strength)
+    projection = sublayer.with_weight(params, weight)[sublayer.name][
       sublayer.projection
     ]
-    found.append((new, constrain(refit, 'embed', 'ffn').astype(new.dtype)))
-    stream_WxBxTxD = sublayer.leave(
-      layer, params, stream_WxBxTxD, entered, None
+    basis = constrain(basis, 'embed', 'ffn').astype(projection.dtype)
+    refits.append((projection, basis))
+    stream_WxBxTxD = sublayer.apply_output(
+      layer, params, stream_WxBxTxD, inputs, None
     )
-  return found, stream_WxBxTxD
+  return refits, stream_WxBxTxD
 
 
 def refit_model(
-  params, config, rank: Masks, tokens_WxBxT, *, strength
+  params: dict,
+  config: ModelConfig,
+  rank: Masks,
+  tokens_WxBxT: np.ndarray,
+  *,
+  strength: float,
 ) -> tuple[ModelConfig, dict]:
-  """The same decoder, but one whose masks refit.
+  """Returns the same decoder in a form whose masks refit.
 
   Args:
     params: of the dense decoder, stacked.
     config: its `ModelConfig`.
-    rank: of the units; what masks keep must be a prefix of it.
+    rank: ranks of the units; a mask must keep a prefix of them.
     tokens_WxBxT: calibration tokens, in W batches.
-    strength: of the ridge that calibration is likely to choose.
+    strength: of the ridge; the one that calibration is likely to choose.
 
   Returns:
-    (config, params); without masks the function is that of the dense decoder.
+    (config, params). Without masks the function is that of the dense decoder.
   """
   stream = calibration.embed_windows(params, tokens_WxBxT, config=config)
   layers = []
   for i in range(config.layers):
-    at, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
-    found, stream = _layer(
-      at, stream, ranks, config=config, strength=float(strength)
+    layer, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
+    refits, stream = _refit_layer(
+      layer, stream, ranks, config=config, strength=float(strength)
     )
-    layers.append(found)
+    layers.append(refits)
   stack = params['stack']
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  for sublayer, (weight, refit) in zip(
+  for sublayer, (weight, basis) in zip(
     calibration.SUBLAYERS, stacked, strict=True
   ):
-    new = {sublayer.projection: weight, 'refit': refit}
+    new = {sublayer.projection: weight, 'refit': basis}
     stack = {**stack, sublayer.name: {**stack[sublayer.name], **new}}
   return dataclasses.replace(config, refit=True), {**params, 'stack': stack}

@@ -1,6 +1,6 @@
-"""What units cost besides parameters: FLOPs, KV cache, measured time.
+"""Budgets besides the parameters: FLOPs, key/value cache, measured time.
 
-Each is linear in the counts, as the parameters are, so that one projection
+Each cost is linear in the counts, as the parameters are, so that one projection
 meets all budgets at once.
 """
 
@@ -9,6 +9,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
@@ -20,68 +21,90 @@ from ffp_jax.pruning.sublayers import (
 
 
 class Resource(NamedTuple):
-  """A cost of the units, and how much of it has to go."""
+  """A cost of the prunable sublayers, and the share of it to remove.
+
+  Attributes:
+    name: its key in `config.budget`.
+    unit_cost: cost of one unit, float64 [S]; 0 where a unit has none.
+    fixed: cost of the prunable sublayers that every allocation keeps.
+    removed: share of the whole cost to remove, in (0, 1).
+  """
 
   name: str
-  unit_cost: np.ndarray  # of one unit, float64 [S], 0 where there is none
-  fixed: float  # of the prunable sublayers, which no removal touches
-  removed: float  # share of the whole that has to go, in (0, 1)
+  unit_cost: np.ndarray
+  fixed: float
+  removed: float
 
-  def kept(self, counts) -> float:
-    """What counts [S] cost."""
+  def kept(self, counts: np.ndarray) -> float:
+    """Returns the cost of counts [S], `fixed` included."""
     return float(np.asarray(counts) @ self.unit_cost) + self.fixed
 
-  def limit(self, units) -> float:
-    """What may be kept of sublayers of so many units [S]."""
+  def limit(self, units: np.ndarray) -> float:
+    """Returns the largest cost to keep of dense sublayers of `units` [S]."""
     return (1.0 - self.removed) * self.kept(units)
 
 
 def from_config(
-  config, model: ModelConfig, sublayers: Sublayers
+  config: ConfigDict, model: ModelConfig, sublayers: Sublayers
 ) -> tuple[Resource, ...]:
-  """The budgets that `config.budget` sets besides the parameters.
+  """Returns the budgets in `config.budget` besides that of the parameters.
 
   Raises:
-    RequestError: there is no latency table, or it doesn't fit the model.
+    RequestError: the latency table cannot be read, or does not fit the model.
   """
   b = config.budget
-  found = []
+  resources = []
   if b.flops:
-    cost = _flops(model, b.flops_context)
-    found.append(Resource('flops', _both(model, *cost), 0.0, b.flops))
+    unit_costs = _flops(model, b.flops_context)
+    resources.append(
+      Resource('flops', _per_sublayer(model, *unit_costs), 0.0, b.flops)
+    )
   if b.kv_cache:
-    # Key and value of a group at a position; bytes and batch cancel out.
-    cost = _both(model, 2.0 * model.head_size, 0.0)
-    found.append(Resource('kv_cache', cost, 0.0, b.kv_cache))
+    # A group's key and value at a position; bytes and batch cancel out.
+    cost = _per_sublayer(model, 2.0 * model.head_size, 0.0)
+    resources.append(Resource('kv_cache', cost, 0.0, b.kv_cache))
   if b.latency:
-    found.append(_latency(b.latency_table, sublayers, b.latency))
-  return tuple(found)
+    resources.append(_latency(b.latency_table, sublayers, b.latency))
+  return tuple(resources)
 
 
-def _both(model, attention, ffn) -> np.ndarray:
+def _per_sublayer(
+  model: ModelConfig, attention: float, ffn: float
+) -> np.ndarray:
+  """Repeats the cost of a group and of a channel for every layer, [S]."""
   return np.repeat(np.array([attention, ffn], np.float64), model.layers)
 
 
 def _flops(model: ModelConfig, context: int) -> tuple[float, float]:
-  """FLOPs of one unit and token, mean over a context's positions.
+  """Returns the FLOPs per token of one group and of one channel.
 
-  Two for every weight; and for every earlier position, itself included, two
-  for each number of its key and two for each of its value.
+  Every weight takes two. In attention every visible position, the token itself
+  included, takes two more for each number of its key and of its value, for
+  each query head; the number of visible positions is the mean over a context.
   """
   width = model.heads_per_group * model.head_size
-  seen = (context + 1) / 2
+  visible = (context + 1) / 2
   if model.window:
-    first = min(model.window, context)
-    seen = first - first * (first - 1) / 2 / context
-  attention = 2.0 * attention_unit_cost(model) + 4.0 * width * seen
+    window = min(model.window, context)
+    visible = window - window * (window - 1) / 2 / context
+  attention = 2.0 * attention_unit_cost(model) + 4.0 * width * visible
   return attention, 2.0 * ffn_unit_cost(model)
 
 
 def _latency(name: str, sublayers: Sublayers, removed: float) -> Resource:
-  """Milliseconds measured by the user, under a line for each sublayer.
+  """Returns a budget of the milliseconds in a user's table.
 
-  A sublayer's line goes through its dense point and lies on or above the
-  others, so that what the line promises the table keeps.
+  The cost of a sublayer is a line through the time of the dense one that lies
+  on or above all other times, so that a budget met by the line is met by the
+  table too.
+
+  Args:
+    name: path of the table, a JSON file.
+    sublayers: of the dense model.
+    removed: share of the time to remove.
+
+  Raises:
+    RequestError: the table cannot be read, or does not fit the model.
   """
   path = pathlib.Path(name).expanduser()
   try:
@@ -96,7 +119,7 @@ def _latency(name: str, sublayers: Sublayers, removed: float) -> Resource:
       '{"attention": {"1": 0.2, "2": 0.3}, "ffn": {"512": 0.4, ...}}, '
       f'milliseconds by count ({type(error).__name__}: {error})'
     ) from error
-  slopes, starts = [], []
+  slopes, intercepts = [], []
   dense_counts = sublayers.units[:: sublayers.layers]
   for kind, points, units in zip(
     ('attention', 'ffn'), curves, dense_counts, strict=True
@@ -109,6 +132,6 @@ def _latency(name: str, sublayers: Sublayers, removed: float) -> Resource:
     *others, (_, dense) = points
     slope = min((dense - ms) / (units - count) for count, ms in others)
     slopes.append(max(slope, 0.0))
-    starts.append(dense - slopes[-1] * units)
+    intercepts.append(dense - slopes[-1] * units)
   cost = np.repeat(np.array(slopes), sublayers.layers)
-  return Resource('latency', cost, sublayers.layers * sum(starts), removed)
+  return Resource('latency', cost, sublayers.layers * sum(intercepts), removed)

@@ -1,28 +1,28 @@
-"""The search: one state, one jitted step, a generator of both.
+"""The search for an allocation: a resumable state and a generator of steps.
 
-A step proposes N candidates at the stage's sparsity, scores them on the same
-tokens through masks, and updates the policy. What the loss says about the
-units that each sublayer would get back next reaches the policy as the gradient
-of the reward with respect to the priorities, through the projection.
+A step proposes N candidates at the sparsity of its stage, scores them through
+masks on the same tokens (candidate.py), and updates the policy (policy.py).
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 
-from ffp_jax.models.decoder import Masks
-from ffp_jax.pruning import allocation, curriculum, masks, policy
-from ffp_jax.pruning.reward import reward as reward_of
+from ffp_jax.pruning import allocation, curriculum, policy
+from ffp_jax.pruning.allocation import DeviceSublayers, Target
+from ffp_jax.pruning.candidate import score_candidate
 from ffp_jax.pruning.sublayers import Sublayers
 from ffp_jax.runtime import device_memory
 from ffp_jax.runtime.sharding import map_candidates
 
-# What `policy.update` takes by name, straight from the configuration.
+# The keyword arguments of `policy.update` that are keys of `config.policy`.
 _UPDATE_KEYS = (
   'epochs',
   'clip',
@@ -34,117 +34,33 @@ _UPDATE_KEYS = (
 
 
 class RewardText(NamedTuple):
-  """What candidates are scored on."""
+  """The text that candidates are scored on; R rows of T tokens."""
 
-  rows_RxT: np.ndarray  # tokens
-  dense_R: np.ndarray  # mean loss of the dense model on each row
+  rows_RxT: np.ndarray  # token ids
+  dense_R: np.ndarray  # mean loss of the dense model on each row, in nats
 
 
 class Elites(NamedTuple):
-  """The best candidates of the current stage."""
+  """The M best candidates of the current stage, best first."""
 
-  reward_M: jax.Array  # -inf where empty
-  priority_MxS: jax.Array
+  reward_M: jax.Array  # float32 [M], -inf where there is none yet
+  priority_MxS: jax.Array  # float32 [M,S]
 
 
 class SearchState(NamedTuple):
-  """All that a search needs to go on; one pytree."""
+  """The complete, resumable state of a search; one pytree of arrays."""
 
-  params: dict
-  opt_state: tuple
-  key: jax.Array
-  step: jax.Array
+  params: dict  # of the policy, see `policy.init`
+  opt_state: optax.OptState
+  key: jax.Array  # raw data of the PRNG key; the same through the whole search
+  step: jax.Array  # int32 scalar, number of steps taken
   elites: Elites
 
 
-def count_gradient(mask_gradient: Masks, rank: Masks, count_S, *, window):
-  """d loss / d count, from the mask gradients of the units next to come back.
-
-  The masked forward runs removed units too, so what they would bring is
-  known. What is kept has settled, calibrated or trained, where the loss is
-  flat in its masks: a unit's gradient falls from that at mask 0 to about zero
-  at 1, and its mean on the way is half of it. A unit kept in part, as whole
-  attention groups are while the search goes on, has the gradient it has.
-
-  Args:
-    mask_gradient: d loss / d mask, [L,K] and [L,F].
-    rank: of the units.
-    count_S: what the masks keep, see `masks.from_counts`; [S].
-    window: units to average, as a share of the sublayer's; at least one.
-
-  Returns:
-    float32 [S].
-  """
-
-  def mean(gradient, rank, count_L):
-    units = rank.shape[-1]
-    # Of a sublayer that keeps all of its units, the last.
-    first = jnp.minimum(jnp.floor(count_L), units - 1.0)[:, None]
-    near = (rank >= first) & (rank < first + max(1, round(window * units)))
-    way = jnp.where(rank == first, 1.0, 0.5)
-    return jnp.sum(near * way * gradient, -1) / jnp.sum(near, -1)
-
-  halves = zip(mask_gradient, rank, jnp.split(count_S, 2), strict=True)
-  return jnp.concatenate([mean(*half) for half in halves])
-
-
-def score_candidate(
-  priority_S,
-  target,
-  device_sublayers,
-  loss_of,
-  dense_nll,
-  *,
-  min_ratio,
-  window,
-  repair,
-):
-  """Reward of one candidate and its gradient.
-
-  Candidates are scored before their counts are rounded, which keeps the
-  budget and lets whole attention groups come and go by degrees. A group that
-  is worth what it costs is kept by more than half, so rounding is right.
-
-  Args:
-    priority_S: the proposal.
-    target: the budget.
-    device_sublayers: what may be removed.
-    loss_of: Masks -> mean loss on this step's tokens.
-    dense_nll: the dense model's mean loss on the same tokens.
-    min_ratio: smallest ratio a priority can ask for.
-    window: of `count_gradient`; None to leave the gradient out.
-    repair: see `allocation.project`.
-
-  Returns:
-    (reward, d reward / d priority [S]); zeros where the loss isn't finite, or
-    the gradient is left out.
-  """
-
-  def project(priority_S):
-    return allocation.project(
-      priority_S, target, device_sublayers, min_ratio=min_ratio, repair=repair
-    )
-
-  if window is None:
-    count_S = project(priority_S) * device_sublayers.units_S
-    nll = loss_of(masks.from_counts(device_sublayers.rank, count_S))
-    return reward_of(dense_nll, nll), jnp.zeros_like(priority_S)
-  ratio_S, pull_back = jax.vjp(project, priority_S)
-  count_S = ratio_S * device_sublayers.units_S
-  nll, gradient = jax.value_and_grad(loss_of)(
-    masks.from_counts(device_sublayers.rank, count_S)
-  )
-  reward, slope = jax.value_and_grad(lambda x: reward_of(dense_nll, x))(nll)
-  per_count_S = count_gradient(
-    gradient, device_sublayers.rank, count_S, window=window
-  )
-  (ascent_S,) = pull_back(slope * per_count_S * device_sublayers.units_S)
-  known = jnp.isfinite(nll) & jnp.all(jnp.isfinite(ascent_S))
-  return reward, jnp.where(known, ascent_S, 0.0)
-
-
-def update_elites(elites: Elites, reward_N, priority_NxS) -> Elites:
-  """The best of the elites and these candidates."""
+def update_elites(
+  elites: Elites, reward_N: jax.Array, priority_NxS: jax.Array
+) -> Elites:
+  """Returns the best M of the elites and N new candidates, best first."""
   reward = jnp.concatenate([elites.reward_M, reward_N])
   priority = jnp.concatenate([elites.priority_MxS, priority_NxS])
   best, index = jax.lax.top_k(reward, len(elites.reward_M))
@@ -152,21 +68,28 @@ def update_elites(elites: Elites, reward_N, priority_NxS) -> Elites:
 
 
 def clear_elites(state: SearchState) -> SearchState:
-  """Drops the elites: an easier stage must not outlive a harder one."""
+  """Empties the elites, so that an easier stage's rewards do not win."""
   empty = jnp.full_like(state.elites.reward_M, -jnp.inf)
   return state._replace(elites=state.elites._replace(reward_M=empty))
 
 
 @functools.partial(jax.jit, static_argnames=('net', 'optim', 'size'))
-def init(key, net, optim, prior_S, *, size: int) -> SearchState:
-  """A search that starts from the priorities `prior_S`.
+def init(
+  key: jax.Array,
+  net: policy.Policy,
+  optim: optax.GradientTransformation,
+  prior_S: np.ndarray,
+  *,
+  size: int,
+) -> SearchState:
+  """Returns the state before the first step.
 
   Args:
-    key: PRNG key, typed.
-    net: the `policy.Policy`.
-    optim: from `policy.optimizer`.
-    prior_S: the first mean.
-    size: number of elites.
+    key: typed PRNG key.
+    net: the policy.
+    optim: its optimiser, from `policy.optimizer`.
+    prior_S: the policy's first mean priorities, [S].
+    size: number of elites, M.
   """
   key, init_key = jax.random.split(key)
   params = policy.init(net, init_key, prior_S)
@@ -180,17 +103,21 @@ def init(key, net, optim, prior_S, *, size: int) -> SearchState:
 
 
 def initial_priorities(sublayers: Sublayers, attention: float) -> np.ndarray:
-  """First priorities: 0 for FFN sublayers, `attention` for attention sublayers.
+  """Returns the first priorities, float32 [S]: 0 for every FFN sublayer.
 
-  With few key/value groups, removing a group is dear; a positive number
-  starts close to pruning the FFN alone.
+  Args:
+    sublayers: the prunable sublayers.
+    attention: priority of every attention sublayer. Removing a group is dear
+      where there are few; a positive number starts close to pruning only FFNs.
   """
   L = sublayers.layers
   return np.repeat(np.array([attention, 0.0], np.float32), L)
 
 
-def make_policy(config, sublayers: Sublayers):
-  """The policy and its optimiser, as `config` asks for them."""
+def make_policy(
+  config: ConfigDict, sublayers: Sublayers
+) -> tuple[policy.Policy, optax.GradientTransformation]:
+  """Returns the policy and the optimiser configured in `config.policy`."""
   c = config.policy
   steps = sum(config.search.steps) * c.epochs
   optim = policy.optimizer(
@@ -203,32 +130,41 @@ def make_policy(config, sublayers: Sublayers):
   return policy.Policy(len(sublayers.units), tuple(c.hidden), c.std), optim
 
 
-def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
-  """The jitted search step.
+def make_step(
+  net: policy.Policy,
+  optim: optax.GradientTransformation,
+  nll: Callable,
+  config: ConfigDict,
+  block: int,
+) -> Callable:
+  """Makes the jitted search step.
 
   Args:
-    net, optim: from `network`.
-    nll: (params, tokens [B,T], Masks or None) -> losses [B].
-    config: of the run.
-    block: candidates that each part of the mesh scores at once.
+    net, optim: from `make_policy`.
+    nll: (model params, tokens [B,T], `Masks` or None) -> losses [B].
+    config: of the run; `search` and `policy` are read.
+    block: number of candidates that each part of the mesh scores at once.
 
   Returns:
-    (state, model params, tokens [B,T], loss of the dense model on them,
-    Target, Modules) -> (state, metrics); compiled once for each shape of the
-    tokens.
+    (`SearchState`, model params, tokens [B,T], mean loss of the dense model on
+    them, `Target`, `DeviceSublayers`) -> (`SearchState`, metrics); compiled
+    once for each shape of the tokens.
   """
   c = config.search
+  propose = functools.partial(policy.propose, net)
   weights = {name: config.policy[name] for name in _UPDATE_KEYS}
 
-  def propose(params, sparsity):
-    return net.apply({'params': params}, sparsity)
-
   def step(
-    state, model_params, tokens_BxT, dense_nll, target, device_sublayers
-  ):
+    state: SearchState,
+    model_params: dict,
+    tokens_BxT: jax.Array,
+    dense_nll: jax.Array,
+    target: Target,
+    device_sublayers: DeviceSublayers,
+  ) -> tuple[SearchState, dict]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     proposal = propose(state.params, target.sparsity)
-    priority, noise = policy.sample(
+    priority_NxS, noise_NxS = policy.sample(
       key, proposal, c.candidates, antithetic=c.antithetic
     )
 
@@ -244,14 +180,16 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
         repair=c.repair,
       )
 
-    reward, gradient = map_candidates(score_one, priority, block=block)
+    reward_N, gradient_NxS = map_candidates(
+      score_one, priority_NxS, block=block
+    )
     batch = policy.Batch(
-      priority,
-      noise,
-      policy.log_prob(proposal, priority),
+      priority_NxS,
+      noise_NxS,
+      policy.log_prob(proposal, priority_NxS),
       proposal.value,
-      reward,
-      gradient,
+      reward_N,
+      gradient_NxS,
     )
     params, opt_state, terms = policy.update(
       state.params,
@@ -262,10 +200,10 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
       optim=optim,
       **weights,
     )
-    elites = update_elites(state.elites, reward, priority)
+    elites = update_elites(state.elites, reward_N, priority_NxS)
     metrics = {
-      'reward_mean': jnp.mean(reward),
-      'reward_max': jnp.max(reward),
+      'reward_mean': jnp.mean(reward_N),
+      'reward_max': jnp.max(reward_N),
       'best_reward': elites.reward_M[0],
       **terms,
     }
@@ -275,51 +213,74 @@ def make_step(net, optim, nll: Callable, config, block: int) -> Callable:
   return jax.jit(step)
 
 
-def initial_state(config, sublayers: Sublayers) -> SearchState:
-  """The state of a search that has taken no step."""
+def initial_state(config: ConfigDict, sublayers: Sublayers) -> SearchState:
+  """Returns the state before the first step of the configured search."""
   net, optim = make_policy(config, sublayers)
-  first = initial_priorities(sublayers, config.search.attention_prior)
+  prior_S = initial_priorities(sublayers, config.search.attention_prior)
   key, size = jax.random.key(config.seed), config.search.finalists
-  return init(key, net, optim, first, size=size)
+  return init(key, net, optim, prior_S, size=size)
 
 
-def steps(config, sublayers, device_sublayers, nll, model_params, text, state):
-  """Searches from a state to the end of the curriculum.
+def steps(
+  config: ConfigDict,
+  sublayers: Sublayers,
+  device_sublayers: DeviceSublayers,
+  nll: Callable,
+  model_params: dict,
+  text: RewardText,
+  state: SearchState,
+) -> Iterator[tuple[SearchState, dict]]:
+  """Searches from a state to the end of the curriculum, one step per item.
 
-  Logging and checkpoints are the caller's loop.
+  Every step is determined by the state before it, so a search that is resumed
+  from any yielded state goes on exactly as the uninterrupted one. A yielded
+  state is never overwritten. Logging and checkpoints are the caller's loop:
+
+    state = initial_state(config, sublayers)
+    for state, metrics in steps(..., state):
+      print(metrics['step'], metrics['reward_mean'])
+    priority_MxS = finalists(config, sublayers, state)
+
+  The state holds the policy's parameters ('mean' and 'log_std' are [S]) and
+  their optimiser's state, the PRNG key's data, the int32 number of steps taken,
+  and the best M candidates of the stage: rewards [M], priorities [M,S].
 
   Args:
-    config: of the run.
-    sublayers, device_sublayers: what may be removed.
-    nll: as `make_step` takes it.
-    model_params: of the dense decoder.
-    text: a `RewardText`.
-    state: from `start`, or yielded after any step of the same search.
+    config: of the run; `seed`, `budget.sparsity`, `search` and `policy` are
+      read.
+    sublayers: the S prunable sublayers, from `sublayers.find_sublayers`.
+    device_sublayers: the same on the device, from `allocation.to_device`.
+    nll: (model params, tokens [B,T], `Masks` or None) -> losses [B], in nats;
+      see `loss.make_nll`.
+    model_params: first argument of `nll`.
+    text: `RewardText` with at least `max(config.search.rows)` rows.
+    state: from `initial_state`, or yielded by the same search.
 
   Yields:
-    (state after a step, its metrics as plain numbers); `compilations` counts
-    those of the step since this generator began.
+    (state, metrics) after each step that was not taken yet; none if the search
+    is over. The metrics are plain numbers: `step` (from 0), `stage` (from 0),
+    `sparsity` of the stage, `candidates`, `reward_tokens`, `reward_mean`,
+    `reward_max`, `best_reward` of the stage, the terms of `policy.loss`,
+    `seconds`, and `compilations` of the step since this generator began.
   """
   net, optim = make_policy(config, sublayers)
-  plan = curriculum.stages(config)
-  step_fn, made = _step_that_fits(
+  stages = curriculum.stages(config)
+  step_fn, compiled = _make_fitting_step(
     functools.partial(make_step, net, optim, nll, config),
     config,
-    *(
-      state,
-      model_params,
-      allocation.make_target(sublayers, plan[-1].sparsity),
-      device_sublayers,
-    ),
+    state,
+    model_params,
+    allocation.make_target(sublayers, stages[-1].sparsity),
+    device_sublayers,
   )
-  for step in range(int(state.step), curriculum.boundaries(plan)[-1]):
-    begun = time.perf_counter()
-    index, stage, starts = curriculum.stage_at(plan, step)
+  for step in range(int(state.step), curriculum.boundaries(stages)[-1]):
+    start = time.perf_counter()
+    index, stage, is_first = curriculum.stage_at(stages, step)
     tokens, dense = (
       curriculum.reward_rows(x, step, stage.rows, config.seed) for x in text
     )
     state, metrics = step_fn(
-      clear_elites(state) if starts else state,
+      clear_elites(state) if is_first else state,
       model_params,
       tokens,
       np.float32(np.mean(dense)),
@@ -335,16 +296,32 @@ def steps(config, sublayers, device_sublayers, nll, model_params, text, state):
         'candidates': config.search.candidates,
         'reward_tokens': tokens.size,
         **{name: x.item() for name, x in jax.device_get(metrics).items()},
-        'seconds': round(time.perf_counter() - begun, 3),
-        'compilations': sum(f._cache_size() for f in made),
+        'seconds': round(time.perf_counter() - start, 3),
+        'compilations': sum(f._cache_size() for f in compiled),
       },
     )
 
 
-def _step_that_fits(
-  make, config, state, model_params, target, device_sublayers
-):
-  """Returns the step with a block that fits, if none is configured."""
+def _make_fitting_step(
+  make: Callable,
+  config: ConfigDict,
+  state: SearchState,
+  model_params: dict,
+  target: Target,
+  device_sublayers: DeviceSublayers,
+) -> tuple[Callable, list]:
+  """Makes a step whose block of candidates fits into device memory.
+
+  The block is the configured one, or else the largest that should fit.
+
+  Args:
+    make: block -> jitted step, see `make_step`.
+    config: of the run.
+    state, model_params, target, device_sublayers: arguments of the step.
+
+  Returns:
+    See `device_memory.halve_on_oom`.
+  """
   c = config.search
   tokens = np.zeros((max(c.rows), c.context), np.int32)
   block = c.block or device_memory.largest_block(
@@ -355,26 +332,34 @@ def _step_that_fits(
   return device_memory.halve_on_oom(make, block)
 
 
-def search_cost(config, plan) -> dict:
-  """What the steps of a plan take.
+def search_cost(
+  config: ConfigDict, stages: Sequence[curriculum.Stage]
+) -> dict[str, int]:
+  """Returns the number of candidates and tokens that stages evaluate.
 
-  A backward pass, which the score function does without, counts as two
-  forward ones.
+  A backward pass counts as two forward passes; the score function alone does
+  without it.
   """
   c = config.search
   passes = 3 if config.policy.pathwise_weight else 1
-  tokens = sum(stage.steps * stage.rows for stage in plan) * c.context
+  tokens = sum(stage.steps * stage.rows for stage in stages) * c.context
   return {
-    'candidates_evaluated': c.candidates * sum(stage.steps for stage in plan),
+    'candidates_evaluated': c.candidates * sum(stage.steps for stage in stages),
     'tokens_evaluated': tokens * passes * c.candidates,
   }
 
 
-def finalists(config, sublayers: Sublayers, state: SearchState) -> np.ndarray:
-  """Priorities worth re-scoring: the policy's mean and the elites, [M,S]."""
+def finalists(
+  config: ConfigDict, sublayers: Sublayers, state: SearchState
+) -> np.ndarray:
+  """Returns the priorities to score again on the whole reward text, [1+M,S].
+
+  The first row is the policy's mean, the others are the elites; empty places
+  among the elites are left out.
+  """
   net, _ = make_policy(config, sublayers)
   sparsity = jnp.float32(config.budget.sparsity)
-  proposal = net.apply({'params': state.params}, sparsity)
-  known = np.isfinite(state.elites.reward_M)
-  elites_MxS = np.asarray(state.elites.priority_MxS)[known]
+  proposal = policy.propose(net, state.params, sparsity)
+  filled = np.isfinite(state.elites.reward_M)
+  elites_MxS = np.asarray(state.elites.priority_MxS)[filled]
   return np.concatenate([np.asarray(proposal.mean_S)[None], elites_MxS])

@@ -1,57 +1,65 @@
-"""The prunable sublayers of a model: their units, their unit costs.
+"""The prunable sublayers of a model: their units, and the cost of a unit.
 
-Modules are ordered attention of layer 0..L-1, then FFN of layer 0..L-1, in
-every array with a trailing S = 2L.
+Every array with a trailing axis of S = 2L sublayers holds the attention of
+layers 0..L-1 first, and then the FFN of layers 0..L-1.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ffp_jax.errors import RequestError
 from ffp_jax.models.decoder import ModelConfig
 
 
 class Sublayers(NamedTuple):
-  """What may be removed and what it saves; NumPy int64 arrays of shape [S].
+  """The units that may be removed, and their parameters.
 
-  `fixed` counts the parameters of attention and FFN that no removal touches
-  (the biases of the output projections). `resources` holds the costs besides
-  parameters that have a budget too, see resources.py.
+  Attributes:
+    units: units of the dense sublayers, int64 [S].
+    unit_cost: parameters of one unit, int64 [S].
+    step: counts are multiples of this, or all units; int64 [S].
+    floor: fewest units that a sublayer may keep, int64 [S].
+    fixed: parameters of attention and FFN that every allocation keeps, which
+      are the biases of the output projections.
+    resources: costs besides parameters that have a budget, each a
+      `resources.Resource`.
   """
 
-  units: np.ndarray  # units in the dense sublayer
-  unit_cost: np.ndarray  # parameters of one unit
-  step: np.ndarray  # counts are multiples of this, or all units
-  floor: np.ndarray  # fewest units a sublayer may keep
+  units: np.ndarray
+  unit_cost: np.ndarray
+  step: np.ndarray
+  floor: np.ndarray
   fixed: int
   resources: tuple = ()
 
   @property
   def total(self) -> int:
-    """Parameters of the prunable sublayers, the sparsity's denominator."""
+    """Number of prunable parameters: the denominator of the sparsity."""
     return int(self.units @ self.unit_cost) + self.fixed
 
   @property
   def layers(self) -> int:
+    """Number of layers, L."""
     return len(self.units) // 2
 
-  def kept_cost(self, counts) -> int:
-    """Parameters that counts [S] keep in the prunable sublayers."""
+  def kept_cost(self, counts: np.ndarray) -> int:
+    """Returns the parameters that counts [S] keep, `fixed` included."""
     counts = np.asarray(counts, np.int64)
     return int(counts @ self.unit_cost) + self.fixed
 
-  def sparsity(self, counts) -> float:
-    """Removed over prunable parameters."""
+  def sparsity(self, counts: np.ndarray) -> float:
+    """Returns the share of the prunable parameters that counts [S] remove."""
     return 1.0 - self.kept_cost(counts) / self.total
 
   def limit(self, sparsity: float) -> int:
-    """Parameters that may be kept at a sparsity, `fixed` included."""
+    """Returns the most parameters to keep at a sparsity, `fixed` included."""
     return int(np.floor((1.0 - sparsity) * self.total + 1e-6))
 
 
 def attention_unit_cost(config: ModelConfig) -> int:
-  """Q, K, V and output weights of one group, with its Q, K, V biases."""
+  """Returns the parameters of one group: Q, K, V with biases, and output."""
   query = config.heads_per_group * config.head_size
   inputs = query + 2 * config.head_size
   bias = inputs if config.qkv_bias else 0
@@ -59,7 +67,7 @@ def attention_unit_cost(config: ModelConfig) -> int:
 
 
 def ffn_unit_cost(config: ModelConfig) -> int:
-  """Input column(s) with bias and output row of one hidden channel."""
+  """Returns the parameters of one channel: inputs with biases, and output."""
   inputs = 2 if config.gated else 1
   bias = inputs if config.ffn_bias else 0
   return config.width * (inputs + 1) + bias
@@ -68,38 +76,39 @@ def ffn_unit_cost(config: ModelConfig) -> int:
 def find_sublayers(
   config: ModelConfig, *, round_heads: int, round_ffn: int
 ) -> Sublayers:
-  """The sublayers of a dense model.
+  """Returns the prunable sublayers of a dense model.
 
   Args:
-    config: a dense model.
+    config: of the dense model.
     round_heads: attention groups are kept in multiples of this.
     round_ffn: FFN channels are kept in multiples of this.
 
   Returns:
-    Sublayers with S = 2 * config.layers.
+    `Sublayers` with S = 2 * config.layers.
   """
   L = config.layers
   per_layer = (config.out_bias + config.ffn_bias) * config.width
 
-  def both(attention, ffn):
+  def per_sublayer(attention, ffn):
     return np.repeat(np.array([attention, ffn], np.int64), L)
 
-  units = both(config.groups, config.ffn)
-  step = np.minimum(both(round_heads, round_ffn), units)
+  units = per_sublayer(config.groups, config.ffn)
+  step = np.minimum(per_sublayer(round_heads, round_ffn), units)
   return Sublayers(
     units=units,
-    unit_cost=both(attention_unit_cost(config), ffn_unit_cost(config)),
+    unit_cost=per_sublayer(attention_unit_cost(config), ffn_unit_cost(config)),
     step=step,
     floor=step,
     fixed=L * per_layer,
   )
 
 
-def check_reachable(sublayers, config):
-  """Refuses a sparsity that the floors, or the lowest ratio, rule out.
+def check_reachable(sublayers: Sublayers, config: ConfigDict) -> None:
+  """Checks that the configured budgets can be met.
 
   Raises:
-    RequestError: with the largest sparsity within reach.
+    RequestError: the floors or `search.min_ratio` keep too much; it names the
+      largest sparsity within reach.
   """
   sparsity = config.budget.sparsity
   if sublayers.limit(sparsity) < sublayers.kept_cost(sublayers.floor):
@@ -110,20 +119,17 @@ def check_reachable(sublayers, config):
       f'channels a layer leave at most {most:.4f}'
     )
   min_ratio = config.search.min_ratio
-  lowest = (
-    np.maximum(min_ratio * sublayers.units, sublayers.floor)
-    @ sublayers.unit_cost
-  )
-  if lowest + sublayers.fixed > sublayers.limit(sparsity):
+  lowest_S = np.maximum(min_ratio * sublayers.units, sublayers.floor)
+  lowest_cost = lowest_S @ sublayers.unit_cost + sublayers.fixed
+  if lowest_cost > sublayers.limit(sparsity):
     raise RequestError(
       f'search.min_ratio: {min_ratio} keeps more than sparsity {sparsity} '
       'allows; lower it'
     )
-  lowest = np.maximum(min_ratio * sublayers.units, sublayers.floor)
   for resource in sublayers.resources:
-    least = resource.kept(lowest) / resource.kept(sublayers.units)
-    if least > 1.0 - resource.removed:
+    lowest = resource.kept(lowest_S) / resource.kept(sublayers.units)
+    if lowest > 1.0 - resource.removed:
       raise RequestError(
         f'budget.{resource.name}: {resource.removed} is out of reach; the '
-        f'floors and search.min_ratio leave at most {1.0 - least:.4f}'
+        f'floors and search.min_ratio leave at most {1.0 - lowest:.4f}'
       )

@@ -1,1 +1,1 @@
-"""Machines and files."""
+"""Devices, processes, signals and files."""

@@ -1,6 +1,7 @@
-"""What a compiled function takes, and how to go on when it is too much."""
+"""Device memory of a compiled function, and a fallback when it runs out."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -11,19 +12,21 @@ class Memory(NamedTuple):
 
   arguments: int
   temporary: int
-  output: int
+  output: int  # besides outputs that reuse the buffers of arguments
 
   @property
   def total(self) -> int:
+    """Bytes of all three together."""
     return sum(self)
 
 
-def memory_needed(function, *args, **kwargs) -> Memory:
-  """What a jitted function takes; it is compiled, not run.
+def memory_needed(function: Any, *args: Any, **kwargs: Any) -> Memory:
+  """Compiles a function without running it, and returns its memory.
 
   Args:
     function: jitted.
-    *args, **kwargs: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    *args, **kwargs: its arguments: arrays, or `jax.ShapeDtypeStruct`s with
+      shardings.
   """
   stats = function.lower(*args, **kwargs).compile().memory_analysis()
   return Memory(
@@ -34,42 +37,49 @@ def memory_needed(function, *args, **kwargs) -> Memory:
 
 
 def free_bytes() -> int | None:
-  """Bytes left on this process's first device; None if it doesn't tell."""
+  """Returns the bytes free on this process's first device, None if unknown."""
   stats = jax.local_devices()[0].memory_stats()
   return stats and stats['bytes_limit'] - stats['bytes_in_use']
 
 
-def largest_block(step, most: int, *args) -> int:
-  """How many candidates a step can score at once.
+def largest_block(step: Any, most: int, *args: Any) -> int:
+  """Returns the number of candidates that a step can score at once.
+
+  It is 1 where the device does not report its free memory.
 
   Args:
-    step: jitted, scoring one at a time.
-    most: no more than so many.
-    *args: of the step.
+    step: jitted step that scores one candidate at a time.
+    most: upper bound of the result.
+    *args: arguments of the step.
   """
-  left = free_bytes()
-  if left is None or most == 1:
+  free = free_bytes()
+  if free is None or most == 1:
     return 1
-  each = max(1, memory_needed(step, *args).temporary)
-  block = min(most, max(1, int(0.9 * left) // each))
+  per_candidate = max(1, memory_needed(step, *args).temporary)
+  block = min(most, max(1, int(0.9 * free) // per_candidate))
   logging.info(
     'a candidate takes %.1f GiB of the %.1f GiB free: %d at once',
-    each / 2**30,
-    left / 2**30,
+    per_candidate / 2**30,
+    free / 2**30,
     block,
   )
   return block
 
 
-def halve_on_oom(make, block: int):
-  """A function that halves its block, once, if memory runs out.
+def halve_on_oom(
+  make: Callable[[int], Callable], block: int
+) -> tuple[Callable, list]:
+  """Returns a function that halves its block, once, if memory runs out.
+
+  The function waits for its results. If memory runs out with half the block
+  too, it raises the `JaxRuntimeError`.
 
   Args:
     make: block -> jitted function.
-    block: to begin with.
+    block: the first block.
 
   Returns:
-    (the function, the list of what `make` has made so far).
+    (the function, the list of the jitted functions that were made so far).
   """
   made = [make(block)]
 

@@ -1,9 +1,11 @@
-"""The search's state on disk, by orbax, and back."""
+"""Checkpoints of a search's state, written and read with orbax."""
 
 import hashlib
 import json
 import pathlib
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,19 +20,27 @@ from ffp_jax.errors import RequestError
 class Checkpoints:
   """Saves the states of a search; a context manager.
 
-  There is no best one to keep: every step's reward is of other text, so the
-  best candidates travel in the state's memory instead. Kept are the last few
-  and the end of each stage. A state is on disk whole or not at all.
+  The last few checkpoints and those at the end of each stage are kept. There is
+  no best one, because the reward of every step is on other text; the state
+  carries the best candidates itself. A checkpoint is complete or does not
+  exist.
   """
 
-  def __init__(self, directory: pathlib.Path, *, every: int, keep: int, ends):
-    """Opens or makes the directory.
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    every: int,
+    keep: int,
+    ends: Sequence[int],
+  ):
+    """Opens the directory of the checkpoints, or makes it.
 
     Args:
       directory: of the checkpoints.
-      every: steps between saves.
-      keep: how many of the last ones to keep.
-      ends: steps to save and keep for good.
+      every: number of steps between saves.
+      keep: number of the last checkpoints to keep.
+      ends: steps to save and to keep for good.
     """
     options = ocp.CheckpointManagerOptions(
       save_interval_steps=every,
@@ -41,10 +51,10 @@ class Checkpoints:
       cleanup_tmp_directories=True,
     )
     self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
-    self._newest = None  # (step, what to save) of the last call
-    self._lock = threading.Lock()  # a signal's thread saves too
+    self._newest = None  # (step, packed state) of the last call of `save`
+    self._lock = threading.Lock()  # `flush` runs in a signal's thread
 
-  def __enter__(self):
+  def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_):
@@ -53,10 +63,11 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def begin(self, step: int, state):
-    """Saves where a search begins, unless it is there, and waits for it.
+  def begin(self, step: int, state: Any) -> None:
+    """Saves the state that a search starts from, and waits for it.
 
-    What lies beyond `step` is damaged, or the search would begin there.
+    Drops checkpoints newer than `step`: they are damaged, or the search would
+    start from them. A checkpoint of `step` that exists is left as it is.
     """
     for later in self._manager.all_steps():
       if later > step:
@@ -64,36 +75,45 @@ class Checkpoints:
     self.save(step, state)
     self._manager.wait_until_finished()
 
-  def save(self, step: int, state):
-    """Saves a state if `step` is due, in the background."""
+  def save(self, step: int, state: Any) -> None:
+    """Saves the state after `step` steps if it is due, in the background."""
     with self._lock:
       self._newest = step, _pack(state)
       self._write(force=False)
 
-  def flush(self):
-    """Saves the last state `save` was given, due or not; from any thread."""
+  def flush(self) -> None:
+    """Saves the last state given to `save`, due or not; from any thread.
+
+    Does nothing in a run of several processes, which may be at different steps.
+    """
     if jax.process_count() > 1:
-      return  # they may be at different steps; the last one due must do
+      return
     with self._lock:
       self._manager.wait_until_finished()
       if self._newest and self._newest[0] != self._manager.latest_step():
         self._write(force=True)
         self._manager.wait_until_finished()
 
-  def _write(self, force):
+  def _write(self, *, force: bool) -> None:
+    """Hands the newest state to orbax, which skips one that is not due."""
+    if self._newest is None:
+      return
     step, packed = self._newest
     self._manager.save(step, args=ocp.args.StandardSave(packed), force=force)
 
 
 def _pack(state) -> dict:
-  """Nested dicts of NumPy arrays, bound to no device, and their digest."""
+  """Returns a state as nested dicts of NumPy arrays, with their digest."""
   tree = serialization.to_state_dict(jax.device_get(state))
   tree = jax.tree.map(np.asarray, tree)
   return {'state': tree, 'sha256': _digest(tree)}
 
 
 def _digest(tree) -> np.ndarray:
-  # Orbax notices a torn file, but no flipped bit in an array or a name.
+  """Returns the SHA-256 of names, types, shapes and values, uint8 [32].
+
+  Orbax notices a truncated file, but no flipped bit in an array or a name.
+  """
   form = jax.tree.map(lambda x: f'{x.dtype}{x.shape}', tree)
   sha = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
   for leaf in jax.tree.leaves(tree):
@@ -102,16 +122,16 @@ def _digest(tree) -> np.ndarray:
 
 
 def newest_state(directory: pathlib.Path) -> dict | None:
-  """The newest state that is whole, as nested dicts of NumPy arrays.
+  """Returns the newest undamaged state as nested dicts of NumPy arrays.
 
   Args:
     directory: of the checkpoints; nothing in it is changed.
 
   Returns:
-    None if there is no checkpoint.
+    The state, or None if there is no checkpoint.
 
   Raises:
-    RequestError: there are some, and none is whole.
+    RequestError: there are checkpoints, and all are damaged.
   """
   steps = steps_in(directory)
   with ocp.StandardCheckpointer() as reader:
@@ -121,7 +141,7 @@ def newest_state(directory: pathlib.Path) -> dict | None:
         saved = reader.restore(path / 'default')
         if np.array_equal(saved['sha256'], _digest(saved['state'])):
           return saved['state']
-      except Exception as error:  # of many kinds, one a file and a fault
+      except Exception as error:  # orbax raises many types for damaged files
         logging.debug('%s', error)
       logging.warning('%s: damaged, looking for the one before it', path)
   if not steps:
@@ -133,21 +153,26 @@ def newest_state(directory: pathlib.Path) -> dict | None:
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints that were finished, damaged since or not."""
+  """Returns the steps of all finished checkpoints, in ascending order."""
   if not directory.is_dir():
     return []
   names = (path.name for path in directory.iterdir())
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def restore_state(directory: pathlib.Path, like):
-  """The newest state that is whole, in the form and place of `like`.
+def restore_state(directory: pathlib.Path, like: Any) -> Any:
+  """Restores the newest undamaged state.
+
+  Args:
+    directory: of the checkpoints.
+    like: a state with the same structure, shapes and types; its shardings are
+      those of the result.
 
   Returns:
-    None if there is no checkpoint.
+    The state, or None if there is no checkpoint.
 
   Raises:
-    RequestError: there are some, and none can be used.
+    RequestError: there are checkpoints, and none can be used.
   """
   tree = newest_state(directory)
   if tree is None:
@@ -165,14 +190,14 @@ def restore_state(directory: pathlib.Path, like):
 
 
 def inherit_policy(workdir: pathlib.Path, like: dict) -> dict:
-  """The policy's parameters that another run has found.
+  """Returns the parameters of the policy that another run has trained.
 
   Args:
     workdir: of that run.
-    like: parameters of a new policy.
+    like: parameters of a new policy, whose shapes the result must have.
 
   Raises:
-    RequestError: there are none, or they are of another shape.
+    RequestError: that run has no checkpoint, or a policy of other shapes.
   """
   tree = newest_state(workdir / 'checkpoints')
   if tree is None:
@@ -194,6 +219,7 @@ def inherit_policy(workdir: pathlib.Path, like: dict) -> dict:
   return jax.tree.map(jax.numpy.asarray, params)
 
 
-def _shapes(tree) -> dict:
+def _shapes(tree) -> dict[str, tuple]:
+  """Returns the shape and type of every array by its path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {str(path): (x.shape, x.dtype) for path, x in leaves}

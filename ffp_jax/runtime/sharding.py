@@ -1,12 +1,14 @@
-"""The mesh, and the one table from logical axes to mesh axes.
+"""The device mesh, and the one table from logical axes to mesh axes.
 
-Three mesh axes: `candidates` scores proposals side by side, and in recovery
-trains on different rows of tokens; `fsdp` splits the weights and the rows of
-tokens, `tensor` splits heads and FFN channels.
-Whatever a mesh axis doesn't divide is replicated over it.
+There are three mesh axes: `candidates` scores proposals side by side in the
+search, and in recovery splits the rows of tokens; `fsdp` splits the weights and
+the rows of tokens; `tensor` splits heads and FFN channels. An axis that a mesh
+axis does not divide is replicated over it.
 """
 
 import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,13 +25,12 @@ from ffp_jax.errors import RequestError
 
 MESH_AXES = ('candidates', 'fsdp', 'tensor')
 
-_HEARTBEAT_TIMEOUT_S = (
-  30  # seconds after which a process that says nothing is dead
-)
+_HEARTBEAT_TIMEOUT_S = 30  # after which a silent process counts as dead
 
-# Logical axis to mesh axis. An array takes each mesh axis once, for the first
-# of its axes that the mesh axis divides: with odd groups the query heads of a
-# group are split, with few rows the model width is.
+# Logical axis to mesh axis. Each mesh axis splits one axis of an array, the
+# first with its rule whose size it divides: where it does not divide the number
+# of groups, the query heads of a group are split, and with few rows the model
+# width is.
 RULES = {
   'candidates': 'candidates',
   'batch': 'fsdp',
@@ -40,9 +41,8 @@ RULES = {
   'vocab': 'tensor',
 }
 
-# Logical axes of a parameter; a stack has a leading axis of layers, which
-# stays whole. What isn't here (norms and the biases of outputs) is small and
-# replicated.
+# Logical axes of a parameter. In a stack there is a leading axis of layers,
+# which is not split. Other parameters (norms, output biases) are replicated.
 _PARAMS = {
   'attention/query': ('embed', 'groups', 'heads', None),
   'attention/key': ('embed', 'groups', None),
@@ -58,7 +58,7 @@ _PARAMS = {
   'ffn/gate_bias': ('ffn',),
   'ffn/up_bias': ('ffn',),
   'ffn/down': ('ffn', 'embed'),
-  # Low-rank updates, on their way into and out of the rank.
+  # Low-rank updates: the factors into the rank (_a) and out of it (_b).
   'attention/query_a': ('embed', None),
   'attention/query_b': (None, 'groups', 'heads', None),
   'attention/key_a': ('embed', None),
@@ -81,15 +81,24 @@ _PARAMS = {
 }
 
 
-def make_mesh(candidates: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-  """The mesh of a run over all devices.
+def make_mesh(
+  candidates: int,
+  fsdp: int,
+  tensor: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Makes the mesh of a run.
+
+  Without a -1 the product of the sizes may be less than the number of devices;
+  the first devices are then used.
 
   Args:
-    candidates, fsdp, tensor: sizes; one may be -1, for what is left.
-    devices: to use; None for all of all processes.
+    candidates, fsdp, tensor: sizes of the mesh axes; one may be -1, for all
+      devices that the others leave.
+    devices: to use; None for those of all processes.
 
   Raises:
-    RequestError: the sizes don't multiply to the number of devices.
+    RequestError: the sizes do not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {'candidates': candidates, 'fsdp': fsdp, 'tensor': tensor}
@@ -112,102 +121,114 @@ def make_mesh(candidates: int, fsdp: int, tensor: int, devices=None) -> Mesh:
   )
 
 
-def partition_spec(shape, axes, sizes) -> PartitionSpec:
-  """Which mesh axis splits which axis of an array.
+def partition_spec(
+  shape: Sequence[int], axes: Sequence[str | None], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns the mesh axis, or None, that splits each axis of an array.
 
   Args:
     shape: of the array.
-    axes: a logical axis or None for each.
+    axes: a logical axis or None for each axis of the array.
     sizes: of the mesh axes, by name.
   """
-  out = []
+  spec = []
   for size, axis in zip(shape, axes, strict=True):
-    mesh_axis = RULES.get(axis)
-    fits = mesh_axis not in out and size % sizes.get(mesh_axis, 1) == 0
-    out.append(mesh_axis if fits else None)
-  return PartitionSpec(*out)
+    mesh_axis = RULES.get(axis) if axis else None
+    fits = mesh_axis not in spec and size % sizes.get(mesh_axis, 1) == 0
+    spec.append(mesh_axis if fits else None)
+  return PartitionSpec(*spec)
 
 
-def constrain(x, *axes):
-  """Tells the compiler how an activation lies; nothing without a mesh."""
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains an activation's sharding; a no-op without a mesh.
+
+  Args:
+    x: the activation.
+    *axes: a logical axis or None for each of its axes.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  layout = partition_spec(x.shape, axes, mesh.shape)
-  return jax.lax.with_sharding_constraint(x, layout)
+  spec = partition_spec(x.shape, axes, mesh.shape)
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
-def param_shardings(shapes, mesh: Mesh | None = None):
-  """The sharding of every parameter.
+def param_shardings(shapes: dict, mesh: Mesh | None = None) -> dict:
+  """Returns the sharding of every parameter.
 
   Args:
     shapes: the parameters, or their `jax.ShapeDtypeStruct`s, nested.
-    mesh: from `make_mesh`; None for the one that is set, or, if none is,
-      the default device.
+    mesh: from `make_mesh`; None for the one that is set. If none is set, the
+      parameters lie on this process's first device.
 
   Returns:
     `jax.sharding.Sharding`s, nested alike.
   """
   mesh = mesh or jax.sharding.get_mesh()
 
-  def one(path, leaf):
+  def sharding_of(path, leaf):
     if mesh.empty:
       return SingleDeviceSharding(jax.local_devices()[0])
     axes = _axes(path, leaf)
     return NamedSharding(mesh, partition_spec(leaf.shape, axes, mesh.shape))
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  return jax.tree_util.tree_map_with_path(sharding_of, shapes)
 
 
-def _axes(path, leaf):
-  """The logical axes of a parameter."""
-  *_, module, name = (key.key for key in path)
-  axes = _PARAMS.get(f'{module}/{name}', (None,) * leaf.ndim)
+def _axes(path, leaf) -> tuple[str | None, ...]:
+  """Returns the logical axes of a parameter."""
+  *_, parent, name = (key.key for key in path)
+  axes = _PARAMS.get(f'{parent}/{name}', (None,) * leaf.ndim)
   return (None,) * (leaf.ndim - len(axes)) + axes
 
 
-def constrain_params(params):
-  """Tells the compiler how parameters lie, or what has their form."""
+def constrain_params(params: dict) -> dict:
+  """Constrains the sharding of parameters, or of gradients nested alike."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: constrain(leaf, *_axes(path, leaf)), params
   )
 
 
-def map_candidates(f, xs, *, block: int):
-  """`f` of every x, so many at once, split over the mesh's candidates.
+def map_candidates(
+  f: Callable[[jax.Array], Any], xs: jax.Array, *, block: int
+) -> Any:
+  """Maps `f` over xs, `block` at a time per part of the mesh.
+
+  The parts are those of the mesh axis `candidates`.
 
   Args:
-    f: of one x.
+    f: maps one x to an array or a pytree of arrays.
     xs: array [N, ...].
-    block: how many each part of the mesh takes at once; the next smaller
-      divisor of N if N isn't a multiple.
+    block: number that each part of the mesh takes at once. The number that all
+      parts together take is lowered to the next divisor of N.
 
   Returns:
-    Results stacked, [N, ...] each.
+    The results, stacked to [N, ...] each.
   """
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else mesh.shape['candidates']
   count = len(xs)
-  once = max(
+  at_once = max(
     n for n in range(1, count + 1) if count % n == 0 and n <= block * parts
   )
-  axis = 'candidates' if parts > 1 and once % parts == 0 else None
-  at_once = jax.vmap(f, spmd_axis_name=axis)
-  blocks = xs.reshape(count // once, once, *xs.shape[1:])
+  axis = 'candidates' if parts > 1 and at_once % parts == 0 else None
+  map_block = jax.vmap(f, spmd_axis_name=axis)
+  blocks = xs.reshape(count // at_once, at_once, *xs.shape[1:])
   inner = (None,) * (xs.ndim - 1)
-  out = jax.lax.map(
-    lambda x: at_once(constrain(x, 'candidates', *inner)), blocks
+  results = jax.lax.map(
+    lambda x: map_block(constrain(x, 'candidates', *inner)), blocks
   )
-  return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), out)
+  return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), results)
 
 
-def mean_over_rows(f, rows_BxT):
-  """The mean of `f` over rows that are split over the mesh's candidates.
+def mean_over_rows(
+  f: Callable[[jax.Array], jax.Array], rows_BxT: jax.Array
+) -> jax.Array:
+  """Returns the mean of `f` over rows, split over the mesh's `candidates`.
 
   Args:
-    f: rows [b,T] -> scalar mean over them.
-    rows_BxT: as many rows as the mesh has candidates, or a multiple; any other
-      number is not split.
+    f: maps rows [b,T] to the mean over them, a scalar.
+    rows_BxT: the rows. They are split if B is a multiple of the mesh axis.
   """
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else mesh.shape['candidates']
@@ -216,8 +237,8 @@ def mean_over_rows(f, rows_BxT):
   return map_candidates(f, shares, block=1).mean()
 
 
-def to_host(x) -> np.ndarray:
-  """The whole of an array, on every host; all processes must call it."""
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+  """Copies the whole of an array to every host; all processes must call it."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
@@ -225,19 +246,20 @@ def to_host(x) -> np.ndarray:
 
 def join_processes(
   coordinator: str, processes: int | None, process: int | None
-):
-  """Makes this one process of a run by several; before any computation.
+) -> None:
+  """Joins the other processes of a run; call it before any computation.
 
   Args:
     coordinator: HOST:PORT of process 0, or 'auto' where JAX knows the cluster
       (Cloud TPU, GKE, Slurm).
-    processes, process: how many, and which this is; None for 'auto'.
+    processes: number of processes; None with 'auto'.
+    process: index of this one; None with 'auto'.
 
   Raises:
-    RequestError: the others can't be found.
+    RequestError: the other processes cannot be reached.
   """
   address = None if coordinator == 'auto' else coordinator
-  # It would take SIGTERM for itself; signals.py ends the process.
+  # JAX's preemption service would intercept SIGTERM, which signals.py handles.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -254,22 +276,28 @@ def join_processes(
 
 
 def is_lead_process() -> bool:
-  """Whether this is the one process of a run that writes."""
+  """Returns whether this is the one process of a run that writes."""
   return jax.process_index() == 0
 
 
 def is_peer_failure(error: Exception) -> bool:
-  """Whether an error may come of the end of another process."""
+  """Returns whether an error may be due to the end of another process."""
   failed = isinstance(error, jax.errors.JaxRuntimeError)
   return failed and jax.process_count() > 1
 
 
 @contextlib.contextmanager
-def lead_process_first(claim, *args):
-  """Has process 0 enter `claim(*args)`, and then the others go on.
+def lead_process_first(
+  claim: Callable, *args: Any
+) -> Generator[bool, None, None]:
+  """Enters `claim(*args)` in process 0, before the others enter the block.
+
+  Args:
+    claim: makes a context manager.
+    *args: its arguments.
 
   Yields:
-    `leads()`.
+    `is_lead_process()`.
   """
   with claim(*args) if is_lead_process() else contextlib.nullcontext():
     if jax.process_count() > 1:

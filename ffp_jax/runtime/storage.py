@@ -1,4 +1,4 @@
-"""Files on disk or in a bucket: written whole or not at all, and read back."""
+"""Reads files on disk or in a bucket, and writes them atomically."""
 
 import contextlib
 import errno
@@ -9,13 +9,15 @@ import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Generator
+from typing import Any, cast
 
 from absl import logging
 from etils import epath
 
 
-def to_json_types(value):
-  """The same content for strict JSON: no NumPy, null for NaN and inf."""
+def to_json_types(value: Any) -> Any:
+  """Returns content for strict JSON: without NumPy, null for NaN and inf."""
   if hasattr(value, 'tolist'):  # NumPy
     value = value.tolist()
   if isinstance(value, dict):
@@ -27,33 +29,43 @@ def to_json_types(value):
   return value
 
 
-def to_json(content, indent=None) -> str:
+def to_json(content: Any, indent: int | None = None) -> str:
+  """Returns content as strict JSON; see `to_json_types`."""
   return json.dumps(to_json_types(content), indent=indent, allow_nan=False)
 
 
-def read_json_lines(path) -> list[dict]:
-  """The objects of a file of JSON lines; a torn line is left out."""
-  found = []
+def read_json_lines(path: pathlib.Path) -> list[dict]:
+  """Returns the objects of a file of JSON lines, without incomplete lines."""
+  objects = []
   for line in path.read_bytes().decode(errors='replace').splitlines():
     try:
-      found.append(json.loads(line))
+      objects.append(json.loads(line))
     except json.JSONDecodeError:
       logging.warning('%s: a torn line is left out', path)
-  return found
+  return objects
 
 
-def as_path(name: str):
-  """A path from the command line: of a file system, or of a bucket."""
-  return epath.Path(name) if '://' in name else pathlib.Path(name).expanduser()
+def as_path(name: str) -> pathlib.Path:
+  """Returns a path given on the command line.
+
+  A URL is a path in a bucket: an `epath.Path`, which has the same methods.
+  """
+  if '://' in name:
+    return cast(pathlib.Path, epath.Path(name))
+  return pathlib.Path(name).expanduser()
 
 
-def is_local(path) -> bool:
-  """Whether a path is of a file system; in a bucket objects are replaced
-  whole, and nothing can be appended, renamed or locked."""
+def is_local(path: pathlib.Path) -> bool:
+  """Returns whether a path is in a file system, and not in a bucket.
+
+  In a bucket objects are replaced as a whole, and nothing can be appended,
+  renamed or locked.
+  """
   return isinstance(path, pathlib.Path)
 
 
-def append_text(path, text):
+def append_text(path: pathlib.Path, text: str) -> None:
+  """Appends to a file, which is made if it does not exist."""
   if is_local(path):
     with open(path, 'a') as file:
       _write(file, text)
@@ -61,8 +73,8 @@ def append_text(path, text):
     path.write_text((path.read_text() if path.exists() else '') + text)
 
 
-def write_atomically(path, text):
-  """Writes a file whole or not at all."""
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is never seen half written; makes its folder."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(path):
     path.write_text(text)
@@ -74,20 +86,20 @@ def write_atomically(path, text):
 
 
 def _write(file, text):
-  """As far as the disk, so that a power cut can't reorder what is written."""
+  """Writes through to the disk, so that a power cut cannot reorder writes."""
   file.write(text)
   file.flush()
   os.fsync(file.fileno())
 
 
-# Disk, quota, and the largest file that is allowed.
+# No space on the disk, in the quota, or in the largest file allowed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def disk_full(error: BaseException) -> str | None:
-  """What the system says of a full disk, None if `error` isn't of one.
+def disk_full(error: BaseException | None) -> str | None:
+  """Returns the system's message if an error comes from a full disk, or None.
 
-  Goes by the text, as libraries wrap the system's errors in their own.
+  Compares texts, because libraries wrap the system's errors in their own.
   """
   while error:
     for code in _FULL:
@@ -101,31 +113,31 @@ def disk_full(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def staged(out: pathlib.Path):
-  """A path that is renamed to `out` if the block ends well, else removed.
+def staged(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
+  """Yields a path that becomes `out` if the block succeeds, or else is removed.
 
   Args:
-    out: a file or directory to make; there must be none when the block ends.
+    out: a file or directory to make; it must not exist when the block ends.
 
   Yields:
-    A path that doesn't exist yet, on the same file system; for a bucket, on
-    this machine's.
+    A path that does not exist yet, on the file system of `out`, or on this
+    machine if `out` is in a bucket.
   """
   local = is_local(out)
-  home = pathlib.Path(
+  folder = pathlib.Path(
     tempfile.mkdtemp(dir=out.parent if local else None, prefix=f'.{out.name}.')
   )
-  # One level down, because mkdtemp's directory is readable by its owner only.
-  stage = home / 'new'
+  # One level down, because only the owner may read mkdtemp's directory.
+  stage = folder / 'new'
   try:
     yield stage
     stage.rename(out) if local else _upload(stage, out)
   finally:
-    _remove(home)
+    _remove(folder)
 
 
 def _remove(directory):
-  """Threads of orbax may write on for a moment after an error."""
+  """Removes a directory that orbax may still write to for a moment."""
   for _ in range(50):
     shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
@@ -134,6 +146,7 @@ def _remove(directory):
 
 
 def _upload(stage, out):
+  """Copies the files of a directory to a bucket."""
   for path in filter(pathlib.Path.is_file, stage.rglob('*')):
     target = out / path.relative_to(stage).as_posix()
     target.parent.mkdir(parents=True, exist_ok=True)

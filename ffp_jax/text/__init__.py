@@ -1,1 +1,1 @@
-"""Text to windows of tokens."""
+"""Reading of text, and its conversion to windows of tokens."""

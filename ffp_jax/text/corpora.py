@@ -1,4 +1,4 @@
-"""Where text comes from: built in, files, corpora of the hub, or a mixture."""
+"""Sources of text: built-in texts, files, hub corpora, and mixtures of them."""
 
 import itertools
 import pathlib
@@ -13,32 +13,32 @@ from absl import logging
 from ffp_jax.errors import RequestError
 from ffp_jax.text import general_text, mixture, readers
 
-TEXT_BYTES = 8_000_000  # of UTF-8; what follows in a text is not read
+TEXT_BYTES = 8_000_000  # of UTF-8; the rest of a longer text is not read
 
 
 class Text(NamedTuple):
-  """A text, and what a figure made with it has to say of it."""
+  """Holds a text, and what is stated with every result computed on it."""
 
   content: str
   name: str  # a corpus and its split, or the path or name as given
-  extent: str  # 'the text', or how much of it
-  windows: int | None = None  # at most so many are scored, by convention
+  extent: str  # 'the text', or how much of it was read
+  windows: int | None = None  # most windows to score, as papers do
 
 
 class _Split(NamedTuple):
-  """One file of a corpus, and how much of it is used."""
+  """Describes one file of a corpus, and how much of it is used."""
 
   file: str
-  documents: int | None = None
-  windows: int | None = None
+  documents: int | None = None  # the first so many; None for all
+  windows: int | None = None  # see Text
 
 
 class _Corpus(NamedTuple):
-  """A data set on the hub; fetched as files, no script of it is run."""
+  """Describes a data set on the hub, whose files are read without scripts."""
 
   repository: str
   join: str  # between documents
-  # The first is for pruning, the last is what papers report.
+  # The first split is for pruning, the last one is what papers report.
   splits: dict[str, _Split]
   revision: str | None = None
 
@@ -47,10 +47,10 @@ def _splits(pattern, *names):
   return {name: _Split(pattern.format(name)) for name in names}
 
 
-# As in the evaluation scripts of GPTQ, SparseGPT, Wanda and FLAP: rows of
-# WikiText-2, empty ones too, joined by blank lines; sentences of the Penn
-# Treebank and documents of C4 by spaces, of C4's validation text the first
-# 1,100 documents, and of these the first 256 windows.
+# The conventions are those of GPTQ, SparseGPT, Wanda and FLAP: the rows of
+# WikiText-2, empty ones included, are joined by blank lines; the sentences of
+# the Penn Treebank and the documents of C4 by spaces. Of C4's validation text
+# the first 1,100 documents are used, and of these the first 256 windows.
 CORPORA = {
   'wikitext2': _Corpus(
     'Salesforce/wikitext',
@@ -80,13 +80,13 @@ CORPORA = {
 
 
 def _pydoc() -> Iterator[str]:
-  """Yields Python's own language reference, in English."""
+  """Yields the topics of Python's language reference, in English."""
   topics = pydoc_data.topics.topics
   return (topics[key] for key in sorted(topics))
 
 
-def _general() -> Iterator[str]:
-  """Yields English texts of many kinds, fetched at the first use."""
+def _general() -> Iterator[str | None]:
+  """Yields English texts of many kinds, which are downloaded once."""
   try:
     path = general_text.path()
   except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -100,35 +100,38 @@ _BUILTIN = {'general': _general, 'pydoc': _pydoc}
 
 
 class _Source(NamedTuple):
-  """Documents that have not been read yet."""
+  """Holds documents that have not been read yet."""
 
-  documents: Iterable[str | None]  # None for those that are null
+  documents: Iterable[str | None]  # None for a null document
   name: str
-  join: str = '\n\n'
-  windows: int | None = None
+  join: str = '\n\n'  # between documents
+  windows: int | None = None  # see Text
 
 
 def read_text(
-  source: str, *, field='', report=False, limit: int = TEXT_BYTES
+  source: str,
+  *,
+  field: str = '',
+  report: bool = False,
+  limit: int = TEXT_BYTES,
 ) -> Text:
   """Reads the text that `config.data` or --data names.
 
   Args:
     source: 'general' or 'pydoc'; one of CORPORA, with a split as in
-      'wikitext2:test'; or a path, see `readers.list_files` and
-      `readers.read_documents`. Files and their documents are joined by blank
-      lines. Or several of these
-      with weights, see `mixture.parse`; each has its share of the bytes in
-      every stretch of the text.
-    field: what holds a document, see `readers.read_documents`; no matter for
-      a corpus.
-    report: a corpus without a split means the one that papers report, test
-      (validation for C4), instead of train.
-    limit: bytes; what follows is not read.
+      'wikitext2:test' or without; or a path, see `readers.list_files` and
+      `readers.read_documents`, whose documents are joined by blank lines. Or
+      several of these with weights, see `mixture.parse`, each of which has
+      its share of the bytes in every stretch of the text.
+    field: the field with the document, see `readers.read_documents`; has no
+      effect on a corpus.
+    report: whether a corpus without a split means the split that papers
+      report, test (validation for C4), instead of train.
+    limit: bytes to read at most.
 
   Raises:
-    RequestError: there is no such text, it can't be fetched, is empty or
-      unreadable, or the weights are none.
+    RequestError: there is no such text, it can't be downloaded, is empty or
+      unreadable, or the weights are invalid.
   """
   parts = mixture.parse(source)
   sources = [_open(x.source, field, report, limit) for x in parts]
@@ -144,25 +147,25 @@ def read_text(
 
 
 def other_builtin(source: str) -> str:
-  """Returns the built-in text of another kind than `source`, as read takes it.
+  """Returns the name of a built-in text that `source` does not contain.
 
-  That is 'general' unless `source` has it, alone or in a mixture.
+  It is 'general', or 'pydoc' if `source` contains 'general'.
 
   Raises:
-    RequestError: the weights of a mixture are none.
+    RequestError: the weights of a mixture are invalid.
   """
   used = {part.source for part in mixture.parse(source)}
   return 'pydoc' if 'general' in used else 'general'
 
 
 def _open(source, field, report, limit) -> _Source:
-  """Finds a text that is no mixture."""
+  """Opens a text that is not a mixture."""
   name, _, split = source.partition(':')
   if name in CORPORA:
     return _open_corpus(name, split, report=report, limit=limit)
   if source in _BUILTIN:
     return _Source(_BUILTIN[source](), source)
-  # Not Path(''), which is the working directory.
+  # An empty name is no path, though Path('') is the working directory.
   path = pathlib.Path(source).expanduser()
   files = readers.list_files(path) if source else []
   if not files:
@@ -182,16 +185,16 @@ def _open_corpus(name, split, *, report, limit) -> _Source:
       f'data: {name} has no split {split!r}, only {", ".join(corpus.splits)}'
     )
   part = corpus.splits[split]
-  found = readers.read_documents(_fetch(name, corpus, part.file), limit)
+  found = readers.read_documents(_download(name, corpus, part.file), limit)
   found = itertools.islice(found, part.documents)
   return _Source(found, f'{name}:{split}', corpus.join, part.windows)
 
 
 def _pieces(source: _Source) -> Iterator[str | None]:
-  """Yields a text in pieces for a mixture, and says in the log where it ends.
+  """Yields a text in pieces for a mixture, and logs where it ends.
 
   Raises:
-    RequestError: it is empty.
+    RequestError: the text is empty.
   """
   size = 0
   for piece in mixture.pieces(source.documents, source.join):
@@ -206,8 +209,9 @@ def _pieces(source: _Source) -> Iterator[str | None]:
   )
 
 
-def _fetch(name, corpus, file) -> pathlib.Path:
-  # Its warnings about every retry say no more than the refusal.
+def _download(name, corpus, file) -> pathlib.Path:
+  """Returns a file of a corpus in the hub's cache, downloading it if needed."""
+  # The warnings about every retry add nothing to the error below.
   huggingface_hub.logging.set_verbosity_error()
   try:
     return pathlib.Path(
@@ -218,7 +222,7 @@ def _fetch(name, corpus, file) -> pathlib.Path:
         revision=corpus.revision,
       )
     )
-  except Exception as error:  # its HTTP library's too, which is one of two
+  except Exception as error:  # also of the HTTP library, which varies
     raise RequestError(
       f'data: {name!r} is not to be had from the hub ({corpus.repository}, '
       f'{type(error).__name__}); give a local file'
@@ -226,15 +230,15 @@ def _fetch(name, corpus, file) -> pathlib.Path:
 
 
 def _join_documents(source: _Source, limit) -> Text:
-  """Joins documents until there are `limit` bytes, and cuts there.
+  """Joins documents until there are `limit` bytes, and cuts the text there.
 
-  Those that are None are left out, which is logged.
+  Null documents are skipped, and their number is logged.
   """
   name, join = source.name, source.join
-  parts, size, cut, null = [], -len(join), False, 0
+  parts, size, cut, nulls = [], -len(join), False, 0
   for document in source.documents:
     if document is None:
-      null += 1
+      nulls += 1
       continue
     parts.append(document)
     size += len(join) + len(document.encode())
@@ -244,10 +248,10 @@ def _join_documents(source: _Source, limit) -> Text:
   if cut:
     content = content.encode()[:limit].decode(errors='ignore')
     logging.warning('%s: only the first %s bytes are used', name, f'{limit:,}')
-  said = f'documents that are null: {null:,}'
+  note = f'documents that are null: {nulls:,}'
   if not content.strip():
-    raise RequestError(f'data: {name!r} is empty{null and f" ({said})" or ""}')
-  if null:
-    logging.warning('%s: %s, left out', name, said)
+    raise RequestError(f'data: {name!r} is empty{nulls and f" ({note})" or ""}')
+  if nulls:
+    logging.warning('%s: %s, left out', name, note)
   extent = f'the first {limit / 1e6:g} MB' if cut else 'the text'
   return Text(content, name, extent, source.windows)

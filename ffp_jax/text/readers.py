@@ -1,4 +1,4 @@
-"""Text files to documents, one at a time; no file is ever read whole."""
+"""Reading of text files as documents, one at a time."""
 
 import lzma
 import pathlib
@@ -7,40 +7,44 @@ from collections.abc import Iterator
 
 from ffp_jax.errors import RequestError
 from ffp_jax.text import records
+from ffp_jax.text.encoded_files import PACKED, decoded, open_packed
 
-_SAID = ('content', 'value', 'text')  # in a message of a chat
+_MESSAGE_KEYS = ('content', 'value', 'text')  # of the text of a chat's message
 
-# Of a data set of the hub, or of what `datasets` saves: about it, not of it.
-_ABOUT = (
+# Files that describe a data set, of the hub or saved by `datasets`.
+_METADATA = (
   *('readme.md', 'readme.txt', 'license.md', 'license.txt', 'state.json'),
   *('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json'),
 )
-# With ValueError and RuntimeError, what unpackers, pyarrow and codecs raise.
-_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+# Errors of damaged files, beside ValueError and RuntimeError.
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _POINTER = b'version https://git-lfs'
 _PLAIN = ('.txt', '.md')
 FORMATS = (
   f'{", ".join([*_PLAIN, *records.READERS])} (or packed: '
-  f'{", ".join(records.PACKED)}), {", ".join(records.COLUMNAR)}'
+  f'{", ".join(PACKED)}), {", ".join(records.COLUMNAR)}'
 )
 
 
 def _kind(path: pathlib.Path) -> tuple[str, str] | None:
-  """Returns a file's format and packing by its name, None for no text."""
+  """Returns a file's format and compression by its name, None if unknown."""
   *_, inner, last = '', '', *(suffix.lower() for suffix in path.suffixes)
-  if last in records.PACKED:
+  if last in PACKED:
     return (inner, last) if inner in (*_PLAIN, *records.READERS) else None
   known = (*_PLAIN, *records.READERS, *records.COLUMNAR)
   return (last, '') if last in known else None
 
 
 def list_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the text files that a path stands for, by name.
+  """Returns the text files of a path, sorted by name.
 
   Args:
-    path: a file of one of FORMATS, or a directory, of which files of other
-      formats, hidden ones, those about a data set and subdirectories are
-      left out.
+    path: a file of one of FORMATS, or a directory of such files. Files of
+      other formats, hidden files, metadata of data sets and subdirectories
+      are left out.
+
+  Returns:
+    The files; none if the path is neither a directory nor of such a format.
 
   Raises:
     RequestError: there is no such file.
@@ -51,7 +55,7 @@ def list_files(path: pathlib.Path) -> list[pathlib.Path]:
       found = [
         x
         for x in found
-        if not x.name.startswith('.') and x.name.lower() not in _ABOUT
+        if not x.name.startswith('.') and x.name.lower() not in _METADATA
       ]
       if not found:
         raise RequestError(
@@ -66,28 +70,30 @@ def list_files(path: pathlib.Path) -> list[pathlib.Path]:
   return [path] if _kind(path) else []
 
 
-def _plain(path, limit) -> str:
-  with records.open_packed(path) as file:
-    # Twice, as a line end may shrink from two bytes to one; four more, as the
-    # last character may be torn.
+def _read_plain(path, limit) -> str:
+  """Returns the text of a plain file, `limit` bytes of it or somewhat more."""
+  with open_packed(path) as file:
+    # Twice the limit, as a line end may shrink from two bytes to one; and four
+    # bytes more, as the last character may be cut.
     raw = file.read(2 * limit + 4)
-    text = records.decoded(path, raw, final=not file.read(1))
+    text = decoded(path, raw, final=not file.read(1))
   return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def _document(value, where) -> str | None:
-  """Returns a field's text; of a chat, its messages with blank lines between.
+  """Returns the text of a field, None for null.
 
   Args:
-    value: text, UTF-8 bytes, a chat (a list of objects), or None.
-    where: file, place and field.
+    value: text, UTF-8 bytes, None, or a chat: a list of objects, whose
+      messages are joined by blank lines.
+    where: file, place and field, for messages.
   """
   if isinstance(value, bytes):
-    value = records.decoded(where, value)
+    value = decoded(where, value)
   if isinstance(value, list) and all(isinstance(x, dict) for x in value):
-    said = [[x[key] for key in _SAID if key in x] for x in value]
-    if any(said) or not value:
-      parts = (_document(x[0], where) for x in said if x)
+    messages = [[x[key] for key in _MESSAGE_KEYS if key in x] for x in value]
+    if any(messages) or not value:
+      parts = (_document(x[0], where) for x in messages if x)
       return '\n\n'.join(filter(None, parts)) or None
   if value is not None and not isinstance(value, str):
     raise RequestError(f'data: {where} is {type(value).__name__}, not text')
@@ -104,21 +110,22 @@ def _document(value, where) -> str | None:
 def read_documents(
   path: pathlib.Path, limit: int, field: str = ''
 ) -> Iterator[str | None]:
-  """Yields the documents of a file, lazily; None for those that are null.
+  """Yields the documents of a file, reading on demand; None for null ones.
 
   Args:
-    path: one of `files`. JSON is an array of objects, or objects that follow
-      one another; the first line of CSV names the fields.
-    limit: bytes beyond which a document is of no use; a plain text is one
-      document, of which little more is read.
-    field: of JSON, CSV and the columnar formats, what holds the document;
-      'a.b' is b in the object a. '' for the first of records.FIELDS.
+    path: from `list_files`. JSON is an array of objects, or a sequence of
+      objects; the first line of CSV names the fields.
+    limit: bytes of a document to read at most, or little more; a plain text
+      is one document.
+    field: the field with the document, for JSON, CSV and the columnar
+      formats; 'a.b' is b in the object a. '' for the first of
+      records.FIELDS that there is.
 
   Raises:
-    RequestError: binary, not UTF-8, not of the format its name says, or a
-      document is not a text.
+    RequestError: the file is binary, not UTF-8 or not of the format that its
+      name says, or a document is not a text.
   """
-  kind, packing = _kind(path)
+  kind, packing = _kind(path) or ('', '')
   try:
     with path.open('rb') as file:
       head = file.read(len(_POINTER))
@@ -129,7 +136,7 @@ def read_documents(
     if not head:
       return
     if kind in _PLAIN:
-      yield _plain(path, limit)
+      yield _read_plain(path, limit)
       return
     reader = (records.READERS | records.COLUMNAR)[kind]
     for where, record in reader(path, limit, field):
@@ -137,7 +144,7 @@ def read_documents(
       yield _document(value, f'{where}: {name!r}')
   except RequestError:
     raise
-  except (*_BROKEN, ValueError, RuntimeError) as error:
+  except (*_DAMAGED, ValueError, RuntimeError) as error:
     raise RequestError(
       f'data: {path} is not readable {kind}{packing} text ({error})'
     ) from error

@@ -1,84 +1,33 @@
-"""Files of JSON, CSV, Parquet and Arrow to records, one at a time."""
+"""Reading of JSON, CSV, Parquet and Arrow files as records, one at a time.
 
-import bz2
+No file is ever read whole. Every reader yields (file and place in it, record),
+given a path, the bytes beyond which a record is refused, and the field that
+will be picked.
+"""
+
 import codecs
 import csv
-import gzip
-import io
 import itertools
 import json
-import lzma
+import pathlib
 import re
+from typing import Any
 
 from ffp_jax.errors import RequestError
+from ffp_jax.text.encoded_files import decoded, open_packed
 
-# What holds the document if nobody says: the first that is there.
+# Names of the field with the document, if none is given; the first is taken.
 FIELDS = ('text', 'sentence', 'content', 'messages', 'conversations')
-_ROWS = 64  # of a columnar file, in memory at once
-_CHUNK = 2**18  # bytes of JSON
+_ROWS = 64  # of a columnar file in memory at once
+_CHUNK = 2**18  # bytes of JSON to read at once
 
 _JSON = json.JSONDecoder()
-_UTF16 = 'UTF-16; convert it: iconv -f UTF-16 -t UTF-8'
-# How files begin that are not UTF-8 text, and what helps.
-_OTHERS = {
-  codecs.BOM_UTF32_LE: 'UTF-32; convert it: iconv -f UTF-32 -t UTF-8',
-  codecs.BOM_UTF16_LE: _UTF16,
-  codecs.BOM_UTF16_BE: _UTF16,
-  b'\x1f\x8b': 'packed by gzip; end its name in .gz',
-  b'\x28\xb5\x2f\xfd': 'packed by zstd; end its name in .zst',
-  b'\xfd7zXZ\0': 'packed by xz; end its name in .xz',
-  b'PK\x03\x04': 'a ZIP archive; unpack it',
-  b'%PDF-': 'PDF; convert it to text',
-}
 _ADVICE = {
   'Invalid \\': 'a backslash in a string is written twice',
   'Invalid control': 'a line end or tab in a string is written \\n or \\t',
   'Expecting value': 'no comma or other text may stand between objects',
   'Expecting property': 'a key is in double quotes, and follows any comma',
 }
-
-
-def _open_zstd(path, mode):
-  import pyarrow
-
-  return io.BufferedReader(pyarrow.CompressedInputStream(str(path), 'zstd'))
-
-
-PACKED = {
-  '.gz': gzip.open,
-  '.bz2': bz2.open,
-  '.xz': lzma.open,
-  '.zst': _open_zstd,
-}
-
-
-def open_packed(path):
-  """Opens a file as bytes, unpacked as its name says."""
-  return PACKED.get(path.suffix.lower(), open)(path, 'rb')
-
-
-def decoded(path, raw: bytes, *, start=0, final=True) -> str:
-  """Returns the text of bytes that begin at byte `start` of a file.
-
-  A byte order mark is dropped.
-  """
-  for magic, kind in _OTHERS.items():
-    if not start and raw.startswith(magic):
-      raise RequestError(f'data: {path} is not UTF-8 text but {kind}')
-  nul = raw.find(b'\0')
-  if nul >= 0:
-    raise RequestError(
-      f'data: {path} is binary or UTF-16, not UTF-8 text (a NUL at byte '
-      f'{start + nul:,})'
-    )
-  try:
-    text = codecs.getincrementaldecoder('utf-8')().decode(raw, final)
-  except UnicodeDecodeError as error:
-    raise RequestError(
-      f'data: {path} is not UTF-8 text (byte {start + error.start:,}); '
-      'convert it to UTF-8'
-    ) from error
-  return text if start else text.removeprefix('\ufeff')
 
 
 def _too_long(where, limit) -> RequestError:
@@ -88,9 +37,10 @@ def _too_long(where, limit) -> RequestError:
 
 
 def _chunks(path, limit):
-  """Yields text up to the last '}' so far, and whether that is too far away.
+  """Yields pieces of a text, each up to the last '}' that was read.
 
-  If so, the text goes on for more than `limit` bytes.
+  Yields:
+    (text, whether more than `limit` bytes follow without a '}').
   """
   start, raw = 0, b''
   with open_packed(path) as file:
@@ -104,40 +54,41 @@ def _chunks(path, limit):
     yield decoded(path, raw, start=start), False
 
 
-def _parsed(text, begin, where):
-  """Returns a JSON value and its end, or None where the text is torn."""
+def _parse(text, begin, where):
+  """Returns a JSON value and its end, or None if the text ends within it."""
   try:
     return _JSON.raw_decode(text, begin)
   except json.JSONDecodeError as error:
-    # The text ends in '}' or with the file, never within an escape.
+    # The text ends with '}' or with the file, never within an escape.
     if error.pos >= len(text) or error.msg.startswith('Unterminated'):
       return None
     advice = (x for start, x in _ADVICE.items() if error.msg.startswith(start))
     near = ' '.join(text[max(error.pos - 12, begin) : error.pos + 24].split())
-    said = '; '.join([f'{error.msg} near: {near}', *advice])
-    raise RequestError(f'data: {where} is not JSON ({said})') from error
-  except (ValueError, RecursionError) as error:  # endless numbers, deep lists
+    problem = '; '.join([f'{error.msg} near: {near}', *advice])
+    raise RequestError(f'data: {where} is not JSON ({problem})') from error
+  except (ValueError, RecursionError) as error:  # long numbers, deep lists
     raise RequestError(f'data: {where} is not JSON ({error})') from error
 
 
-def _json(path, limit, field):
-  """Yields the objects of an array, or objects that follow one another."""
+def _read_json(path, limit, field):
+  """Yields the objects of an array, or of a sequence of objects."""
   with open_packed(path) as file:
     blank = codecs.BOM_UTF8 + b' \t\r\n'
     array = file.read(_CHUNK).lstrip(blank).startswith(b'[')
   gap = re.compile('[\ufeff \t\r\n' + (r',\[\]]*' if array else ']*'))
   text, line, number = '', 1, 1
-  for more, over in _chunks(path, limit):
+  for more, is_too_long in _chunks(path, limit):
     text, at = text + more, 0
     while True:
-      begin = gap.match(text, at).end()
+      skipped = gap.match(text, at)
+      begin = skipped.end() if skipped else at
       line += text.count('\n', at, begin)
       where = f'{path}, ' + (f'object {number:,}, ' if array else '')
       where += f'line {line:,}'
-      found = _parsed(text, begin, where) if begin < len(text) else None
+      found = _parse(text, begin, where) if begin < len(text) else None
       at = found[1] if found else begin
       size = (at if found else len(text)) - begin
-      if size > limit or (over and not found):
+      if size > limit or (is_too_long and not found):
         raise _too_long(where, limit)
       if not found:
         break
@@ -152,7 +103,7 @@ def _json(path, limit, field):
 
 
 def _lines(path, limit):
-  """Yields the lines of a file, with '\n' at their ends."""
+  r"""Yields the lines of a file, with '\n' at their ends."""
   with open_packed(path) as file:
     start = 0
     for number in itertools.count(1):
@@ -165,7 +116,7 @@ def _lines(path, limit):
       start += len(line)
 
 
-def _table(path, limit, field):
+def _read_csv(path, limit, field):
   """Yields the rows of a CSV file; the first line names the fields."""
   csv.field_size_limit(limit)
   lines = _lines(path, limit)
@@ -195,9 +146,10 @@ def _table(path, limit, field):
 
 
 def _header(path, line, field):
-  """Returns the names in a CSV file's first line, and what parts them.
+  """Returns the names in a CSV file's first line, and the delimiter.
 
-  That is what its name says, or, with a known name, ',', ';' or a tab.
+  The delimiter is the one that the file's name says, unless another of ',',
+  ';' and tab gives a field that is known or asked for.
   """
   usual = '\t,;' if '.tsv' in path.name.lower() else ',;\t'
   try:
@@ -209,25 +161,25 @@ def _header(path, line, field):
   return found[best], usual[best]
 
 
-def _blank(columns) -> dict:
+def _empty_row(columns) -> dict:
   """Returns a row of a columnar file without values."""
   import pyarrow
 
   is_struct = pyarrow.types.is_struct
   return {
-    x.name: _blank(x.type) if is_struct(x.type) else None for x in columns
+    x.name: _empty_row(x.type) if is_struct(x.type) else None for x in columns
   }
 
 
 def _column(path, schema, field) -> str:
-  """Returns the name of the column that holds the documents."""
-  row = _blank(schema)
+  """Returns the name of the column with the documents."""
+  row = _empty_row(schema)
   name, _ = pick(row, field, path)
   return name if name in row else name.partition('.')[0]
 
 
-def _parquet(path, limit, field):
-  import pyarrow.parquet  # heavy, and only here
+def _read_parquet(path, limit, field):
+  import pyarrow.parquet  # slow to import
 
   with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
     name = _column(path, file.schema_arrow, field)
@@ -235,7 +187,7 @@ def _parquet(path, limit, field):
     yield from _cells(path, name, (batch.column(0) for batch in batches))
 
 
-def _arrow(path, limit, field):
+def _read_arrow(path, limit, field):
   import pyarrow.ipc
 
   with pyarrow.memory_map(str(path)) as source:
@@ -257,7 +209,7 @@ def _cells(path, name, columns):
 
 
 def _flat(record: dict, prefix='') -> dict:
-  """Returns {'a.b': value} of {'a': {'b': value}}."""
+  """Turns {'a': {'b': value}} into {'a.b': value}."""
   out = {}
   for name, value in record.items():
     if isinstance(value, dict) and value:
@@ -267,8 +219,19 @@ def _flat(record: dict, prefix='') -> dict:
   return out
 
 
-def pick(record: dict, field, where):
-  """Returns the name and the value of the field that holds the document."""
+def pick(
+  record: dict, field: str, where: pathlib.Path | str
+) -> tuple[str, Any]:
+  """Returns the name and the value of the field with the document.
+
+  Args:
+    record: to pick from.
+    field: its name, 'a.b' for b in the object a; '' for the first of FIELDS.
+    where: file and place, for messages.
+
+  Raises:
+    RequestError: the record has no such field.
+  """
   wanted = [field] if field else FIELDS
   for name in wanted:
     if name in record:
@@ -285,13 +248,11 @@ def pick(record: dict, field, where):
   )
 
 
-# Each yields (file and place in it, dict), given a path, the bytes beyond which
-# a record is refused, and the field that will be picked.
 READERS = {
-  '.json': _json,
-  '.jsonl': _json,
-  '.ndjson': _json,
-  '.csv': _table,
-  '.tsv': _table,
+  '.json': _read_json,
+  '.jsonl': _read_json,
+  '.ndjson': _read_json,
+  '.csv': _read_csv,
+  '.tsv': _read_csv,
 }
-COLUMNAR = {'.parquet': _parquet, '.arrow': _arrow}
+COLUMNAR = {'.parquet': _read_parquet, '.arrow': _read_arrow}

@@ -1,11 +1,11 @@
-"""Text for recovery: tokens on disk, windows in an order known beforehand.
+"""Text for recovery: tokens on disk, and windows in a fixed order.
 
-A source is an array of windows [W,T], see `windows.windows`; of a token file,
-mapped into memory, only the windows of a batch are ever read.
+A source is an array of windows [W,T], see `windows.windows`. It may be a token
+file that is mapped into memory, so that only the windows of a batch are read.
 """
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -16,24 +16,24 @@ from ffp_jax.runtime.storage import staged
 def order(
   seed: int, weights: Sequence[float], sizes: Sequence[int], windows: int
 ) -> np.ndarray:
-  """Mixes the windows of several sources, each by its weight.
+  """Returns an order of the windows of several sources, mixed by weight.
 
   The next window is of the source that is furthest behind its share. Each
-  source is gone through in a new random order on each pass. The order of
-  fewer windows is the beginning of that of more.
+  pass over a source has a new random order. The order of fewer windows is the
+  beginning of that of more.
 
   Args:
-    seed: of the shuffles.
+    seed: of the random orders.
     weights: of the sources, at least 0; only their ratios matter.
     sizes: windows of each source.
-    windows: how many are wanted.
+    windows: N, which may be more than there are.
 
   Returns:
     int64 [N,2], source and window.
 
   Raises:
-    RequestError: the weights don't sum to something positive, or a source
-      with a weight has no window.
+    RequestError: the sum of the weights is not positive, or a source with a
+      positive weight has no window.
   """
   share = np.asarray(weights, np.float64)
   if not np.isfinite(share).all() or share.min() < 0 or not share.sum() > 0:
@@ -47,10 +47,7 @@ def order(
       'shorter text.context'
     )
   share = share / share.sum()
-  taken, source_N = np.zeros(len(share)), np.empty(windows, np.int64)
-  for i in range(windows):
-    source_N[i] = np.argmax(share * (i + 1) - taken)
-    taken[source_N[i]] += 1
+  source_N = _mix_sources(share, windows)
   window_N = np.empty(windows, np.int64)
   for source in np.unique(source_N):
     at = np.flatnonzero(source_N == source)
@@ -62,13 +59,29 @@ def order(
   return np.stack([source_N, window_N], axis=1)
 
 
-def batch(sources, order_Nx2, step: int, *, micro_batches: int, rows: int):
+def _mix_sources(share, windows: int) -> np.ndarray:
+  """Returns the source of each window, always the one furthest behind."""
+  taken, source_N = np.zeros(len(share)), np.empty(windows, np.int64)
+  for i in range(windows):
+    source_N[i] = np.argmax(share * (i + 1) - taken)
+    taken[source_N[i]] += 1
+  return source_N
+
+
+def batch(
+  sources: Sequence[np.ndarray],
+  order_Nx2: np.ndarray,
+  step: int,
+  *,
+  micro_batches: int,
+  rows: int,
+) -> np.ndarray:
   """Returns the tokens of a step, int32 [A,B,T].
 
   Args:
-    sources: arrays of windows [W,T] each.
+    sources: windows [W,T] of each source.
     order_Nx2: from `order`.
-    step: from 0; it takes the windows that follow those of the step before.
+    step: from 0; each takes the next micro_batches * rows windows.
     micro_batches: A.
     rows: B.
   """
@@ -79,24 +92,29 @@ def batch(sources, order_Nx2, step: int, *, micro_batches: int, rows: int):
 
 
 def token_file(
-  documents: Iterable[str], tokenizer, path: pathlib.Path, *, most: int, join
+  documents: Iterable[str],
+  tokenizer: Callable,
+  path: pathlib.Path,
+  *,
+  most: int,
+  join: str,
 ) -> int:
-  """Writes a text's tokens to a file, a document in memory at a time.
+  """Writes the tokens of a text to a file, with one document in memory.
 
   They are those of the joined text, if its documents neither begin nor end
-  with white space and its tokenizer doesn't mark the beginning of a text.
+  with white space and its tokenizer does not mark the beginning of a text.
 
   Args:
-    documents: of the text; no more are taken than needed.
+    documents: of the text; no more are read than needed.
     tokenizer: of transformers.
-    path: of the file to make, of int32 as the machine has them, to be read by
-      `np.memmap`; complete or absent.
+    path: of the file to make, complete or not at all: int32 in the machine's
+      byte order, for `np.memmap`.
     most: tokens after which to stop.
-    join: what goes between documents, such as a blank line or the text of the
-      end-of-sequence token.
+    join: text between documents, such as a blank line or the end-of-sequence
+      token.
 
   Returns:
-    How many tokens there are.
+    The number of tokens.
   """
   count = 0
   with staged(path) as stage, stage.open('wb') as file:

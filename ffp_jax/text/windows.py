@@ -1,4 +1,4 @@
-"""Tokens to windows; deterministic, disjoint splits."""
+"""Windows of tokens, and their disjoint, deterministic splits."""
 
 from typing import NamedTuple
 
@@ -8,58 +8,73 @@ from ffp_jax.errors import RequestError
 
 
 class Splits(NamedTuple):
-  """Disjoint windows of tokens, int32 [windows, context]."""
+  """Holds disjoint windows of tokens, int32 [W,T] each."""
 
   calibration: np.ndarray
   reward: np.ndarray
-  validation: np.ndarray  # chooses the calibration's strength
-  heldout: np.ndarray  # only for the final figures
+  validation: np.ndarray  # to choose the strength of calibration
+  heldout: np.ndarray  # for the final perplexities only
 
 
-def windows(tokens, context: int) -> np.ndarray:
-  """Consecutive windows, int32 [windows, context]; the rest is dropped."""
+def windows(tokens: np.ndarray, context: int) -> np.ndarray:
+  """Returns consecutive windows, int32 [W,T]; the rest is dropped.
+
+  Args:
+    tokens: [N].
+    context: T.
+  """
   count = len(tokens) // context
   tokens = np.asarray(tokens[: count * context], np.int32)
   return tokens.reshape(count, context)
 
 
-def overlapping(tokens, context: int, stride: int):
-  """Windows that start every `stride` tokens, and what to score in each.
+def overlapping(
+  tokens: np.ndarray, context: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns windows that start every `stride` tokens, and the spans to score.
 
   Every token but the first is scored once, with at least context - stride
-  tokens before it (or all there are, if fewer). With stride = context the
-  first token of each window has none, and isn't scored.
+  tokens before it, or all that there are. With stride = context the first
+  token of each window has none before it, and is not scored.
 
   Args:
     tokens: [N], 2 or more.
-    context: tokens a window.
+    context: T.
     stride: from 1 to context.
 
   Returns:
-    (int32 windows [W,context], the last one filled up with zeros; int32
-    spans [W,2], the first position scored in each and the one past the last).
+    (int32 windows [W,T], the last one padded with zeros; int32 spans [W,2],
+    the first position to score in each window, and the one after the last).
   """
   count = 1 + -(-max(len(tokens) - context, 0) // stride)
   starts = stride * np.arange(count)
   padded = np.zeros(starts[-1] + context, np.int32)
   padded[: len(tokens)] = tokens
-  # A view: copies of long windows at a short stride may not fit.
+  # A view, as copies of long windows at a short stride may not fit in memory.
   windows = np.lib.stride_tricks.sliding_window_view(padded, context)[::stride]
   first = np.where(starts, max(context - stride, 1), 1)
   last = np.minimum(len(tokens) - starts, context)
   return windows, np.stack([first, last], axis=1).astype(np.int32)
 
 
-def split(all_WxT, *, calibration, reward, validation, heldout, seed) -> Splits:
-  """Deals windows out: held-out from the end, the rest shuffled by seed.
+def split(
+  all_WxT: np.ndarray,
+  *,
+  calibration: int,
+  reward: int,
+  validation: int,
+  heldout: int,
+  seed: int,
+) -> Splits:
+  """Splits windows: held-out ones from the end, the others at random.
 
-  Held-out windows are the same for every seed, and not neighbours of the
-  others except at one edge.
+  Held-out windows are the same for every seed, and adjoin the others at one
+  edge only.
 
   Args:
     all_WxT: from `windows`.
-    calibration, reward, validation, heldout: windows wanted.
-    seed: of the shuffle.
+    calibration, reward, validation, heldout: number of windows of each split.
+    seed: of the random choice.
 
   Raises:
     RequestError: there are too few windows.

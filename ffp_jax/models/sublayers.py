@@ -1,0 +1,284 @@
+"""Attention and FFN as flax modules, for every family.
+
+Each computes in two steps, so that statistics and calibration can come
+between them: `inputs` returns the inputs of the output projection, and
+`output` applies mask and projection. Shape letters as in decoder.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ffp_jax.models import rope
+from ffp_jax.models.config import ModelConfig
+from ffp_jax.runtime.sharding import constrain
+
+WEIGHT_INIT = nn.initializers.lecun_normal()
+_BIAS_INIT = nn.initializers.zeros
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'relu': nn.relu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+}
+_NORMS = {
+  'rms': nn.RMSNorm,
+  'layer': nn.LayerNorm,
+  'bare_layer': functools.partial(
+    nn.LayerNorm, use_scale=False, use_bias=False
+  ),
+}
+
+
+class Past(NamedTuple):
+  """Holds a layer's keys and values; those of stacked layers have an axis L."""
+
+  keys: jax.Array  # [B, S, K, H], after rotation if there is one
+  values: jax.Array  # [B, S, K, H]
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm_class = _NORMS[self.config.norm]
+    norm = norm_class(
+      epsilon=self.config.norm_eps, dtype=jnp.float32, name='norm'
+    )
+    return norm(x).astype(x.dtype)
+
+
+def rotate(
+  x_BxTxNxH: jax.Array, angle_BxTxh: jax.Array, amplitude: float
+) -> jax.Array:
+  """Applies rotary position embedding (arXiv 2104.09864) to heads.
+
+  Dimension i is paired with i + H/2, as in Hugging Face checkpoints.
+
+  Args:
+    x_BxTxNxH: queries or keys of N heads.
+    angle_BxTxh: angles of the H/2 pairs in radians, float32.
+    amplitude: factor of sine and cosine.
+  """
+  angle = angle_BxTxh[:, :, None]
+  sin, cos = amplitude * jnp.sin(angle), amplitude * jnp.cos(angle)
+  a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x_BxTxNxH.dtype)
+
+
+def _append_to_cache(
+  past: Past, positions_BxT, keys_BxTxKxH, values_BxTxKxH
+) -> Past:
+  """Writes keys and values into the slots of their positions.
+
+  Positions beyond the last slot are dropped.
+  """
+  rows = jnp.arange(len(positions_BxT))[:, None]
+  new = keys_BxTxKxH, values_BxTxKxH
+  return Past(
+    *(
+      constrain(
+        old.at[rows, positions_BxT].set(x), 'batch', None, 'groups', None
+      )
+      for old, x in zip(past, new, strict=True)
+    )
+  )
+
+
+def _rms_norm(x, scale, epsilon):
+  """Computes RMSNorm over the last axis in float32."""
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(wide**2, axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
+
+
+def _declare_adapter(module, name, inputs, outputs):
+  """Declares the low-rank update of a weight, if the config has a rank."""
+  rank = module.config.adapter_rank
+  factors = {
+    'a': ((*inputs, rank), WEIGHT_INIT),
+    'b': ((rank, *outputs), _BIAS_INIT),
+  }
+  for factor, (shape, init) in factors.items() if rank else ():
+    leaf = f'{name}_{factor}'
+    setattr(module, leaf, module.param(leaf, init, shape))
+
+
+def _multiply(module, name, x):
+  """Multiplies [...,I] by a weight and its low-rank update: [...,O]."""
+  # Multiplies matrices, as XLA's backward pass is slow on more axes.
+  y = x @ getattr(module, name).reshape(x.shape[-1], -1)
+  if not module.config.adapter_rank:
+    return y
+  a, b = (getattr(module, f'{name}_{factor}') for factor in 'ab')
+  return y + (x @ a.reshape(x.shape[-1], -1)) @ b.reshape(len(b), -1)
+
+
+def _capture(module, activations):
+  """Sows the statistic of activations under 'captured', if there is one."""
+  if module.capture is not None:
+    module.sow(
+      'captured',
+      'inputs',
+      module.capture(activations),
+      reduce_fn=lambda _, new: new,
+      init_fn=lambda: None,
+    )
+
+
+class Attention(nn.Module):
+  """Grouped-query attention; the mask acts on the inputs of `out`."""
+
+  config: ModelConfig
+  groups: int
+  capture: Callable[[jax.Array], jax.Array] | None = None
+
+  def setup(self) -> None:
+    c, K = self.config, self.groups
+    G, H, D = c.heads_per_group, c.head_size, c.width
+    shapes = {'query': (K, G, H), 'key': (K, H), 'value': (K, H)}
+    for name, shape in shapes.items():
+      setattr(self, name, self.param(name, WEIGHT_INIT, (D, *shape)))
+      _declare_adapter(self, name, (D,), shape)
+      if c.qkv_bias:
+        bias = self.param(f'{name}_bias', _BIAS_INIT, shape)
+        setattr(self, f'{name}_bias', bias)
+    for name in ('query', 'key') if c.qk_norm else ():
+      scale = self.param(f'{name}_norm', nn.initializers.ones, (H,))
+      setattr(self, f'{name}_norm', scale)
+    self.out = self.param('out', WEIGHT_INIT, (K, G, H, D))
+    _declare_adapter(self, 'out', (K, G, H), (D,))
+    if c.refit:
+      self.refit = self.param('refit', WEIGHT_INIT, (K * G * H, K * G * H))
+    if c.out_bias:
+      self.out_bias = self.param('out_bias', _BIAS_INIT, (D,))
+
+  def project(
+    self, x_BxTxD: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries [B,T,KG,H], keys and values [B,T,K,H], not rotated."""
+    c = self.config
+
+    def project(name):
+      y = _multiply(self, name, x_BxTxD)
+      if c.qkv_bias:
+        y = y + getattr(self, f'{name}_bias').reshape(-1)
+      return y.reshape(*x_BxTxD.shape[:2], -1, c.head_size)
+
+    q, k, v = project('query'), project('key'), project('value')
+    if c.qk_norm:
+      q = _rms_norm(q, self.query_norm, c.norm_eps)
+      k = _rms_norm(k, self.key_norm, c.norm_eps)
+    return q, k, v
+
+  def attend(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, positions_BxT: jax.Array
+  ) -> jax.Array:
+    """Returns the attention-weighted values, [B,T,K,G,H].
+
+    Args:
+      q: queries [B,T,KG,H].
+      k, v: keys and values [B,S,K,H], of positions 0 to S - 1.
+      positions_BxT: of the queries.
+    """
+    c = self.config
+    distance_Bx1xTxS = (positions_BxT[..., None] - jnp.arange(k.shape[1]))[
+      :, None
+    ]
+    visible = distance_Bx1xTxS >= 0
+    if c.window is not None:
+      visible &= distance_Bx1xTxS < c.window
+    attended = jax.nn.dot_product_attention(q, k, v, mask=visible)
+    shape = (self.groups, c.heads_per_group, c.head_size)
+    attended = attended.reshape(*q.shape[:2], *shape)
+    attended = constrain(attended, 'batch', None, 'groups', 'heads', None)
+    _capture(self, attended)
+    return attended
+
+  def inputs(
+    self,
+    x_BxTxD: jax.Array,
+    positions_BxT: jax.Array,
+    past: Past | None = None,
+  ) -> tuple[jax.Array, Past | None]:
+    """Returns the inputs of `out`, [B,T,K,G,H], and the extended past."""
+    c = self.config
+    q, k, v = self.project(x_BxTxD)
+    if c.positions == 'rope':
+      longest = x_BxTxD.shape[1] if past is None else past.keys.shape[1]
+      angle = rope.angles(
+        c.rope_scaling, c.rope_theta, c.head_size, positions_BxT, longest
+      )
+      q, k = (rotate(x, angle, c.rope_scaling.amplitude) for x in (q, k))
+    if past is not None:
+      past = k, v = _append_to_cache(past, positions_BxT, k, v)
+    return self.attend(q, k, v, positions_BxT), past
+
+  def output(
+    self, inputs: jax.Array, mask_K: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps the inputs of `out`, [B,T,K,G,H], to [B,T,D]."""
+    if self.config.refit:
+      flat = inputs.reshape(*inputs.shape[:2], -1) @ self.refit
+      inputs = flat.reshape(inputs.shape)
+    if mask_K is not None:
+      inputs = inputs * mask_K[:, None, None].astype(inputs.dtype)
+    y = _multiply(self, 'out', inputs.reshape(*inputs.shape[:2], -1))
+    return y + self.out_bias if self.config.out_bias else y
+
+
+class Ffn(nn.Module):
+  """Gated or plain feed-forward; the mask acts on the inputs of `down`."""
+
+  config: ModelConfig
+  channels: int
+  capture: Callable[[jax.Array], jax.Array] | None = None
+
+  def setup(self) -> None:
+    c, F = self.config, self.channels
+    for name in ('gate', 'up') if c.gated else ('up',):
+      setattr(self, name, self.param(name, WEIGHT_INIT, (c.width, F)))
+      _declare_adapter(self, name, (c.width,), (F,))
+      if c.ffn_bias:
+        bias = self.param(f'{name}_bias', _BIAS_INIT, (F,))
+        setattr(self, f'{name}_bias', bias)
+    self.down = self.param('down', WEIGHT_INIT, (F, c.width))
+    _declare_adapter(self, 'down', (F,), (c.width,))
+    if c.refit:
+      self.refit = self.param('refit', WEIGHT_INIT, (F, F))
+    if c.ffn_bias:
+      self.down_bias = self.param('down_bias', _BIAS_INIT, (c.width,))
+
+  def inputs(self, x_BxTxD: jax.Array) -> jax.Array:
+    """Returns the inputs of `down`, [B,T,F]."""
+
+    def project(name):
+      y = _multiply(self, name, x_BxTxD)
+      return y + getattr(self, f'{name}_bias') if self.config.ffn_bias else y
+
+    activation = ACTIVATIONS[self.config.activation]
+    if self.config.gated:
+      hidden = activation(project('gate')) * project('up')
+    else:
+      hidden = activation(project('up'))
+    hidden = constrain(hidden, 'batch', None, 'ffn')
+    _capture(self, hidden)
+    return hidden
+
+  def output(
+    self, inputs: jax.Array, mask_F: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps the inputs of `down`, [B,T,F], to [B,T,D]."""
+    if self.config.refit:
+      inputs = inputs @ self.refit
+    if mask_F is not None:
+      inputs = inputs * mask_F.astype(inputs.dtype)
+    y = _multiply(self, 'down', inputs)
+    return y + self.down_bias if self.config.ffn_bias else y

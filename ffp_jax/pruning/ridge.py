@@ -1,0 +1,127 @@
+"""Ridge regression of an output projection on the inputs that remain.
+
+One Cholesky factorisation per strength serves all outputs. Shape letters: W
+batches of windows, I inputs and D outputs of an output projection.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_MAX_RETRIES = 8  # of a failed factorisation, each with ten times the strength
+
+
+class Moments(NamedTuple):
+  """Second moments of an output projection's inputs X and targets Y."""
+
+  gram_IxI: jax.Array  # X'X, summed over tokens
+  cross_IxD: jax.Array  # X'Y
+
+
+def ridge_regression(
+  moments: Moments,
+  weight_IxD: jax.Array,
+  mask_I: jax.Array,
+  strength: float | jax.Array,
+) -> jax.Array:
+  """Returns the kept rows that best predict the target, shrunk to the weights.
+
+  They minimise |X M W' - Y|^2 + lambda |W' - W|^2 over the kept rows, where
+  lambda is `strength` times the mean diagonal of the kept Gram matrix, raised
+  tenfold until the factorisation succeeds.
+
+  Args:
+    moments: X'X and X'Y over the calibration tokens.
+    weight_IxD: W.
+    mask_I: the diagonal of M, where 1 keeps an input.
+    strength: positive.
+
+  Returns:
+    W' [I,D]; the rows of removed inputs are zero.
+  """
+  mask_Ix1 = mask_I[:, None]
+  kept = moments.gram_IxI * mask_Ix1 * mask_I
+  kept_weight = weight_IxD * mask_Ix1
+  residual = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_Ix1
+  mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
+
+  def factor(strength):
+    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
+    return jnp.linalg.cholesky(kept + jnp.diag(ridge_I))
+
+  def failed(carry):
+    tries, _, lower = carry
+    return (tries < _MAX_RETRIES) & ~jnp.all(jnp.isfinite(lower))
+
+  def retry(carry):
+    tries, strength, _ = carry
+    return tries + 1, strength * 10.0, factor(strength * 10.0)
+
+  strength = jnp.float32(strength)
+  first = (jnp.int32(0), strength, factor(strength))
+  _, _, lower = jax.lax.while_loop(failed, retry, first)
+  change = jax.scipy.linalg.cho_solve((lower, True), residual)
+  return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_Ix1
+
+
+def squared_error(moments: Moments, weight_IxD: jax.Array) -> jax.Array:
+  """Returns |X W - Y|^2, less the constant |Y|^2; scalar."""
+  fitted = moments.gram_IxI @ weight_IxD - 2.0 * moments.cross_IxD
+  return jnp.sum(weight_IxD * fitted)
+
+
+def select_strength(
+  fit: Moments,
+  check: Moments,
+  weight_IxD: jax.Array,
+  mask_I: jax.Array,
+  strengths: Sequence[float],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the best weights of ridge at each strength, and of no change.
+
+  Args:
+    fit: moments of the calibration tokens.
+    check: moments of the validation tokens, which decide.
+    weight_IxD: W.
+    mask_I: 1 keeps an input.
+    strengths: candidates for `ridge_regression`, in any order.
+
+  Returns:
+    (W' [I,D], index of the strength, -1 for no change).
+  """
+  kept = weight_IxD * mask_I[:, None]
+
+  def keep_better(best, item):
+    index, strength = item
+    weight = ridge_regression(fit, weight_IxD, mask_I, strength)
+    loss = squared_error(check, weight)
+    better = loss < best[0]
+    new = (loss, index, weight)
+    return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, best), None
+
+  start = (squared_error(check, kept), jnp.int32(-1), kept)
+  items = (jnp.arange(len(strengths)), jnp.asarray(strengths, jnp.float32))
+  (_, index, weight), _ = jax.lax.scan(keep_better, start, items)
+  return weight, index
+
+
+def input_moments(inputs_WxBxTxI: jax.Array, weight_IxD: jax.Array) -> Moments:
+  """Returns moments of the inputs X, with the sublayer's full output as target.
+
+  Args:
+    inputs_WxBxTxI: inputs of the output projection in the pruned stream.
+    weight_IxD: its dense weights W; the target is Y = X W.
+  """
+  size = len(weight_IxD)
+
+  def add(gram, inputs):
+    x = inputs.reshape(-1, size).astype(jnp.float32)
+    # At their default precision, accelerators round float32 products.
+    return gram + jnp.einsum(
+      'ni,nj->ij', x, x, precision=jax.lax.Precision.HIGHEST
+    ), None
+
+  gram, _ = jax.lax.scan(add, jnp.zeros((size, size)), inputs_WxBxTxI)
+  return Moments(gram, gram @ weight_IxD)
