@@ -95,7 +95,7 @@ class _TestCase(CheckpointTestCase):
     extra=None,
     vocabulary=None,
   ) -> pathlib.Path:
-    """A GGUF file of a model, as llama.cpp's converter would write it.
+    """Writes a GGUF file of a model as llama.cpp's converter would.
 
     Args:
       model: of transformers.

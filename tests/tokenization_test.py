@@ -65,7 +65,7 @@ def _pieces() -> pathlib.Path:
 
 class FolderTestCase(testing.CheckpointTestCase):
   def model(self, *, without=(), config=None, **contents) -> pathlib.Path:
-    """A copy of a model directory, changed.
+    """Returns a changed copy of a model directory.
 
     Args:
       without: names of files to leave out.
