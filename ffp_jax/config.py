@@ -29,8 +29,6 @@ def defaults() -> ml_collections.ConfigDict:
   config.text.validation_windows = 8  # to choose the ridge strength
   config.text.reward_windows = 16  # to score candidates
   config.text.heldout_windows = 24  # for the reported figures; the text's end
-  # Text of another kind, for figures alone; '' for the other built-in one.
-  config.text.other = ''
 
   config.budget = ml_collections.ConfigDict()
   # Share of the parameters of attention and FFN to remove, at least.
@@ -197,11 +195,6 @@ def validate(config):
   for key in ('text.context', 'search.context'):
     if _get(config, key) < 2:
       raise RequestError(f'{key}: {_get(config, key)} predicts no token')
-  if config.text.other and config.text.other == config.data:
-    raise RequestError(
-      f"text.other: {config.data!r} is the run's own text; name one of another "
-      "kind, or '' for a built-in one"
-    )
   if not 0 <= config.calibration.windows <= config.text.calibration_windows:
     raise RequestError(
       'calibration.windows: must be from 1 to text.calibration_windows '

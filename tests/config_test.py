@@ -151,11 +151,6 @@ class ValidateTest(_TestCase):
       with self.refused('search.rows: each must be from 1 to 15'):
         config_lib.validate(config)
 
-  def test_another_text_is_another(self):
-    config_lib.validate(_with(**{'text.other': 'general'}))
-    with self.refused("text.other: 'a.txt' is the run's own text"):
-      config_lib.validate(_with(**{'data': 'a.txt', 'text.other': 'a.txt'}))
-
   @parameterized.parameters(
     ('text.context', 1),  # nothing to predict
     ('search.context', 1),

@@ -173,13 +173,6 @@ class GeneralTest(_TestCase):
     with mock.patch.object(pathlib.Path, 'home', return_value=self.folder):
       self.assert_refused('general', 'is damaged', 'sha256', "'pydoc'")
 
-  def test_the_other_built_in_text(self):
-    for source, other in (
-      ('pydoc', 'general'), ('general', 'pydoc'), ('a.txt', 'general'),
-      ('a.txt:1,general:2', 'pydoc'), ('general:0,a.txt', 'general'),
-    ):  # fmt: skip
-      self.assertEqual(corpora.other_builtin(source), other, source)
-
 
 class MixtureTest(_TestCase):
   """Tests several texts with weights."""

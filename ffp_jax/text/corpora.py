@@ -146,18 +146,6 @@ def read_text(
   return _join_documents(_Source(mixed, name), limit)
 
 
-def other_builtin(source: str) -> str:
-  """Returns the name of a built-in text that `source` does not contain.
-
-  It is 'general', or 'pydoc' if `source` contains 'general'.
-
-  Raises:
-    RequestError: the weights of a mixture are invalid.
-  """
-  used = {part.source for part in mixture.parse(source)}
-  return 'pydoc' if 'general' in used else 'general'
-
-
 def _open(source, field, report, limit) -> _Source:
   """Opens a text that is not a mixture."""
   name, _, split = source.partition(':')
