@@ -57,7 +57,7 @@ def run_comparison(
   for sparsity, name in itertools.product(c.sparsities, c.methods):
     cell = settings.cell_config(config, c.seeds[0], sparsity, name)
     config_lib.validate(cell)
-  jobs = {
+  job_of = {
     seed: jobs.prepare_job(
       settings.cell_config(config, seed, max(c.sparsities))
     )
@@ -67,9 +67,9 @@ def run_comparison(
     with workdir_lib.claim(workdir, config):
       files = workdir_lib.Workdir(workdir)
       load = functools.cache(
-        lambda: load_shared_model(config, jobs[c.seeds[0]])
+        lambda: load_shared_model(config, job_of[c.seeds[0]])
       )
-      for seed, job in jobs.items():
+      for seed, job in job_of.items():
         run_missing(config, job, seed, load, files)
       results = files.read_json('compare.json')
       method_comparison.write(results, workdir)

@@ -326,7 +326,7 @@ class RunTest(parameterized.TestCase):
       self.assertGreaterEqual(line['removed'], line['removed_target'])
     self.assertAlmostEqual(allocation['budgets'][1]['removed'], 1 - groups / 6)
     said = (workdir / 'report.md').read_text()
-    self.assertIn('KV cache of the same sublayers: 30.00% or more', said)
+    self.assertIn('KV cache of the same sublayers: at least 30.00% asked', said)
 
   @parameterized.parameters(
     ({'kv_cache': 0.6}, 'budget.kv_cache: 0.6 is out of reach'),
