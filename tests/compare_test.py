@@ -101,7 +101,7 @@ class RunTest(parameterized.TestCase):
     one = _config(**{'budget.sparsity': 0.25})
     job = jobs.prepare_job(one)
     model = compare.load_shared_model(one, job)
-    device_sublayers = stages.rank_units(one, job, model.params)
+    device_sublayers = stages.rank_units(job, model.params)
     scored = stages.refit(one, job, model.params, device_sublayers)
     problem = compare.problem_of(
       one, job, model, device_sublayers, lambda _: scored.params
