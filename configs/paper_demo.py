@@ -5,8 +5,11 @@ Differs from configs/paper_llama2_7b.py in that there are 240 proposals
 (published: 2,000 to 8,000), that the whole reward text is used from the 120th
 on (published: the 1,000th), that it is two windows of 512 tokens, scored in
 rows of 128, and that 16 calibration windows of 512 tokens in place of 64 are
-all used for calibration. Time: the search took 516 s while other work ran on
-the same two cores.
+all used for calibration.
+Time: about 11 minutes while other work ran on the same two cores, 5 of them
+the search.
+Result on the built-in text with seed 0, held-out perplexity: 9.81 dense, 19.96
+uniform, 17.53 searched, 12.85 searched and calibrated.
 """
 
 from ffp_jax.config import PUBLISHED, defaults
