@@ -121,7 +121,8 @@ def _call_here(line: str) -> str:
     if end.code:
       raise AssertionError(f'{line}: exit code {end.code}') from end
   finally:
-    for name in {*flags.FLAGS} - known:
+    # The flag of runtime/cli.py stays: that is imported only once.
+    for name in {*flags.FLAGS} - known - {'help_config'}:
       delattr(flags.FLAGS, name)
   return printed.getvalue()
 
