@@ -371,7 +371,7 @@ class EndsTest(FolderTestCase):
 class CheckTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    tokenization._warn.cache_clear()
+    tokenization.warn_once.cache_clear()
 
   def config(self, family='llama', **changes) -> families.ModelConfig:
     with tempfile.TemporaryDirectory() as folder:

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from ffp_jax.errors import RequestError
+from ffp_jax.runtime.storage import LFS_POINTER
 
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 # Names of whole weight files in order of preference; the index of shards has
 # the same name with '.index.json' after it.
 FORMATS = ('model.safetensors', 'pytorch_model.bin', 'flax_model.msgpack')
-_POINTER = b'version https://git-lfs'
 _PIECE = 1 << 20  # numbers compared at once
 
 
@@ -110,7 +110,7 @@ def damaged_file_error(
   """Returns the error for a file that is damaged, or a pointer of Git LFS."""
   if path.is_file():
     with path.open('rb') as file:
-      if file.read(len(_POINTER)) == _POINTER:
+      if file.read(len(LFS_POINTER)) == LFS_POINTER:
         return RequestError(f'{path}: a pointer of Git LFS; run git lfs pull')
   line = ' '.join(str(problem).split())
   return RequestError(f'{path}: truncated or damaged ({line}); fetch it again')

@@ -15,6 +15,9 @@ from typing import Any, cast
 from absl import logging
 from etils import epath
 
+# How a file begins that Git LFS has left in the place of the real one.
+LFS_POINTER = b'version https://git-lfs'
+
 
 def to_json_types(value: Any) -> Any:
   """Returns content for strict JSON: without NumPy, null for NaN and inf."""

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 
 from ffp_jax.errors import RequestError
+from ffp_jax.runtime.storage import LFS_POINTER
 from ffp_jax.text import records
 from ffp_jax.text.encoded_files import PACKED, decoded, open_packed
 
@@ -18,7 +19,6 @@ _METADATA = (
 )
 # Errors of damaged files, beside ValueError and RuntimeError.
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
-_POINTER = b'version https://git-lfs'
 _PLAIN = ('.txt', '.md')
 FORMATS = (
   f'{", ".join([*_PLAIN, *records.READERS])} (or packed: '
@@ -128,8 +128,8 @@ def read_documents(
   kind, packing = _kind(path) or ('', '')
   try:
     with path.open('rb') as file:
-      head = file.read(len(_POINTER))
-    if head == _POINTER:
+      head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
       raise RequestError(
         f'data: {path} is a Git LFS pointer; fetch it with git lfs pull'
       )

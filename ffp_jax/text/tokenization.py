@@ -1,14 +1,13 @@
 """Tokenization of text by a model's own tokenizer."""
 
-import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from ffp_jax.checkpoints import model_config
+from ffp_jax.checkpoints.directory import warn_once
 from ffp_jax.errors import RequestError
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.text import corpora
@@ -176,10 +175,4 @@ def check_tokens(
   problem = f'text.context: {context} is more than the {most} positions of this'
   if config.positions == 'learned':
     raise RequestError(f'{problem} model')
-  _warn(f'{problem} model; its figures will be worse than within them')
-
-
-@functools.cache
-def _warn(line: str):
-  """Logs a warning, once per process however many runs cause it."""
-  logging.warning('%s', line)
+  warn_once(f'{problem} model; its figures will be worse than within them')

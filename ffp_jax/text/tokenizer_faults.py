@@ -5,6 +5,8 @@ import importlib.util
 import json
 import pathlib
 
+from ffp_jax.runtime.storage import LFS_POINTER
+
 # The files that transformers reads beside the vocabulary; all are JSON.
 _SETTINGS = (
   'tokenizer_config.json',
@@ -21,7 +23,6 @@ _VOCABULARIES = (
   'vocab.txt',
   'merges.txt',
 )
-_POINTER = b'version https://git-lfs'
 
 
 def find_fault(directory: pathlib.Path, reason: str) -> str:
@@ -83,8 +84,8 @@ def _missing_fault(found: dict) -> str | None:
 def _file_fault(path: pathlib.Path) -> str | None:
   """Returns what is wrong with a file of any kind, None if nothing."""
   with path.open('rb') as file:
-    head = file.read(len(_POINTER))
-  if head == _POINTER:
+    head = file.read(len(LFS_POINTER))
+  if head == LFS_POINTER:
     return (
       'is a Git LFS pointer, not the file itself; fetch it with: git lfs pull'
     )
