@@ -10,11 +10,13 @@ from typing import Any
 __version__ = '0.1.0'
 __all__ = [
   'PrunedModel',
+  'RecoveredModel',
   'generate_text',
   'load_model',
   'load_pruned',
   'perplexity',
   'prune_model',
+  'recover_model',
   'save_model',
 ]
 

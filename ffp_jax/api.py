@@ -1,4 +1,4 @@
-"""The library: load, prune, measure, save and generate, in a few lines.
+"""The library: load, prune, recover, measure, save, generate in a few lines.
 
     import ffp_jax
     model = ffp_jax.load_model('demo')
@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from ffp_jax import config as config_lib
-from ffp_jax import jobs, prune, report, stages
+from ffp_jax import jobs, prune, recover, report, stages
 from ffp_jax import results as results_lib
 from ffp_jax.checkpoints import model as model_lib
 from ffp_jax.checkpoints.model import Model, ModelFiles
@@ -31,7 +31,9 @@ from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import perplexity as perplexity_lib
 from ffp_jax.evaluation import scoring
 from ffp_jax.export import formats, slicing
+from ffp_jax.export.unslicing import unslice_params
 from ffp_jax.pruning import search
+from ffp_jax.pruning.sublayers import find_sublayers
 from ffp_jax.runtime import sharding, storage
 from ffp_jax.text import prompts, tokenization
 from ffp_jax.text.tokenization import TokenText
@@ -47,6 +49,14 @@ class PrunedModel(NamedTuple):
   allocation: dict  # what every layer keeps, as in allocation.json
   perplexity: dict[str, float]  # held-out, by 'dense', 'uniform', ...
   metrics: list[dict]  # of every step of the search
+  recovery: Sequence[dict] = ()  # of every step of recovery
+
+
+class RecoveredModel(NamedTuple):
+  """A model after recovery, and what was measured on the way."""
+
+  model: Model
+  metrics: list[dict]  # of every step
 
 
 def load_model(name: str = 'demo', *, dtype: str | None = 'auto') -> Model:
@@ -73,7 +83,7 @@ def prune_model(
   config: ml_collections.ConfigDict | None = None,
   on_step: Callable[[dict], None] | None = None,
 ) -> PrunedModel:
-  """Prunes a dense model: searches, calibrates, slices.
+  """Prunes a dense model: searches, calibrates, recovers, slices.
 
   Args:
     model: from `load_model`, dense.
@@ -81,7 +91,8 @@ def prune_model(
     sparsity: share of the prunable parameters to remove, in [0, 1).
     config: any other setting; None for the defaults, see
       `ffp_jax.config.defaults`.
-    on_step: called with the metrics of every step of the search.
+    on_step: called with the metrics of every step of the search, and then of
+      recovery.
 
   Returns:
     The small model and what was measured.
@@ -95,15 +106,11 @@ def prune_model(
   sublayers = jobs.prunable_sublayers(config, model.config)
   tokens = _tokens(model, text, config.text.field)
   job = jobs.make_job(config, model, model.file_dtype, sublayers, tokens)
-  metrics = []
+  recovery_text = recover.prepare(config, job)
+  metrics, recovery = [], []
 
   def follow(steps):
-    last = first, {}
-    for last in steps:
-      metrics.append(last[1])
-      if on_step:
-        on_step(last[1])
-    return last
+    return _follow(steps, (first, {}), metrics, on_step)
 
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     # The mesh of the run may be another than the model was loaded on.
@@ -121,15 +128,90 @@ def prune_model(
       timed=lambda stage: contextlib.nullcontext(),
     )
     held_out = stages.evaluate(config, job, params, found, scorer)
-    small = slicing.slice_model(
-      model, found.params['searched'], found.keep['searched']
-    )
+    best, keep = found.params['searched'], found.keep['searched']
+    if recovery_text:
+      best = stages.recover(
+        config,
+        job,
+        params,
+        (best, keep),
+        recovery_text,
+        _follow_recovery(recovery, on_step),
+      ).params
+      mean = scorer(best, job.text.heldout, keep)
+      held_out['recovered'] = {'ppl': float(np.exp(mean))}
+    small = slicing.slice_model(model, best, keep)
   return PrunedModel(
     small,
     results_lib.allocation(config, job, found.best),
     {name: x['ppl'] for name, x in held_out.items() if name != 'protocol'},
     metrics,
+    recovery,
   )
+
+
+def recover_model(
+  pruned: Model,
+  dense: Model,
+  text: TextLike,
+  *,
+  tokens: int = 65_536,
+  config: ml_collections.ConfigDict | None = None,
+  on_step: Callable[[dict], None] | None = None,
+) -> RecoveredModel:
+  """Trains a pruned model to predict what the dense model predicts.
+
+  Args:
+    pruned: a pruned model, of whatever tool, whose layers are parts of the
+      dense model's.
+    dense: the model that it was pruned from.
+    text: to train on; a part of it validates, see `config.text`.
+    tokens: number of tokens to train on.
+    config: any other setting; None for the defaults, see
+      `ffp_jax.config.defaults`.
+    on_step: called with the metrics of every step.
+
+  Returns:
+    The recovered model, of the pruned one's shapes, and the metrics. It is the
+    best of all validations, and so never worse than `pruned`.
+
+  Raises:
+    RequestError: what is asked can't be done; known before heavy work.
+  """
+  config = (config or config_lib.defaults()).copy_and_resolve_references()
+  config.recovery.tokens = tokens
+  config_lib.validate(config)
+  ids = _tokens(dense, text, config.text.field)
+  sublayers = find_sublayers(dense.config, round_heads=1, round_ffn=1)
+  job = jobs.make_job(config, dense, pruned.file_dtype, sublayers, ids)
+  recovery_text, metrics = recover.prepare(config, job), []
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    params = jax.device_put(
+      dense.params, sharding.param_shardings(dense.params)
+    )
+    unsliced = unslice_params(
+      pruned.params, pruned.config, params, dense.config
+    )
+    keep = unsliced[1]
+    found = stages.recover(
+      config,
+      job,
+      params,
+      unsliced,
+      recovery_text,
+      _follow_recovery(metrics, on_step),
+    )
+    model = slicing.slice_model(dense, found.params, keep)
+  return RecoveredModel(model, metrics)
+
+
+def _follow(steps, last, metrics, on_step):
+  """Takes steps to their end, collects their metrics, returns the last one."""
+  for last in steps:
+    metrics.append(last[1])
+    if on_step:
+      on_step(last[1])
+  return last
 
 
 def load_pruned(workdir: str | pathlib.Path) -> PrunedModel:
@@ -144,8 +226,9 @@ def load_pruned(workdir: str | pathlib.Path) -> PrunedModel:
     for name, value in run.results.items()
     if isinstance(value, dict) and 'ppl' in value
   }
-  model = load_model(str(pathlib.Path(workdir).expanduser() / 'pruned'))
-  return PrunedModel(model, run.allocation, held_out, run.metrics)
+  name = 'recovered' if 'recovered' in held_out else 'pruned'
+  model = load_model(str(pathlib.Path(workdir).expanduser() / name))
+  return PrunedModel(model, run.allocation, held_out, run.metrics, run.recovery)
 
 
 def perplexity(
@@ -239,6 +322,15 @@ def generate_text(
   return prompts.stream_text(
     model.params, model.config, asked, temperature=temperature, seed=seed
   )
+
+
+def _follow_recovery(metrics, on_step):
+  """Returns what `stages.recover` takes as `follow`; see `_follow`."""
+
+  def follow(state, steps_from):
+    return _follow(steps_from(state), (state, {}), metrics, on_step)[0]
+
+  return follow
 
 
 def _files(model: Model) -> ModelFiles:

@@ -81,6 +81,19 @@ def defaults() -> ml_collections.ConfigDict:
   config.calibration.windows = 0  # of the calibration windows; 0 for all
   config.calibration.strengths = (0.01, 0.1, 1.0)  # of the ridge, to try
 
+  config.recovery = ml_collections.ConfigDict()
+  config.recovery.tokens = 12_288  # to train on; 0 for no recovery
+  # Text, as `data` takes it; '' for the part of it that nothing else uses,
+  # and the calibration text.
+  config.recovery.data = ''
+  config.recovery.rank = 0  # of LoRA; 0 to train every kept weight
+  # Highest rate; 0 for 1e-4, or for 3e-3 with a rank.
+  config.recovery.learning_rate = 0.0
+  config.recovery.rows = 1  # windows trained on at once
+  config.recovery.accumulate = 1  # times that many in a step
+  config.recovery.every = 16_384  # tokens between validations and checkpoints
+  config.recovery.remat = False  # recompute activations, for less memory
+
   # Sizes of the mesh axes; one may be -1, for the devices left.
   config.mesh = ml_collections.ConfigDict()
   config.mesh.candidates = 1  # candidates side by side
@@ -91,6 +104,26 @@ def defaults() -> ml_collections.ConfigDict:
   config.checkpoint.every = 5  # steps
   config.checkpoint.keep = 2  # checkpoints besides those at a stage's end
   return config
+
+
+def from_dict(values: dict) -> ml_collections.ConfigDict:
+  """Returns the settings of a run, given the content of its config.json.
+
+  Keys that it doesn't have, being of an older version, are at their defaults.
+  """
+  config = defaults()
+  with config.ignore_type():
+    config.update(_with_tuples(values))
+  return config
+
+
+def _with_tuples(value):
+  """Returns what JSON held, with tuples in the place of lists."""
+  if isinstance(value, dict):
+    return {key: _with_tuples(inner) for key, inner in value.items()}
+  if isinstance(value, list):
+    return tuple(map(_with_tuples, value))
+  return value
 
 
 get_config = defaults  # so that this file is one that --config can name
@@ -155,6 +188,9 @@ _POSITIVE = (
   'budget.round_ffn',
   'budget.round_heads',
   'budget.flops_context',
+  'recovery.rows',
+  'recovery.accumulate',
+  'recovery.every',
   'search.candidates',
   'search.finalists',
   'policy.std',
@@ -204,6 +240,20 @@ def validate(config):
   if not strengths or not all(s > 0 for s in strengths):
     raise RequestError('calibration.strengths: each must be positive')
   _validate_search(config)
+  _validate_recovery(config)
+
+
+def _validate_recovery(config):
+  recovery = config.recovery
+  for key in ('tokens', 'rank', 'learning_rate'):
+    if recovery[key] < 0:
+      raise RequestError(f'recovery.{key}: must be 0 or more')
+  if 0 < recovery.tokens < recovery_batch(config):
+    raise RequestError(
+      f'recovery.tokens: {recovery.tokens} is less than one step of '
+      f'{recovery_batch(config)} tokens, text.context x recovery.rows x '
+      'recovery.accumulate'
+    )
 
 
 def _validate_search(config):
@@ -260,6 +310,12 @@ def _validate_search(config):
       f'search.rows: each must be from 1 to {available}, the reward text in '
       'rows of search.context'
     )
+
+
+def recovery_batch(config) -> int:
+  """Returns the number of tokens of a step of recovery."""
+  recovery = config.recovery
+  return config.text.context * recovery.rows * recovery.accumulate
 
 
 def refits(config) -> bool:

@@ -7,6 +7,7 @@ from ffp_jax.errors import refuse
 
 COMMANDS = {
   'prune': 'ffp_jax.main',
+  'recover': 'ffp_jax.recover',
   'frontier': 'ffp_jax.frontier',
   'evaluate': 'ffp_jax.evaluate',
   'generate': 'ffp_jax.generate',

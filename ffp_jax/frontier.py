@@ -133,7 +133,8 @@ def main(argv: list[str]) -> None:
       args.config, workdir, sparsities, args.steps, again=again
     )
   print(summary(runs))
-  print(f'\nmodels      {", ".join(f"{x.name}/pruned" for x in runs)}')
+  names = [f'{x.name}/{labels.final_directory(x.results)}' for x in runs]
+  print(f'\nmodels      {", ".join(names)}')
   print(f'report      {workdir / "frontier.html"}')
 
 

@@ -3,8 +3,9 @@
 python -m ffp_jax.plan --config=configs/llama2_7b.py --devices=8 \
   --device_memory_gib=80 --tflops=400
 
-Compiles the search step and the calibration of one layer ahead of time for
---devices virtual devices, and asks the compiler what memory they take.
+Compiles the search step, the calibration of one layer and the training step of
+recovery ahead of time for --devices virtual devices, and asks the compiler what
+memory they take.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from ffp_jax.runtime import cli, sharding
 from ffp_jax.text import tokenization
 
 _GIB = 2**30
+_RANK = 8  # of LoRA, where the config has none
 
 
 def plan(
@@ -36,7 +38,7 @@ def plan(
   dtype: jnp.dtype,
   mesh: jax.sharding.Mesh,
 ) -> dict:
-  """Estimates what one search step and the calibration take on each device.
+  """Estimates what search, calibration and recovery take on each device.
 
   The compiler is asked about float32, as CPU compilers widen bfloat16: with
   bfloat16, weights are counted at two bytes and the rest as in float32, which
@@ -49,8 +51,11 @@ def plan(
     mesh: of the devices to plan for.
 
   Returns:
-    'params', 'mesh' (axis to size), 'candidates' and 'flops' of a step, and
-    bytes per device: 'weights_bytes', 'search_bytes', 'calibrate_bytes'.
+    'params', 'mesh' (axis to size), 'candidates' and 'flops' of a search
+    step, bytes per device: 'weights_bytes', 'search_bytes',
+    'calibrate_bytes'; and of recovery by rank, 0 and that of the config or 8:
+    'recovery' (rank to (bytes per device, FLOPs of a step)), and the rank of
+    the run, 'recovery_rank', None if it has no recovery.
   """
   scored = dataclasses.replace(model, refit=config_lib.refits(config))
   apply = functional.make_apply(scored, remat=config.search.remat)
@@ -61,6 +66,15 @@ def plan(
     weights = estimates.local_size(params) * dtype.itemsize
     step = estimates.search_memory(config, scored, scored_params, nll)
     layer = estimates.calibration_memory(config, model, params)
+    ranks = 0, config.recovery.rank or _RANK
+    narrower = estimates.local_size(params) * (4 - dtype.itemsize)
+    trained = {
+      rank: (
+        estimates.recovery_memory(config, model, params, rank).total - narrower,
+        estimates.recovery_flops(config, model, rank),
+      )
+      for rank in ranks
+    }
   search_weights = estimates.local_size(scored_params) * dtype.itemsize
   if scored.refit:  # the original output projections are kept beside them
     stack = params['stack']
@@ -77,6 +91,8 @@ def plan(
     'calibrate_bytes': layer.total + weights,
     'candidates': config.search.candidates,
     'flops': estimates.flops(config, scored),
+    'recovery': trained,
+    'recovery_rank': config.recovery.rank if config.recovery.tokens else None,
   }
 
 
@@ -100,6 +116,13 @@ def describe(estimate: dict, memory_gib: float, tflops: float | None) -> str:
     f'candidates per step  {estimate["candidates"]}',
     f'FLOPs per step       {estimate["flops"]:.3g}',
   ]
+  for rank, (size, flops) in estimate['recovery'].items():
+    name = f'recovery, rank {rank}' if rank else 'recovery, all'
+    lines.append(
+      f'{name:20} {size / _GIB:.1f} GiB per device, {flops:.3g} FLOPs per step'
+    )
+    if rank == estimate['recovery_rank']:
+      peak = max(peak, size / _GIB)
   if tflops:
     devices = np.prod(list(estimate['mesh'].values()))
     seconds = estimate['flops'] / (tflops * 1e12 * devices)

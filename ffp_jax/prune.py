@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from ffp_jax import config as config_lib
-from ffp_jax import export, report, stages
+from ffp_jax import export, recover, report, stages
 from ffp_jax import results as results_lib
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.errors import RequestError
@@ -31,7 +31,7 @@ from ffp_jax.pruning import (
   search,
 )
 from ffp_jax.pruning import masks as masks_lib
-from ffp_jax.runtime import search_state, sharding, signals
+from ffp_jax.runtime import run_state, sharding, signals
 from ffp_jax.runtime import workdir as workdir_lib
 from ffp_jax.runtime.workdir import Workdir
 
@@ -55,12 +55,14 @@ def prune_workdir(
   config_lib.validate(config)
   mesh = sharding.make_mesh(**config.mesh)
   job = prepare_job(config)
+  text = recover.prepare(config, job)
   with jax.set_mesh(mesh):
     state = initial_state(config, job.sublayers, workdir)
     claim = workdir_lib.claim
     with sharding.lead_process_first(claim, workdir, config) as leads:
       files = Workdir(workdir, writes=leads)
-      return run_stages(config, job, state, files, command)
+      results = run_stages(config, job, state, files, command)
+      return recover.recover_run(config, job, text, files, results)
 
 
 def run_stages(config, job, state, workdir: Workdir, command: str) -> dict:
@@ -160,19 +162,17 @@ def initial_state(config, sublayers, workdir) -> search.SearchState:
   """Returns where a new search begins: the prior, or another run's policy."""
   state = search.initial_state(config, sublayers)
   # Once begun, a search no longer needs the run that it began from.
-  if config.search.init_from and not search_state.steps_in(
+  if config.search.init_from and not run_state.steps_in(
     workdir / 'checkpoints'
   ):
     other = pathlib.Path(config.search.init_from).expanduser()
-    state = state._replace(
-      params=search_state.inherit_policy(other, state.params)
-    )
+    state = state._replace(params=run_state.inherit_policy(other, state.params))
   return state
 
 
 def resume_search(first, workdir: Workdir) -> search.SearchState:
   """Returns the state saved last, or else `first`."""
-  state = search_state.restore_state(workdir.path / 'checkpoints', first)
+  state = run_state.restore_state(workdir.path / 'checkpoints', first)
   if state is None and workdir.has_metrics():
     raise RequestError(
       f'workdir: {workdir.path} has metrics of a search but no checkpoint; '
@@ -195,14 +195,14 @@ def log_and_save(config, state, workdir: Workdir, steps: Iterator):
   """
   ends, metrics = curriculum.boundaries(curriculum.stages(config)), {}
   with (
-    search_state.Checkpoints(
+    run_state.Checkpoints(
       workdir.path / 'checkpoints',
       every=config.checkpoint.every,
       keep=config.checkpoint.keep,
       ends=ends,
     ) as saved,
     signals.save_on_signal(saved.flush),
-    workdir.progress(ends[-1], int(state.step)) as show,
+    workdir.progress('search', ends[-1], int(state.step)) as show,
   ):
     # Before the first line of metrics: where these are, so is a checkpoint.
     saved.begin(int(state.step), state)
@@ -210,7 +210,11 @@ def log_and_save(config, state, workdir: Workdir, steps: Iterator):
     for state, metrics in steps:
       line = {k: v for k, v in metrics.items() if k != 'compilations'}
       workdir.append(line)
-      show(line)
+      figures = {
+        'reward': f'{line["reward_mean"]:.3f}',
+        'sparsity': f'{line["sparsity"]:.1%}',
+      }
+      show(line['step'] + 1, figures, line['seconds'])
       saved.save(line['step'] + 1, state)
   return state, metrics
 

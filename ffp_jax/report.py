@@ -19,6 +19,8 @@ from ffp_jax.errors import RequestError, refuse
 from ffp_jax.reporting import blocks, labels, page, run_comparison
 from ffp_jax.reporting.run_report import Run, report
 from ffp_jax.runtime.storage import (
+  RECOVERY_METRICS,
+  SEARCH_METRICS,
   is_local,
   read_json_lines,
   to_json_types,
@@ -58,6 +60,13 @@ def summary(results: dict, allocation: Mapping[str, Any]) -> str:
   )
 
 
+def print_run(workdir: pathlib.Path, results: dict) -> None:
+  """Prints the outcome of a finished run, and where to find it."""
+  print(summary(results, read_run(workdir).allocation))
+  print(f'\nmodel       {workdir / labels.final_directory(results)}')
+  print(f'report      {workdir / "report.html"}')
+
+
 def versions() -> dict[str, str]:
   """Returns the versions that a run's figures depend on, for results.json."""
   packages = {
@@ -88,9 +97,11 @@ def read_run(workdir: pathlib.Path) -> Run:
       f'report: {workdir / "results.json"} lacks {", ".join(sorted(missing))}; '
       'it is not from this version of ffp_jax'
     )
-  path = workdir / 'metrics.jsonl'
-  metrics = read_json_lines(path) if path.exists() else []
-  return Run(str(workdir), config, allocation, results, metrics)
+  search, recovery = (
+    read_json_lines(path) if path.exists() else []
+    for path in (workdir / SEARCH_METRICS, workdir / RECOVERY_METRICS)
+  )
+  return Run(str(workdir), config, allocation, results, search, recovery)
 
 
 def write_report(workdir: pathlib.Path):
@@ -112,7 +123,7 @@ def write_report(workdir: pathlib.Path):
   title = f'Pruning {run.config["model"]}'
   write_atomically(workdir / 'report.html', page.page(title, content))
   if is_local(workdir) and importlib.util.find_spec('tensorboardX'):
-    _write_scalars(workdir / 'tb', run.metrics)
+    _write_scalars(workdir / 'tb', run)
 
 
 def add_measurements(
@@ -139,16 +150,18 @@ def add_measurements(
   write_report(workdir)
 
 
-def _write_scalars(directory: pathlib.Path, metrics: list[dict]):
+def _write_scalars(directory: pathlib.Path, run: Run):
   """Writes the numbers of every step for TensorBoard; replaces old files."""
   from tensorboardX import SummaryWriter  # ty: ignore[import-not-found]
 
   shutil.rmtree(directory, ignore_errors=True)
   with SummaryWriter(str(directory)) as writer:
-    for line in metrics:
-      for name, value in line.items():
-        if name != 'step' and value is not None:
-          writer.add_scalar(f'search/{name}', value, line['step'])
+    stages = {'search': run.metrics, 'recovery': run.recovery}
+    for stage, lines in stages.items():
+      for line in lines:
+        for name, value in line.items():
+          if name != 'step' and value is not None:
+            writer.add_scalar(f'{stage}/{name}', value, line['step'])
 
 
 def parse(argv: Sequence[str]) -> list[str]:

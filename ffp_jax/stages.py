@@ -1,5 +1,6 @@
 """The stages of a run, in the order in which prune.py runs them."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,17 +11,25 @@ from absl import logging
 from ffp_jax import config as config_lib
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import make_nll
-from ffp_jax.models import functional
+from ffp_jax.models import adapters, functional
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import (
   allocation,
   calibration,
   curriculum,
   importance,
+  recovery,
   search,
 )
 from ffp_jax.pruning import masks as masks_lib
 from ffp_jax.pruning import refit as refit_lib
+from ffp_jax.text import recovery_text
+
+# Of recovery. The rates are the best of those tried, see docs/results.md.
+_FULL_RATE, _LORA_RATE = 1e-4, 3e-3
+_ADAM_DECAYS = 0.9, 0.95
+_MAX_NORM = 1.0  # of the gradient
+_LOGIT_TOKENS = 512  # whose logits exist at once
 
 
 class ScoringModel(NamedTuple):
@@ -165,6 +174,73 @@ def calibrate(config, job, params, keep: dict[str, Masks]) -> dict[str, dict]:
       {f'{k:g}': int(np.sum(strengths == k)) for k in np.unique(strengths)},
     )
   return calibrated
+
+
+class Recovered(NamedTuple):
+  """A recovered model, still of the dense shapes."""
+
+  params: dict
+  losses: dict[str, float]  # on the validation text, in nats: start and best
+
+
+def recover(config, job, dense, pruned, text, follow) -> Recovered:
+  """Trains a pruned model to predict what the dense one predicts.
+
+  Args:
+    config: see config.py.
+    job: the model and its text.
+    dense: parameters of the dense decoder.
+    pruned: (calibrated parameters of the dense shapes, masks).
+    text: to train on, a `recovery_text.RecoveryText`.
+    follow: takes the first state, and a function from a state to the steps
+      from there on, an iterator of (state, metrics); returns the last state.
+  """
+  settings, rank = config.recovery, config.recovery.rank
+  params, keep = pruned
+  trained, frozen = recovery.begin(
+    params, job.model, keep, rank=rank, seed=config.seed
+  )
+  del params, pruned  # makes room
+  per_step = settings.rows * settings.accumulate
+  total = len(text.order) // per_step
+  peak = settings.learning_rate or (_LORA_RATE if rank else _FULL_RATE)
+  optim = recovery.optimizer(max_norm=_MAX_NORM, decays=_ADAM_DECAYS)
+  step_fn = recovery.make_step(
+    job.model,
+    optim,
+    recovery.schedule(peak=peak, warmup=total // 10, steps=total),
+    rank=rank,
+    remat=settings.remat,
+    chunk=_LOGIT_TOKENS,
+  )
+  scorer = scoring.Scorer(dataclasses.replace(job.model, adapter_rank=rank))
+  dtype = dense['embed']['table'].dtype
+
+  def validate(trained):
+    joined = adapters.join(frozen, trained, dtype)
+    return scorer(joined, job.text.validation, keep, label='validation')
+
+  def steps(state):
+    return recovery.steps(
+      state,
+      lambda *args: step_fn(*args[:-1], frozen, dense, keep, args[-1]),
+      lambda step: recovery_text.batch(
+        text, step, micro_batches=settings.accumulate, rows=settings.rows
+      ),
+      validate,
+      optim,
+      total=total,
+      every=max(1, settings.every // config_lib.recovery_batch(config)),
+    )
+
+  state = follow(recovery.start(trained, optim), steps)
+  losses = {'start': float(state.start_loss), 'best': float(state.best_loss)}
+  recovered = adapters.merge(frozen, state.best, dtype)
+  # What is evaluated is what is saved, in the type of the file.
+  recovered = jax.tree.map(
+    lambda x: x.astype(job.dtype).astype(dtype), recovered
+  )
+  return Recovered(recovered, losses)
 
 
 def evaluate(config, job, params, pruned, scorer) -> dict:

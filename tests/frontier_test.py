@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from ffp_jax import frontier
 from ffp_jax.checkpoints import weights
 from ffp_jax.errors import RequestError
-from ffp_jax.runtime import search_state, storage
+from ffp_jax.runtime import run_state, storage
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -69,10 +69,10 @@ class FrontierTest(parameterized.TestCase):
   def test_later_points_begin_where_the_one_before_ended(self):
     workdir, runs = _finished()
     first, second = (workdir / f'{s:g}' / 'checkpoints' for s in (0.2, 0.3))
-    self.assertEqual(search_state.steps_in(second), [0, 1])
-    with mock.patch.object(search_state, 'steps_in', return_value=[0]):
-      begun = search_state.newest_state(second)
-    found = search_state.newest_state(first)
+    self.assertEqual(run_state.steps_in(second), [0, 1])
+    with mock.patch.object(run_state, 'steps_in', return_value=[0]):
+      begun = run_state.newest_state(second)
+    found = run_state.newest_state(first)
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         begun['params'][name], found['params'][name]

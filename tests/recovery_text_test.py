@@ -59,8 +59,11 @@ class BatchTest(absltest.TestCase):
   def test_takes_the_windows_of_the_step(self):
     sources = [np.arange(12).reshape(3, 4), 100 + np.arange(20).reshape(5, 4)]
     order = recovery_text.order(0, (1.0, 1.0), (3, 5), 24)
+    text = recovery_text.RecoveryText(
+      [recovery_text.Source('', 1.0, x) for x in sources], order
+    )
     for step in range(4):
-      found = recovery_text.batch(sources, order, step, micro_batches=2, rows=3)
+      found = recovery_text.batch(text, step, micro_batches=2, rows=3)
       self.assertEqual(found.shape, (2, 3, 4))
       for at, row in enumerate(found.reshape(6, 4)):
         source, window = order[step * 6 + at]

@@ -151,10 +151,10 @@ class ProgressTest(_Folder):
       self.assertLogs('absl', 'INFO') as logs,
     ):
       logging.info('begin')
-      with self.run_files.progress(10 + steps, 10) as show:
+      with self.run_files.progress('search', 10 + steps, 10) as show:
         for step in range(steps):
-          line = {'reward_mean': 0.5 + step / 10, 'sparsity': 0.2}
-          show({'step': 10 + step, 'seconds': 2.5, **line})
+          figures = {'reward': f'{0.5 + step / 10:.3f}', 'sparsity': '20.0%'}
+          show(11 + step, figures, 2.5)
     return [record.getMessage() for record in logs.records][1:]
 
   def test_log_lines_are_rare(self):

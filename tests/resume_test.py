@@ -26,7 +26,7 @@ from ffp_jax import prune
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError
 from ffp_jax.pruning import search, sublayers
-from ffp_jax.runtime import search_state, signals, storage
+from ffp_jax.runtime import run_state, signals, storage
 from ffp_jax.runtime import workdir as workdir_lib
 from ffp_jax.runtime.workdir import Workdir
 from tests import kill, tiny_run
@@ -196,7 +196,7 @@ class CommandTest(_TestCase):
       f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
     )
     checkpoints = self.workdir / 'checkpoints'
-    step = search_state.newest_state(checkpoints)['step']
+    step = run_state.newest_state(checkpoints)['step']
     # Nothing is due between the end of the first stage and that of the second.
     self.assertGreater(step, 2)
     self.assertBetween(metrics.read_text().count('\n'), step, step + 2)
@@ -208,7 +208,7 @@ class CommandTest(_TestCase):
     self.assertNotIn('Traceback', said)
     line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
     self.assertStartsWith(said.splitlines()[-1], line)
-    self.assertEqual(search_state.newest_state(checkpoints)['step'], step)
+    self.assertEqual(run_state.newest_state(checkpoints)['step'], step)
 
 
 class SignalTest(parameterized.TestCase):
@@ -321,7 +321,7 @@ class InitFromTest(_TestCase):
 
     with mock.patch.object(search, 'steps', steps):
       _run(self.workdir, **config)
-    saved = search_state.newest_state(other / 'checkpoints')
+    saved = run_state.newest_state(other / 'checkpoints')
     for name in ('mean', 'log_std'):
       np.testing.assert_array_equal(
         self.state.params[name], saved['params'][name]

@@ -169,6 +169,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     'search.rows': (1, 1),
     'policy.hidden': (8,),
     'checkpoint.every': 2,
+    'recovery.tokens': 0,
   }
   config.update_from_flattened_dict(small | overrides)
   return config

@@ -98,6 +98,7 @@ def _perplexities(model: Model) -> list[str]:
       f'| {label} | {results[key]["ppl"]:.2f} |'
       for key, (label, _) in MODELS.items()
       if key in results
+      and (key != 'recovered' or model.directory.name == 'recovered')
     ]
     return [
       '## Perplexity',

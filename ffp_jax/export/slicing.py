@@ -16,7 +16,7 @@ from ffp_jax.runtime.sharding import to_host
 from ffp_jax.runtime.storage import staged
 
 # The axis of a layer's parameter that runs over units.
-_UNIT_AXIS = {
+UNIT_AXIS = {
   'attention': {
     'query': 1,
     'key': 1,
@@ -79,7 +79,7 @@ def _slice_module(module, tree, layer, units):
       for name, inner in tree.items()
     }
   index = np.flatnonzero(units)
-  axes = _UNIT_AXIS[module]
+  axes = UNIT_AXIS[module]
   return {
     name: np.take(to_host(x[layer]), index, axes[name])
     if name in axes
@@ -112,7 +112,9 @@ def save(
   """
   description = describe_sliced(model_config.read_config_json(source), config)
   family = description['model_type']
-  for stale in out.parent.glob('.pruned.*'):  # of a process that was killed
+  for stale in out.parent.glob(
+    f'.{out.name}.*'
+  ):  # of a process that was killed
     shutil.rmtree(stale)
   with staged(out) as stage:
     stage.mkdir()

@@ -3,16 +3,19 @@
 Memory is what the compiler says of the program for each device of a mesh.
 """
 
+import dataclasses
 from collections.abc import Callable
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import allocation, calibration, masks, search
+from ffp_jax.pruning import allocation, calibration, masks, recovery, search
 from ffp_jax.pruning.sublayers import find_sublayers
 from ffp_jax.runtime import device_memory, sharding
 
@@ -110,13 +113,110 @@ def calibration_memory(
   )
 
 
+def recovery_memory(
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  params: dict,
+  rank: int,
+) -> device_memory.Memory:
+  """Returns what a training step of recovery takes, in float32.
+
+  Among the arguments is the best state so far, which lies beside the step.
+  Weights that the dense model and the trained one share are there once.
+
+  Args:
+    config: of the run.
+    model: of the dense decoder.
+    params: of it, abstract; see `abstract_params`.
+    rank: of the low-rank updates, 0 to train every weight.
+  """
+  settings = config.recovery
+  keep = masks.ones(model.layers, model.groups, model.ffn)
+  mesh = jax.sharding.get_mesh()
+  adapted = dataclasses.replace(model, adapter_rank=rank)
+  trained = abstract_params(adapted, jnp.float32, mesh)
+  frozen = {}
+  if rank:
+    flat = flax.traverse_util.flatten_dict(trained)
+    plain = flax.traverse_util.flatten_dict(params)
+    trained = flax.traverse_util.unflatten_dict(
+      {path: x for path, x in flat.items() if path not in plain}
+    )
+    frozen = params
+  optim = recovery.optimizer(max_norm=1.0, decays=(0.9, 0.95))
+  moments = optax.tree_utils.tree_map_params(
+    optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
+  )
+  step = recovery.make_step(
+    model,
+    optim,
+    recovery.schedule(peak=1.0, warmup=1, steps=2),
+    rank=rank,
+    remat=settings.remat,
+    chunk=512,
+  )
+  tokens = settings.accumulate, settings.rows, config.text.context
+  memory = device_memory.memory_needed(
+    step,
+    trained,
+    moments,
+    np.int32(0),
+    np.float32(1.0),
+    frozen,
+    params,
+    keep,
+    jax.ShapeDtypeStruct(tokens, jnp.int32),
+  )
+  size = np.dtype(np.float32).itemsize
+  beside = local_size(trained)
+  if rank:  # calibration changed the output projections alone
+    stack = params['stack']
+    changed = stack['attention']['out'], stack['ffn']['down']
+    beside += local_size(changed) - local_size(params)
+  return memory._replace(arguments=memory.arguments + beside * size)
+
+
+def recovery_flops(
+  config: ml_collections.ConfigDict, model: ModelConfig, rank: int
+) -> float:
+  """Returns the FLOPs of one training step of recovery on all devices.
+
+  A token takes a forward pass of the dense model, and of the pruned one a
+  forward pass and a backward pass; this costs as much as two forward ones, or
+  one where only low-rank updates are trained; `remat` adds one more. What the
+  masks remove is computed and thrown away, and so is counted.
+
+  Args:
+    config: of the run.
+    model: of the dense decoder.
+    rank: of the low-rank updates, 0 to train every weight.
+  """
+  passes = 1 + 1 + (1 if rank else 2) + (1 if config.recovery.remat else 0)
+  context = config.text.context
+  rows = config.recovery.rows * config.recovery.accumulate
+  return passes * rows * _forward_flops(model, context)
+
+
+def _forward_flops(model: ModelConfig, context: int) -> float:
+  """Returns the FLOPs of a forward pass over one row of tokens.
+
+  Counts the products with the weights and those of attention.
+  """
+  shapes = jax.tree.leaves(families.param_shapes(model, jnp.float32))
+  products = sum(int(np.prod(x.shape)) for x in shapes)
+  if not model.tied:  # the embedding is looked up, not multiplied
+    products -= model.vocab * (model.embed_width or model.width)
+  heads = model.groups * model.heads_per_group * model.head_size
+  attention = 4 * model.layers * heads * context
+  return context * (2 * products + attention)
+
+
 def flops(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
   """Returns the FLOPs of one search step on all devices.
 
-  Counts the products with the weights and those of attention. A candidate
-  takes a forward pass and, if its gradient is wanted, a backward pass to
-  activations and masks alone, which costs as much as a forward pass; `remat`
-  adds another one.
+  A candidate takes a forward pass and, if its gradient is wanted, a backward
+  pass to activations and masks alone, which costs as much as a forward pass;
+  `remat` adds another one.
 
   Args:
     config: of the run.
@@ -124,13 +224,7 @@ def flops(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
   """
   c = config.search
   rows = max(c.rows)
-  shapes = jax.tree.leaves(families.param_shapes(model, jnp.float32))
-  products = sum(int(np.prod(x.shape)) for x in shapes)
-  if not model.tied:  # the embedding is looked up, not multiplied
-    products -= model.vocab * (model.embed_width or model.width)
-  heads = model.groups * model.heads_per_group * model.head_size
-  attention = 4 * model.layers * heads * c.context
-  forward = rows * c.context * (2 * products + attention)
+  forward = rows * _forward_flops(model, c.context)
   backward = (2 if c.remat else 1) if config.policy.pathwise_weight else 0
   return forward * c.candidates * (1 + backward)
 

@@ -1,5 +1,6 @@
 """Names, colours and number formats shared by all tables and plots."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ MODELS = {
   'uniform_calibrated': ('uniform + calibration', '#d55e00'),
   'searched': ('searched', '#99cbe6'),
   'calibrated': ('searched + calibration', '#0072b2'),
+  'recovered': ('recovered', '#009e73'),
 }
 
 # Name of a further budget in allocation.json: its label.
@@ -37,8 +39,15 @@ def perplexity_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def final_key(results: Mapping[str, Any]) -> str:
-  """Returns the key in results.json of the model that the run saved."""
+  """Returns the key in results.json of the best model that the run saved."""
+  if 'recovered' in results:
+    return 'recovered'
   return 'calibrated' if 'calibrated' in results else 'searched'
+
+
+def final_directory(results: Mapping[str, Any]) -> str:
+  """Returns the directory in a workdir of the best model that it saved."""
+  return 'recovered' if 'recovered' in results else 'pruned'
 
 
 def uniform_key(results: Mapping[str, Any]) -> str:
@@ -70,6 +79,14 @@ def ppl(value: float | None) -> str:
   if value is None:
     return 'not finite'
   return f'{value:,.2f}' if value < 1e5 else f'{value:.2e}'
+
+
+def to_ppl(nats: float) -> float | None:
+  """Returns the perplexity of a mean loss, None if it is beyond a float."""
+  try:
+    return math.exp(nats)
+  except OverflowError:
+    return None
 
 
 def ratio(

@@ -141,6 +141,33 @@ def search(metrics: Sequence[Mapping[str, Any]]) -> 'Figure':
   return figure
 
 
+def recovery(lines: Sequence[Mapping[str, Any]]) -> 'Figure':
+  """Draws KL divergence and validation perplexity against tokens.
+
+  Args:
+    lines: of recovery.jsonl, at least one with a validation loss.
+  """
+  figure, axes = new_figure(4.6, 'Recovery, lower is better', rows=2)
+  above, below = axes[:, 0]
+  steps = [line for line in lines if line.get('kl') is not None]
+  tokens = [line['tokens'] for line in steps]
+  above.plot(tokens, [x['kl'] for x in steps], color=BLUE, linewidth=1)
+  above.set_ylabel('KL to the dense model')
+  tested = [line for line in lines if line.get('validation') is not None]
+  below.plot(
+    [line['tokens'] for line in tested],
+    [labels_lib.to_ppl(line['validation']) or math.nan for line in tested],
+    color=ORANGE,
+    marker='o',
+    markersize=4,
+  )
+  below.set(xlabel='tokens', ylabel='validation perplexity')
+  below.xaxis.set_major_formatter('{x:,.0f}')
+  for ax in axes[:, 0]:
+    ax.grid(axis='y', color=RULE, linewidth=0.5)
+  return figure
+
+
 def _mark_stages(
   figure: 'Figure',
   ax: 'Axes',

@@ -23,6 +23,7 @@ class Run(NamedTuple):
     name: its directory, as the user wrote it.
     config, allocation, results: contents of the JSON files of these names.
     metrics: one line per search step; may be empty.
+    recovery: one line per step of recovery; empty if there was none.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Run(NamedTuple):
   allocation: dict
   results: dict
   metrics: list[dict]
+  recovery: Sequence[dict] = ()
 
 
 def report(run: Run) -> Iterator[Block]:
@@ -42,6 +44,7 @@ def report(run: Run) -> Iterator[Block]:
   yield from _sizes(run)
   yield from _allocation(run.allocation)
   yield from _search(run)
+  yield from _recovery(run)
   yield from _cost(run.results)
   yield from _provenance(run)
 
@@ -271,6 +274,42 @@ def _stages(metrics: Sequence[Mapping[str, Any]]) -> Table:
     'Stages of the curriculum',
     ('stage', 'sparsity', 'tokens', 'candidates', 'best reward'),
     rows,
+  )
+
+
+def _recovery(run: Run) -> Iterator[Block]:
+  """Yields what the training after calibration did, if there was one."""
+  if 'recovery' not in run.results or not run.recovery:
+    return
+  made = run.results['recovery']
+  rank, ppls = made['rank'], made['validation_ppl']
+  yield Heading(2, 'Recovery')
+  yield Text(
+    f'The pruned model was trained on {made["tokens"]:,} tokens of '
+    f'{made["text"]} to predict what the dense model predicts. '
+    + (f'Low-rank updates of rank {rank}' if rank else 'All kept weights')
+    + ' were trained. On the validation text its perplexity went from '
+    f'{labels.ppl(ppls["start"])} to {labels.ppl(ppls["best"])}; the best '
+    'model of all validations is kept.'
+  )
+  tested = [x for x in run.recovery if x.get('validation') is not None]
+  yield Picture(
+    'Above, the divergence from the dense model on the text of every step; '
+    'below, the perplexity on the validation text.',
+    'recovery',
+    plots.recovery(run.recovery),
+    Table(
+      'Validations',
+      ('tokens', 'perplexity', 'KL of the step'),
+      [
+        (
+          f'{line["tokens"]:,}',
+          labels.ppl(labels.to_ppl(line['validation'])),
+          labels.reward(line['kl']) if 'kl' in line else '-',
+        )
+        for line in tested
+      ],
+    ),
   )
 
 

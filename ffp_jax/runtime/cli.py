@@ -45,6 +45,45 @@ def parse_flags(argv: list[str], **required: str) -> list[str]:
   return rest
 
 
+def overrides() -> dict:
+  """Returns the keys of --config that the command line gives, and values."""
+  # ty: ignore[missing-attribute]
+  return dict(flags.FLAGS['config'].override_values)
+
+
+def define_processes() -> None:
+  """Defines the flags of a run by several processes."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    "Address of a run by several processes: 'auto' on TPU slices and Slurm, "
+    'else the HOST:PORT of process 0.',
+  )
+  flags.DEFINE_integer(
+    'processes', None, 'Number of processes, with --coordinator=HOST:PORT.'
+  )
+  flags.DEFINE_integer(
+    'process', None, 'Index of this process, from 0, with --processes.'
+  )
+
+
+def check_processes() -> None:
+  """Refuses flags of processes that don't go together."""
+  found = flags.FLAGS
+  named = found.coordinator not in (None, 'auto')
+  if {found['processes'].present > 0, found['process'].present > 0} != {named}:
+    refuse('--coordinator=HOST:PORT goes with --processes=N and --process=I')
+
+
+def join_processes() -> None:
+  """Joins the other processes of a run, if the flags say that there are."""
+  from ffp_jax.runtime import sharding  # slow to import
+
+  found = flags.FLAGS
+  if found.coordinator:
+    sharding.join_processes(found.coordinator, found.processes, found.process)
+
+
 def _print_config():
   """Prints the keys of --config, or the defaults, and ends the process."""
   config = None

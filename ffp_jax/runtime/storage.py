@@ -15,6 +15,9 @@ from typing import Any, cast
 from absl import logging
 from etils import epath
 
+# The metrics of a run, JSON lines in its workdir.
+SEARCH_METRICS = 'metrics.jsonl'
+RECOVERY_METRICS = 'recovery.jsonl'
 # How a file begins that Git LFS has left in the place of the real one.
 LFS_POINTER = b'version https://git-lfs'
 

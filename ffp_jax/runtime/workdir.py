@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
 from ffp_jax.runtime.storage import (
+  SEARCH_METRICS,
   append_text,
   is_local,
   read_json_lines,
@@ -67,37 +68,32 @@ class Workdir:
     self.write_json('seconds.json', self.seconds)
     return now
 
-  def append(self, line: dict) -> None:
-    """Appends metrics to metrics.jsonl; NaN becomes null.
+  def append(self, line: dict, name: str = SEARCH_METRICS) -> None:
+    """Appends metrics to a file of them; NaN becomes null.
 
     Args:
       line: the metrics; 'step' is required, see `rewind`.
+      name: of the file.
     """
     if self.writes:
       self.path.mkdir(parents=True, exist_ok=True)
-      append_text(self._metrics, to_json(line) + '\n')
+      append_text(self.path / name, to_json(line) + '\n')
     self._count_time()
-
-  @property
-  def _metrics(self) -> pathlib.Path:
-    return self.path / 'metrics.jsonl'
 
   def has_metrics(self) -> bool:
     """Returns whether a search has taken a step."""
-    return self._metrics.exists() and bool(self._metrics.read_bytes())
+    path = self.path / SEARCH_METRICS
+    return path.exists() and bool(path.read_bytes())
 
-  def rewind(self, step: int) -> None:
-    """Drops the metrics of `step` and later, which a resumed search repeats.
+  def rewind(self, step: int, name: str = SEARCH_METRICS) -> None:
+    """Drops the metrics of `step` and later, which a resumed run repeats.
 
     A line that a crash left incomplete is dropped too.
     """
-    if self.writes and self._metrics.exists():
-      kept = [
-        line for line in read_json_lines(self._metrics) if line['step'] < step
-      ]
-      write_atomically(
-        self._metrics, ''.join(to_json(line) + '\n' for line in kept)
-      )
+    path = self.path / name
+    if self.writes and path.exists():
+      kept = [line for line in read_json_lines(path) if line['step'] < step]
+      write_atomically(path, ''.join(to_json(line) + '\n' for line in kept))
 
   def write_json(self, name: str, content: Any) -> None:
     """Writes `workdir/name` atomically; the content may have NumPy arrays."""
@@ -111,20 +107,22 @@ class Workdir:
 
   @contextlib.contextmanager
   def progress(
-    self, total: int, done: int
-  ) -> Generator[Callable[[dict], None], None, None]:
-    """Shows a search's progress: a bar on a terminal, or lines in the log.
+    self, label: str, total: int, done: int
+  ) -> Generator[Callable[[int, dict[str, str], float], None], None, None]:
+    """Shows a stage's progress: a bar on a terminal, or lines in the log.
 
     Args:
-      total: number of steps of the whole search.
-      done: number of steps already taken.
+      label: of the stage.
+      total: number of steps, or tokens, of the whole stage.
+      done: number of those already taken.
 
     Yields:
-      A function to call with the metrics of each step.
+      A function to call after each step with the number done, figures to show
+      by name, and the seconds that one of `total` takes.
     """
     terminal = sys.stderr.isatty()
     with tqdm(
-      desc='search',
+      desc=label,
       total=total,
       initial=done,
       bar_format='{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left {bar}',
@@ -132,18 +130,17 @@ class Workdir:
       disable=not (terminal and self.writes),
     ) as bar:
 
-      def show(line):
-        reward, sparsity = line['reward_mean'], line['sparsity']
-        shown = {'reward': f'{reward:.3f}', 'sparsity': f'{sparsity:.1%}'}
-        bar.set_postfix(shown, refresh=False)  # `update` redraws when due
-        bar.update(1)
+      def show(done, figures, seconds_each):
+        bar.set_postfix(figures, refresh=False)  # `update` redraws when due
+        bar.update(done - bar.n)
         if self.writes and not terminal:
           logging.log_every_n_seconds(
             logging.INFO,
-            'search %d/%d, reward=%.3f, sparsity=%.1f%%, about %.0f s left',
+            '%s %d/%d, %s, about %.0f s left',
             _LOG_SECONDS,
-            *(line['step'] + 1, total, reward, 100.0 * sparsity),
-            line['seconds'] * (total - line['step'] - 1),
+            *(label, done, total),
+            ', '.join(f'{name}={value}' for name, value in figures.items()),
+            seconds_each * (total - done),
           )
 
       yield show
@@ -176,6 +173,7 @@ _MAY_CHANGE = (
   'compare.sparsities',
   'compare.seeds',
   'mesh.',
+  'recovery.',  # has settings of its own, beside its checkpoints
   'search.block',
   'search.remat',
 )

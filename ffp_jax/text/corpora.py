@@ -99,7 +99,7 @@ def _general() -> Iterator[str | None]:
 _BUILTIN = {'general': _general, 'pydoc': _pydoc}
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
   """Holds documents that have not been read yet."""
 
   documents: Iterable[str | None]  # None for a null document
@@ -134,7 +134,10 @@ def read_text(
       unreadable, or the weights are invalid.
   """
   parts = mixture.parse(source)
-  sources = [_open(x.source, field, report, limit) for x in parts]
+  sources = [
+    open_source(x.source, field=field, report=report, limit=limit)
+    for x in parts
+  ]
   if len(parts) == 1:
     return _join_documents(sources[0], limit)
   mixed = mixture.interleave(
@@ -143,16 +146,30 @@ def read_text(
   name = ','.join(
     f'{x.name}:{part.weight:g}' for x, part in zip(sources, parts, strict=True)
   )
-  return _join_documents(_Source(mixed, name), limit)
+  return _join_documents(Source(mixed, name), limit)
 
 
-def _open(source, field, report, limit) -> _Source:
-  """Opens a text that is not a mixture."""
+def open_source(
+  source: str,
+  *,
+  field: str = '',
+  report: bool = False,
+  limit: int = TEXT_BYTES,
+) -> Source:
+  """Opens a text that is not a mixture, without reading it.
+
+  Args:
+    source, field, report: see `read_text`.
+    limit: bytes of a document to read at most, or little more.
+
+  Raises:
+    RequestError: there is no such text, or it can't be downloaded.
+  """
   name, _, split = source.partition(':')
   if name in CORPORA:
     return _open_corpus(name, split, report=report, limit=limit)
   if source in _BUILTIN:
-    return _Source(_BUILTIN[source](), source)
+    return Source(_BUILTIN[source](), source)
   # An empty name is no path, though Path('') is the working directory.
   path = pathlib.Path(source).expanduser()
   files = readers.list_files(path) if source else []
@@ -162,10 +179,10 @@ def _open(source, field, report, limit) -> _Source:
       f'directory or file of {readers.FORMATS}'
     )
   found = (readers.read_documents(file, limit, field) for file in files)
-  return _Source(itertools.chain.from_iterable(found), source)
+  return Source(itertools.chain.from_iterable(found), source)
 
 
-def _open_corpus(name, split, *, report, limit) -> _Source:
+def _open_corpus(name, split, *, report, limit) -> Source:
   corpus = CORPORA[name]
   split = split or list(corpus.splits)[-1 if report else 0]
   if split not in corpus.splits:
@@ -175,10 +192,10 @@ def _open_corpus(name, split, *, report, limit) -> _Source:
   part = corpus.splits[split]
   found = readers.read_documents(_download(name, corpus, part.file), limit)
   found = itertools.islice(found, part.documents)
-  return _Source(found, f'{name}:{split}', corpus.join, part.windows)
+  return Source(found, f'{name}:{split}', corpus.join, part.windows)
 
 
-def _pieces(source: _Source) -> Iterator[str | None]:
+def _pieces(source: Source) -> Iterator[str | None]:
   """Yields a text in pieces for a mixture, and logs where it ends.
 
   Raises:
@@ -217,7 +234,7 @@ def _download(name, corpus, file) -> pathlib.Path:
     ) from error
 
 
-def _join_documents(source: _Source, limit) -> Text:
+def _join_documents(source: Source, limit) -> Text:
   """Joins documents until there are `limit` bytes, and cuts the text there.
 
   Null documents are skipped, and their number is logged.

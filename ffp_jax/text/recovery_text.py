@@ -5,12 +5,155 @@ file that is mapped into memory, so that only the windows of a batch are read.
 """
 
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from ffp_jax.errors import RequestError
 from ffp_jax.runtime.storage import staged
+from ffp_jax.text import corpora, mixture, windows
+
+_SHARED_TOKENS = 13  # in a row, by which two windows are taken for the same
+_TOKEN_BYTES = 16  # of text, more than a token has in any language
+
+
+class Source(NamedTuple):
+  """A text to train on."""
+
+  name: str
+  weight: float
+  windows: np.ndarray  # int32 [W,T]; may be on disk
+
+
+class RecoveryText(NamedTuple):
+  """The texts to train on, and the order of their windows."""
+
+  sources: list[Source]
+  order: np.ndarray  # see `order`
+
+  @property
+  def name(self) -> str:
+    """Returns the names of the texts, with their weights if there are many."""
+    if len(self.sources) == 1:
+      return self.sources[0].name
+    return ','.join(f'{x.name}:{x.weight:g}' for x in self.sources)
+
+
+def arrange(
+  sources: Sequence[Source],
+  reserved: Sequence[np.ndarray],
+  *,
+  seed: int,
+  windows: int,
+) -> RecoveryText:
+  """Leaves out what is reserved, and puts the other windows in an order.
+
+  Args:
+    sources: the texts.
+    reserved: windows [W,T] that validate or test. A window is left out if it
+      has 13 tokens in a row in common with one of them.
+    seed: of the order.
+    windows: number to train on, which may be more than there are.
+
+  Raises:
+    RequestError: a text has no window, or none is left of it.
+  """
+  seen = np.unique(np.concatenate([_runs(x).ravel() for x in reserved]))
+  kept = [_find_new(source, seen) for source in sources]
+  order_Nx2 = order(
+    seed, [x.weight for x in sources], [*map(len, kept)], windows
+  )
+  for i, (source, new) in enumerate(zip(sources, kept, strict=True)):
+    rows = order_Nx2[:, 0] == i
+    order_Nx2[rows, 1] = new[order_Nx2[rows, 1]]
+    if (taken := rows.sum()) > len(new):
+      logging.warning(
+        'recovery.data: %s has %s tokens and is read %.1f times; more text '
+        'makes a better model',
+        *(source.name, f'{new.size * source.windows.shape[1]:,}'),
+        taken / len(new),
+      )
+  return RecoveryText(list(sources), order_Nx2)
+
+
+def _runs(windows_WxT) -> np.ndarray:
+  """Returns a hash of every run of tokens in a window, uint64 [W,runs]."""
+  length = min(_SHARED_TOKENS, windows_WxT.shape[1])
+  runs = windows_WxT.shape[1] - length + 1
+  hashed = np.zeros((len(windows_WxT), runs), np.uint64)
+  for i in range(length):
+    tokens = windows_WxT[:, i : i + runs].astype(np.uint64)
+    hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + tokens + np.uint64(1)
+  return hashed
+
+
+def _find_new(source: Source, seen) -> np.ndarray:
+  """Returns the indices of the windows without any of the runs `seen`."""
+  if not len(source.windows):
+    raise RequestError(
+      f'recovery.data: {source.name} is shorter than one window of '
+      'text.context tokens; give more text'
+    )
+  blocks = np.split(source.windows, range(1024, len(source.windows), 1024))
+  new = [~np.isin(_runs(x), seen).any(axis=1) for x in blocks]
+  found = np.flatnonzero(np.concatenate(new))
+  left_out = len(source.windows) - len(found)
+  if not len(found):
+    raise RequestError(
+      f'recovery.data: all of {source.name} is in the reward, validation or '
+      'held-out text; give another text'
+    )
+  if left_out:
+    logging.info(
+      'recovery.data: %s: %d of %d windows share text with held-out, '
+      'validation or reward windows, left out',
+      *(source.name, left_out, len(source.windows)),
+    )
+  return found
+
+
+def read_sources(
+  data: str, tokenizer: Callable, *, context: int, most: int, field: str
+) -> list[Source]:
+  """Tokenizes the texts that `recovery.data` names, onto the disk.
+
+  Args:
+    data: one or several texts with weights, as `data` takes them.
+    tokenizer: of transformers.
+    context: tokens per window.
+    most: tokens to read of each text.
+    field: see `corpora.read_text`.
+
+  Raises:
+    RequestError: a text can't be read, or the weights are invalid.
+  """
+  parts = mixture.parse(data)
+  opened = [
+    corpora.open_source(x.source, field=field, limit=most * _TOKEN_BYTES)
+    for x in parts
+  ]
+  return [
+    Source(
+      text.name,
+      part.weight,
+      windows.windows(_tokens_on_disk(text, tokenizer, most), context),
+    )
+    for text, part in zip(opened, parts, strict=True)
+  ]
+
+
+def _tokens_on_disk(text: corpora.Source, tokenizer, most) -> np.ndarray:
+  """Returns the tokens of a text, int32 [N], mapped from a nameless file."""
+  pieces = mixture.pieces(text.documents, text.join)
+  pieces = (piece for piece in pieces if piece)
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'tokens'
+    if not token_file(pieces, tokenizer, path, most=most, join=text.join):
+      return np.zeros(0, np.int32)
+    return np.memmap(path, np.int32, 'r')
 
 
 def order(
@@ -69,25 +212,19 @@ def _mix_sources(share, windows: int) -> np.ndarray:
 
 
 def batch(
-  sources: Sequence[np.ndarray],
-  order_Nx2: np.ndarray,
-  step: int,
-  *,
-  micro_batches: int,
-  rows: int,
+  text: RecoveryText, step: int, *, micro_batches: int, rows: int
 ) -> np.ndarray:
   """Returns the tokens of a step, int32 [A,B,T].
 
   Args:
-    sources: windows [W,T] of each source.
-    order_Nx2: from `order`.
+    text: from `arrange`.
     step: from 0; each takes the next micro_batches * rows windows.
     micro_batches: A.
     rows: B.
   """
   size = micro_batches * rows
-  found = order_Nx2[step * size : (step + 1) * size]
-  tokens = np.stack([sources[source][window] for source, window in found])
+  found = text.order[step * size : (step + 1) * size]
+  tokens = np.stack([text.sources[i].windows[window] for i, window in found])
   return tokens.reshape(micro_batches, rows, -1)
 
 

@@ -14,6 +14,7 @@ class Splits(NamedTuple):
   reward: np.ndarray
   validation: np.ndarray  # to choose the strength of calibration
   heldout: np.ndarray  # for the final perplexities only
+  rest: np.ndarray  # in none of the others
 
 
 def windows(tokens: np.ndarray, context: int) -> np.ndarray:
@@ -89,5 +90,5 @@ def split(
   held = all_WxT[len(all_WxT) - heldout :]
   order = np.random.default_rng(seed).permutation(len(all_WxT) - heldout)
   ends = np.cumsum([calibration, reward, validation])
-  parts = np.split(order[: ends[-1]], ends[:-1])
-  return Splits(*(all_WxT[np.sort(part)] for part in parts), held)
+  *parts, rest = (all_WxT[np.sort(x)] for x in np.split(order, ends))
+  return Splits(*parts, held, rest)

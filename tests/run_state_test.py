@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax.errors import RequestError
-from ffp_jax.runtime import search_state, storage
+from ffp_jax.runtime import run_state, storage
 
 
 class _Inner(NamedTuple):
@@ -44,7 +44,7 @@ class _TestCase(parameterized.TestCase):
     self.directory = self.folder / 'checkpoints'
 
   def open(self, every=1, keep=2, ends=()):
-    return search_state.Checkpoints(
+    return run_state.Checkpoints(
       self.directory, every=every, keep=keep, ends=ends
     )
 
@@ -57,7 +57,7 @@ class _TestCase(parameterized.TestCase):
     return sorted(int(path.name) for path in self.directory.iterdir())
 
   def assert_restored(self, step):
-    got = search_state.restore_state(self.directory, _state(0))
+    got = run_state.restore_state(self.directory, _state(0))
     jax.tree.map(np.testing.assert_array_equal, got, _state(step))
     types = jax.tree.map(lambda x: (type(x), x.dtype), _state(step))
     self.assertEqual(jax.tree.map(lambda x: (type(x), x.dtype), got), types)
@@ -70,11 +70,11 @@ class SaveTest(_TestCase):
     self.assert_restored(6)
 
   def test_none(self):
-    self.assertIsNone(search_state.restore_state(self.directory, _state(0)))
+    self.assertIsNone(run_state.restore_state(self.directory, _state(0)))
     self.directory.mkdir()
     # Of a process killed while it saved.
     (self.directory / '4.orbax-checkpoint-tmp').mkdir()
-    self.assertIsNone(search_state.restore_state(self.directory, _state(0)))
+    self.assertIsNone(run_state.restore_state(self.directory, _state(0)))
     self.save([1])
     self.assertEqual(self.steps(), [1])
 
@@ -125,7 +125,7 @@ class DamageTest(_TestCase):
       shutil.copytree(whole, self.directory)
       self._damage(self.directory / path.relative_to(whole), kind, source)
       with self.subTest(str(path.relative_to(whole))):
-        step = int(search_state.restore_state(self.directory, _state(0)).step)
+        step = int(run_state.restore_state(self.directory, _state(0)).step)
         self.assert_restored(step)
         self.assertEqual(self.steps(), [1, 2])  # reading changes nothing
         older += step == 1
@@ -148,7 +148,7 @@ class DamageTest(_TestCase):
     shutil.rmtree(self.directory / '2' / 'default')
     with self.assertLogs('absl', 'WARNING') as logs:
       self.assert_restored(1)
-    ours = [x for x in logs.output if 'search_state.py' in x or 'damaged' in x]
+    ours = [x for x in logs.output if 'run_state.py' in x or 'damaged' in x]
     self.assertLen(ours, 1)
     self.assertIn(str(self.directory / '2'), ours[0])
     with self.open() as saved:
@@ -163,13 +163,13 @@ class DamageTest(_TestCase):
     for step in '12':
       shutil.rmtree(self.directory / step / 'default')
     with self.assertRaisesRegex(RequestError, rf'\A.*{self.directory}.*\Z'):
-      search_state.restore_state(self.directory, _state(0))
+      run_state.restore_state(self.directory, _state(0))
     self.assertEqual(self.steps(), [1, 2])
 
   def test_another_version(self):
     self.save([1])
     with self.assertRaisesRegex(RequestError, 'another version'):
-      search_state.restore_state(self.directory, _state(0)._replace(inner=()))
+      run_state.restore_state(self.directory, _state(0)._replace(inner=()))
     self.assertEqual(self.steps(), [1])
 
 
@@ -178,11 +178,11 @@ class InheritTest(_TestCase):
     with self.assertRaisesRegex(
       RequestError, rf'\Asearch.init_from: .*{self.folder}.*{pattern}.*\Z'
     ):
-      search_state.inherit_policy(self.folder, _state(0, **shape).params)
+      run_state.inherit_policy(self.folder, _state(0, **shape).params)
 
   def test_parameters_of_the_newest(self):
     self.save([1, 2])
-    got = search_state.inherit_policy(self.folder, _state(0).params)
+    got = run_state.inherit_policy(self.folder, _state(0).params)
     jax.tree.map(np.testing.assert_array_equal, got, _state(2).params)
 
   def test_no_checkpoint(self):
