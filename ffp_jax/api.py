@@ -46,6 +46,8 @@ class PrunedModel(NamedTuple):
   model: Model
   allocation: dict  # what every layer keeps, as in allocation.json
   perplexity: dict[str, float]  # held-out, by 'dense', 'uniform', ...
+  # On `config.text.other`: of the dense and the saved model; {} without one.
+  other_perplexity: dict[str, float]
   metrics: list[dict]  # of every step of the search
 
 
@@ -77,7 +79,9 @@ def prune_model(
 
   Args:
     model: from `load_model`, dense.
-    text: calibration, reward and held-out text, cut into disjoint parts.
+    text: calibration, reward and held-out text, cut into disjoint parts. With
+      `config.text.other` 'auto', a built-in text that it does not hold is
+      scored as well, which may have to be downloaded once.
     sparsity: share of the prunable parameters to remove, in [0, 1).
     config: any other setting; None for the defaults, see
       `ffp_jax.config.defaults`.
@@ -120,14 +124,14 @@ def prune_model(
       follow=follow,
       timed=lambda stage: contextlib.nullcontext(),
     )
-    held_out = stages.evaluate(config, job, params, found, scorer)
+    results = stages.evaluate(config, job, params, found, scorer)
     small = slicing.slice_model(
       model, found.params['searched'], found.keep['searched']
     )
   return PrunedModel(
     small,
     results_lib.allocation(config, job, found.best),
-    {name: x['ppl'] for name, x in held_out.items() if name != 'protocol'},
+    *_perplexities(results),
     metrics,
   )
 
@@ -139,13 +143,10 @@ def load_pruned(workdir: str | pathlib.Path) -> PrunedModel:
     RequestError: it isn't the directory of a finished run.
   """
   run = report.read_run(pathlib.Path(workdir).expanduser())
-  held_out = {
-    name: value['ppl']
-    for name, value in run.results.items()
-    if isinstance(value, dict) and 'ppl' in value
-  }
   model = load_model(str(pathlib.Path(workdir).expanduser() / 'pruned'))
-  return PrunedModel(model, run.allocation, held_out, run.metrics)
+  return PrunedModel(
+    model, run.allocation, *_perplexities(run.results), run.metrics
+  )
 
 
 def perplexity(
@@ -239,6 +240,16 @@ def generate_text(
   return prompts.stream_text(
     model.params, model.config, asked, temperature=temperature, seed=seed
   )
+
+
+def _perplexities(results) -> Iterator[dict[str, float]]:
+  """Yields perplexities by model on held-out text, and on the other text."""
+  for part in (results, results.get('other', {})):
+    yield {
+      name: value['ppl']
+      for name, value in part.items()
+      if isinstance(value, dict) and 'ppl' in value
+    }
 
 
 def _files(model: Model) -> ModelFiles:

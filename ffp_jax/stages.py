@@ -168,7 +168,11 @@ def calibrate(config, job, params, keep: dict[str, Masks]) -> dict[str, dict]:
 
 
 def evaluate(config, job, params, pruned, scorer) -> dict:
-  """Returns held-out perplexities of the dense model and the pruned ones."""
+  """Returns perplexities of the dense model and the pruned ones.
+
+  They are of held-out text, and, of the dense and the saved model, of the text
+  of another kind as well.
+  """
   keep, calibrated = pruned.keep, pruned.params
   models = {
     'dense': (params, job.dense),
@@ -178,10 +182,27 @@ def evaluate(config, job, params, pruned, scorer) -> dict:
   if config.calibration.enabled:
     models['uniform_calibrated'] = calibrated['uniform'], keep['uniform']
     models['calibrated'] = calibrated['searched'], keep['searched']
-  results = {}
-  for name, (weights, masks) in models.items():
-    mean = scorer(weights, job.text.heldout, masks, label=name)
-    results[name] = {'ppl': float(np.exp(mean))}
-    logging.info('held-out perplexity, %s: %.2f', name, results[name]['ppl'])
+  results: dict = {
+    name: measure_perplexity(scorer, *model, job.text.heldout, name)
+    for name, model in models.items()
+  }
   results['protocol'] = job.protocol._asdict()
+  if job.other:
+    saved = 'calibrated' if config.calibration.enabled else 'searched'
+    results['other'] = {
+      name: measure_perplexity(
+        scorer, *models[name], job.other.windows, f'{name}, other text'
+      )
+      for name in ('dense', saved)
+    }
+    results['other']['protocol'] = job.other.protocol._asdict()
   return results
+
+
+def measure_perplexity(
+  scorer, params, masks, windows_WxT, label
+) -> dict[str, float]:
+  """Returns a model's entry in results.json, and logs it with a label."""
+  ppl = float(np.exp(scorer(params, windows_WxT, masks, label=label)))
+  logging.info('held-out perplexity, %s: %.2f', label, ppl)
+  return {'ppl': ppl}

@@ -6,7 +6,7 @@ import json
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.reporting.labels import MODELS
+from ffp_jax.reporting import labels
 
 _LOADING = {
   'hf': """\
@@ -94,11 +94,9 @@ def _perplexities(model: Model) -> list[str]:
     if results['params_pruned'] != families.param_count(model.config):
       return []  # those of another model
     protocol = results['protocol']
-    rows = [
-      f'| {label} | {results[key]["ppl"]:.2f} |'
-      for key, (label, _) in MODELS.items()
-      if key in results
-    ]
+    columns = 'model', *labels.perplexity_columns(results)
+    rows = [columns, *labels.perplexity_rows(results)]
+    head, *lines = (f'| {" | ".join(cells)} |' for cells in rows)
     return [
       '## Perplexity',
       '',
@@ -106,9 +104,11 @@ def _perplexities(model: Model) -> list[str]:
       f'windows of {protocol["context"]} tokens, {protocol["tokens"]:,} tokens '
       'scored. This model is the last of these:',
       '',
-      '| model | perplexity |',
-      '|---|--:|',
-      *rows,
+      head,
+      '|---' + '|--:' * (len(columns) - 1) + '|',
+      *lines,
+      '',
+      *labels.other_protocol(results),
       '',
     ]
   except (OSError, ValueError, KeyError, TypeError):
