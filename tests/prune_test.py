@@ -421,7 +421,7 @@ class OtherTextTest(_TestCase):
 
   def test_all_there_is_of_a_short_one(self):
     path = self.folder / 'short.txt'
-    path.write_text(_text().read_text()[:300])
+    path.write_text(_text().read_text()[:120])
     found = self.other(**{'text.other': str(path)})
     ids = tokenization.tokenize(_model(), path.read_text()).ids
     self.assertBetween(len(found.windows), 1, 4)
@@ -517,7 +517,7 @@ class RefusedTest(_TestCase):
     self._refused_early('data: .*x.jsonl', data=str(path))
 
   @parameterized.parameters(
-    ('/nowhere.txt', "'/nowhere.txt' is neither"),
+    ('/nowhere.txt', "no file '/nowhere.txt'"),
     ('pydoc:-1', 'the weights'),
     ('SHORT', 'short.txt.* fewer than text.context 32'),
   )

@@ -302,7 +302,8 @@ class ProcessesTest(absltest.TestCase):
 
   def test_what_holds_in_one_process_does_not_hold_everywhere(self):
     for out in self.run_two(_AGREE):
-      self.assertEqual(out.split(), ['True', 'False', 'False'])
+      # Before them, Gloo says that it is connected.
+      self.assertEqual(out.split()[-3:], ['True', 'False', 'False'])
 
   def run_two(self, code, *arguments) -> list[str]:
     """Returns what two processes print, which get a port and their index."""
