@@ -34,6 +34,7 @@ from ffp_jax.export import formats, slicing
 from ffp_jax.export.unslicing import unslice_params
 from ffp_jax.pruning import search
 from ffp_jax.pruning.sublayers import find_sublayers
+from ffp_jax.reporting import labels
 from ffp_jax.runtime import sharding, storage
 from ffp_jax.text import prompts, tokenization
 from ffp_jax.text.tokenization import TokenText
@@ -48,6 +49,8 @@ class PrunedModel(NamedTuple):
   model: Model
   allocation: dict  # what every layer keeps, as in allocation.json
   perplexity: dict[str, float]  # held-out, by 'dense', 'uniform', ...
+  # On `config.text.other`: of the dense and the saved model; {} without one.
+  other_perplexity: dict[str, float]
   metrics: list[dict]  # of every step of the search
   recovery: Sequence[dict] = ()  # of every step of recovery
 
@@ -87,7 +90,9 @@ def prune_model(
 
   Args:
     model: from `load_model`, dense.
-    text: calibration, reward and held-out text, cut into disjoint parts.
+    text: calibration, reward and held-out text, cut into disjoint parts. With
+      `config.text.other` 'auto', a built-in text that it does not hold is
+      scored as well, which may have to be downloaded once.
     sparsity: share of the prunable parameters to remove, in [0, 1).
     config: any other setting; None for the defaults, see
       `ffp_jax.config.defaults`.
@@ -106,7 +111,7 @@ def prune_model(
   sublayers = jobs.prunable_sublayers(config, model.config)
   tokens = _tokens(model, text, config.text.field)
   job = jobs.make_job(config, model, model.file_dtype, sublayers, tokens)
-  recovery_text = recover.prepare(config, job)
+  text_to_train = recover.prepare(config, job)
   metrics, recovery = [], []
 
   def follow(steps):
@@ -127,24 +132,23 @@ def prune_model(
       follow=follow,
       timed=lambda stage: contextlib.nullcontext(),
     )
-    held_out = stages.evaluate(config, job, params, found, scorer)
+    results = stages.evaluate(config, job, params, found, scorer)
     best, keep = found.params['searched'], found.keep['searched']
-    if recovery_text:
+    if text_to_train:
       best = stages.recover(
         config,
         job,
         params,
         (best, keep),
-        recovery_text,
+        text_to_train,
         _follow_recovery(recovery, on_step),
       ).params
-      mean = scorer(best, job.text.heldout, keep)
-      held_out['recovered'] = {'ppl': float(np.exp(mean))}
+      stages.measure(results, job, scorer, best, keep, 'recovered')
     small = slicing.slice_model(model, best, keep)
   return PrunedModel(
     small,
     results_lib.allocation(config, job, found.best),
-    {name: x['ppl'] for name, x in held_out.items() if name != 'protocol'},
+    *_perplexities(results),
     metrics,
     recovery,
   )
@@ -221,14 +225,15 @@ def load_pruned(workdir: str | pathlib.Path) -> PrunedModel:
     RequestError: it isn't the directory of a finished run.
   """
   run = report.read_run(pathlib.Path(workdir).expanduser())
-  held_out = {
-    name: value['ppl']
-    for name, value in run.results.items()
-    if isinstance(value, dict) and 'ppl' in value
-  }
-  name = 'recovered' if 'recovered' in held_out else 'pruned'
-  model = load_model(str(pathlib.Path(workdir).expanduser() / name))
-  return PrunedModel(model, run.allocation, held_out, run.metrics, run.recovery)
+  folder = pathlib.Path(workdir).expanduser()
+  model = load_model(str(folder / labels.final_directory(run.results)))
+  return PrunedModel(
+    model,
+    run.allocation,
+    *_perplexities(run.results),
+    run.metrics,
+    run.recovery,
+  )
 
 
 def perplexity(
@@ -331,6 +336,16 @@ def _follow_recovery(metrics, on_step):
     return _follow(steps_from(state), (state, {}), metrics, on_step)[0]
 
   return follow
+
+
+def _perplexities(results) -> Iterator[dict[str, float]]:
+  """Yields perplexities by model on held-out text, and on the other text."""
+  for part in (results, results.get('other', {})):
+    yield {
+      name: value['ppl']
+      for name, value in part.items()
+      if isinstance(value, dict) and 'ppl' in value
+    }
 
 
 def _files(model: Model) -> ModelFiles:

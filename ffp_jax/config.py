@@ -29,6 +29,9 @@ def defaults() -> ml_collections.ConfigDict:
   config.text.validation_windows = 8  # to choose the ridge strength
   config.text.reward_windows = 16  # to score candidates
   config.text.heldout_windows = 24  # for the reported figures; the text's end
+  # Text of another kind, for reported figures alone: a text as in data, '' for
+  # none, or 'auto' for the built-in text that data does not hold.
+  config.text.other = 'auto'
 
   config.budget = ml_collections.ConfigDict()
   # Share of the parameters of attention and FFN to remove, at least.

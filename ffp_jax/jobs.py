@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.checkpoints.model import find_model
@@ -15,8 +16,19 @@ from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import masks as masks_lib
 from ffp_jax.pruning import resources
 from ffp_jax.pruning.sublayers import Sublayers, check_reachable, find_sublayers
-from ffp_jax.text import tokenization
+from ffp_jax.runtime import sharding
+from ffp_jax.text import corpora, tokenization
 from ffp_jax.text import windows as windows_lib
+
+
+class OtherText(NamedTuple):
+  """A text of another kind, on which the dense and the saved model are scored.
+
+  A model that fits the run's own text at the cost of others shows there.
+  """
+
+  windows: np.ndarray  # int32 [W,T]
+  protocol: protocols.Protocol
 
 
 class PruningJob(NamedTuple):
@@ -28,6 +40,7 @@ class PruningJob(NamedTuple):
   sublayers: Sublayers
   text: windows_lib.Splits
   protocol: protocols.Protocol  # of the held-out figures
+  other: OtherText | None
 
   @property
   def dense(self) -> Masks:
@@ -71,7 +84,7 @@ def prunable_sublayers(config, model: ModelConfig) -> Sublayers:
 
 
 def make_job(config, files, dtype, sublayers, text) -> PruningJob:
-  """Cuts a text into the parts of a run.
+  """Cuts a text into the parts of a run, and reads the one of another kind.
 
   Args:
     config: see config.py.
@@ -79,6 +92,9 @@ def make_job(config, files, dtype, sublayers, text) -> PruningJob:
     dtype: of the model's file.
     sublayers: from `prunable_sublayers`.
     text: a `tokenization.TokenText`.
+
+  Raises:
+    RequestError: a text is too short, or does not fit the model.
   """
   context = config.text.context
   tokenization.check_tokens(files.config, text.ids, context)
@@ -90,15 +106,74 @@ def make_job(config, files, dtype, sublayers, text) -> PruningJob:
     heldout=config.text.heldout_windows,
     seed=config.seed,
   )
-  protocol = protocols.describe_protocol(
+  return PruningJob(
+    files.directory,
+    files.config,
+    dtype,
+    sublayers,
+    splits,
+    _heldout_protocol(text, splits.heldout),
+    find_other(config, files, text.name),
+  )
+
+
+def find_other(config, files, name: str) -> OtherText | None:
+  """Reads the text of `config.text.other`, if there is to be one.
+
+  An automatic text that can't be had, in all processes alike, is left out with
+  a warning.
+
+  Args:
+    config, files: see `make_job`.
+    name: of the run's own text.
+
+  Raises:
+    RequestError: the text that the config names can't be read, is shorter than
+      a window, or does not fit the model.
+  """
+  if config.text.other != 'auto':
+    asked = config.text.other
+    return _read_other(config, files, asked) if asked else None
+  source = corpora.other_builtin(name)
+  if not source:
+    return None
+  try:
+    found = _read_other(config, files, source)
+  except RequestError as error:
+    found = None
+    logging.warning('no figures on a text of another kind: %s', error)
+  return found if sharding.holds_everywhere(found is not None) else None
+
+
+def _read_other(config, files, source) -> OtherText:
+  """Reads a text and takes its last windows, or all if it has fewer."""
+  try:
+    text = tokenization.read_tokens(
+      files.directory, source, field=config.text.field, report=True
+    )
+  except RequestError as error:
+    problem = str(error).removeprefix('data: ')
+    raise RequestError(f'text.other: {problem}') from error
+  context = config.text.context
+  tokenization.check_tokens(files.config, text.ids, context)
+  windows = windows_lib.windows(text.ids, context)
+  if not len(windows):
+    raise RequestError(
+      f'text.other: {text.name!r} has {len(text.ids)} tokens, fewer than '
+      f"text.context {context}; give a longer text, or '' for none"
+    )
+  windows = windows[-config.text.heldout_windows :]
+  return OtherText(windows, _heldout_protocol(text, windows))
+
+
+def _heldout_protocol(text, windows_WxT) -> protocols.Protocol:
+  """Returns the protocol of figures on windows from the end of a text."""
+  return protocols.describe_protocol(
     'gptq',
     text.name,
     f'held-out (end of {text.extent})',
-    splits.heldout,
-    protocols.full_spans(splits.heldout),
-    stride=context,
+    windows_WxT,
+    protocols.full_spans(windows_WxT),
+    stride=windows_WxT.shape[1],
     bos=text.bos,
-  )
-  return PruningJob(
-    files.directory, files.config, dtype, sublayers, splits, protocol
   )

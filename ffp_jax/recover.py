@@ -71,6 +71,8 @@ def prepare(
     own = np.concatenate([job.text.calibration, job.text.rest])
     sources = [recovery_text.Source(job.protocol.text, 1.0, own)]
   reserved = [job.text.reward, job.text.validation, job.text.heldout]
+  if job.other:
+    reserved.append(job.other.windows)
   return recovery_text.arrange(
     sources, reserved, seed=config.seed, windows=tokens // context
   )
@@ -130,9 +132,7 @@ def recover_run(
       export.save(*small, job.directory, out, dtype=job.dtype)
   with workdir.timed('evaluate'):
     scorer = scoring.Scorer(job.model)
-    mean = scorer(found.params, job.text.heldout, keep, label='recovered')
-    logging.info('held-out perplexity, recovered: %.2f', np.exp(mean))
-  results['recovered'] = {'ppl': float(np.exp(mean))}
+    stages.measure(results, job, scorer, found.params, keep, 'recovered')
   results['recovery'] = describe(config, text, found.losses)
   results['seconds'] = workdir.seconds
   workdir.write_json('results.json', results)

@@ -29,17 +29,20 @@ from ffp_jax.runtime.storage import (
 
 
 def summary(results: dict, allocation: Mapping[str, Any]) -> str:
-  """Returns the outcome of a run as text, below 15 lines of 80 columns.
+  """Returns the outcome of a run as text, below 16 lines of 80 columns.
 
   Args:
     results: content of results.json.
     allocation: content of allocation.json.
   """
   results = to_json_types(results)
-  rows = [f'{"":24}{"perplexity":>12}{"x dense":>10}']
-  rows += [
-    f'{name:24}{ppl:>12}{times:>10}'
-    for name, ppl, times in labels.perplexity_rows(results)
+  widths = 12, 10, labels.NAME_WIDTH + 2, 10
+  rows = [
+    f'{name:24}' + ''.join(map(str.rjust, cells, widths))
+    for name, *cells in (
+      ('', *labels.perplexity_columns(results)),
+      *labels.perplexity_rows(results),
+    )
   ]
   target, achieved = (
     allocation[f'sparsity_{k}'] for k in ('target', 'achieved')
@@ -50,6 +53,7 @@ def summary(results: dict, allocation: Mapping[str, Any]) -> str:
     [
       *rows,
       *labels.protocol(results['protocol'], shorten=True),
+      *labels.other_protocol(results),
       '',
       f'sparsity    {achieved:.3%} of the prunable parameters '
       f'({target:.3%} asked)',

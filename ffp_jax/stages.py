@@ -244,7 +244,11 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
 
 
 def evaluate(config, job, params, pruned, scorer) -> dict:
-  """Returns held-out perplexities of the dense model and the pruned ones."""
+  """Returns perplexities of the dense model and the pruned ones.
+
+  They are of held-out text, and, of the dense and the saved model, of the text
+  of another kind as well.
+  """
   keep, calibrated = pruned.keep, pruned.params
   models = {
     'dense': (params, job.dense),
@@ -254,10 +258,31 @@ def evaluate(config, job, params, pruned, scorer) -> dict:
   if config.calibration.enabled:
     models['uniform_calibrated'] = calibrated['uniform'], keep['uniform']
     models['calibrated'] = calibrated['searched'], keep['searched']
-  results = {}
-  for name, (weights, masks) in models.items():
-    mean = scorer(weights, job.text.heldout, masks, label=name)
-    results[name] = {'ppl': float(np.exp(mean))}
-    logging.info('held-out perplexity, %s: %.2f', name, results[name]['ppl'])
-  results['protocol'] = job.protocol._asdict()
+  results: dict = {'protocol': job.protocol._asdict()}
+  if job.other:
+    results['other'] = {'protocol': job.other.protocol._asdict()}
+  saved = 'calibrated' if config.calibration.enabled else 'searched'
+  for name, model in models.items():
+    measure(results, job, scorer, *model, name, other=name in ('dense', saved))
   return results
+
+
+def measure(results, job, scorer, params, masks, name, *, other=True) -> None:
+  """Adds the perplexities of a model to what results.json will hold.
+
+  Args:
+    results: changed.
+    job: the texts.
+    scorer: of the dense decoder.
+    params, masks: the model.
+    name: of the model in results.json.
+    other: whether to measure on the text of another kind too, if there is one.
+  """
+  texts = [(results, job.text.heldout, 'held-out text')]
+  if other and job.other and 'other' in results:
+    text = job.other.protocol.text
+    texts.append((results['other'], job.other.windows, text))
+  for entries, windows, text in texts:
+    ppl = float(np.exp(scorer(params, windows, masks, label=name)))
+    logging.info('perplexity on %s, %s: %.2f', text, name, ppl)
+    entries[name] = {'ppl': ppl}

@@ -43,7 +43,7 @@ def _text() -> str:
 
 
 def _config():
-  return tiny_run.config(**_inputs())
+  return tiny_run.config(**_inputs(), **{'text.other': 'auto'})
 
 
 @functools.cache
@@ -81,6 +81,8 @@ class ApiTest(absltest.TestCase):
     config.budget.sparsity = _SPARSITY
     prune.prune_workdir(config, workdir, command='')
     loaded = ffp_jax.load_pruned(workdir)
+    self.assertEqual(loaded.other_perplexity, pruned.other_perplexity)
+    self.assertCountEqual(loaded.other_perplexity, ('dense', 'calibrated'))
     self.assertEqual(loaded.allocation, pruned.allocation)
     self.assertEqual(loaded.perplexity, pruned.perplexity)
     jax.tree.map(
@@ -99,6 +101,14 @@ class ApiTest(absltest.TestCase):
     ids = model.tokenizer(pathlib.Path(_text()).read_text())['input_ids']
     named = ffp_jax.perplexity(model, _text(), context=32)
     self.assertEqual(ffp_jax.perplexity(model, ids, context=32), named)
+    pruned = ffp_jax.prune_model(
+      ffp_jax.load_model(_dense(), dtype='float32'),
+      ids,
+      sparsity=_SPARSITY,
+      config=_config(),
+    )
+    self.assertEqual(pruned.perplexity, _pruned()[0].perplexity)
+    self.assertEqual(pruned.other_perplexity, _pruned()[0].other_perplexity)
     with self.assertRaisesRegex(RequestError, '^text: .* token ids'):
       ffp_jax.perplexity(model, [[1, 2]], context=32)
 

@@ -50,6 +50,20 @@ class BuiltInTest(_TestCase):
     self.assertIn('The "yield" statement', text.content)
     self.assertEqual(text[1:], ('pydoc', 'the text', None))
 
+  @parameterized.parameters(
+    ('pydoc', 'general'),
+    ('general', 'pydoc'),
+    ('wikitext2:test', 'pydoc'),
+    ('/no/file.txt', 'pydoc'),
+    ('token ids', 'pydoc'),
+    ('general:0.7,a.jsonl:0.3', 'pydoc'),
+    ('a.jsonl,pydoc:0.1', 'general'),
+    ('general:0.7,pydoc:0.3', ''),
+    ('general,pydoc:0', 'pydoc'),
+  )
+  def test_the_other(self, source, expected):
+    self.assertEqual(corpora.other_builtin(source), expected)
+
   def test_pydoc_is_the_same_in_another_process(self):
     # String hashes differ in another process; the order must not.
     code = (

@@ -174,6 +174,11 @@ class CardTest(_TestCase):
       'dense': {'ppl': 12.345},
       'calibrated': {'ppl': 23.456},
       'params_pruned': count,
+      'other': {
+        'dense': {'ppl': 30.0},
+        'calibrated': {'ppl': 45.0},
+        'protocol': {'text': 'general', 'windows': 2, 'tokens': 1022},
+      },
       'protocol': {
         'text': 'pydoc',
         'split': 'held-out',
@@ -188,12 +193,19 @@ class CardTest(_TestCase):
     card = (self.exported(source, 'hf') / 'README.md').read_text()
     for line in (
       '| 0 | 3 of 4 | 47 of 48 |',
-      '| dense | 12.35 |',
-      '| searched + calibration | 23.46 |',
+      '| model | perplexity | x dense | general | x dense |',
+      '|---|--:|--:|--:|--:|',
+      '| dense | 12.35 | 1.00 | 30.00 | 1.00 |',
+      '| searched + calibration | 23.46 | 1.90 | 45.00 | 1.50 |',
+      'general: likewise, 2 windows, 1,022 tokens scored.',
       'trust_remote_code=True',
     ):
       self.assertIn(line, card)
     self.assertIn('1,533 tokens', card.replace('\n', ' '))
+    del results['other']
+    home.write_text(json.dumps(results))
+    card = (self.exported(source, 'hf') / 'README.md').read_text()
+    self.assertIn('| searched + calibration | 23.46 | 1.90 |\n', card)
     home.write_text(json.dumps(results | {'params_pruned': count + 1}))
     card = (self.exported(source, 'hf') / 'README.md').read_text()
     self.assertNotIn('12.35', card)

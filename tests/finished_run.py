@@ -81,6 +81,17 @@ def results(**changes):
   }
 
 
+def other(text='general', **changes):
+  """Returns what results.json holds on a text of another kind."""
+  protocol = results()['protocol'] | {'text': text, 'windows': 24}
+  return {
+    'dense': {'ppl': 31.25},
+    'calibrated': {'ppl': 50.0},
+    'protocol': protocol | {'tokens': 12264},
+    **changes,
+  }
+
+
 def line(step, **changes):
   return {
     'step': step,

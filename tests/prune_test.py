@@ -19,7 +19,7 @@ from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
 from ffp_jax.runtime import storage
 from ffp_jax.runtime.workdir import Workdir
-from ffp_jax.text import tokenization, windows
+from ffp_jax.text import corpora, general_text, tokenization, windows
 from tests import tiny_run
 
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -359,6 +359,7 @@ class RepeatTest(_TestCase):
     results = _run(
       self.workdir,
       **{
+        'text.other': str(_text()),
         'search.steps': (0, 0),
         'search.attention_prior': 4.0,
         'calibration.enabled': False,
@@ -366,6 +367,10 @@ class RepeatTest(_TestCase):
     )
     self.assertNotIn('calibrated', results)
     self.assertNotIn('uniform_calibrated', results)
+    # The same text and windows, so the same figures; of the saved model too.
+    for name in ('dense', 'searched', 'protocol'):
+      self.assertEqual(results['other'].pop(name), results[name])
+    self.assertEmpty(results['other'])
     self.assertEqual(results['candidates_evaluated'], 0)
     # The first priorities: attention is spared.
     layers = _read(self.workdir / 'allocation.json')['layers']
@@ -373,6 +378,80 @@ class RepeatTest(_TestCase):
     self.assertTrue((self.workdir / 'report.md').exists())
     small = model_config.read_model_config(self.workdir / 'pruned')
     self.assertEqual(small.kept_ffn, tuple(x['ffn_kept'] for x in layers))
+
+
+class OtherTextTest(_TestCase):
+  def other(self, **overrides):
+    return jobs.prepare_job(_config(**overrides)).other
+
+  def heldout(self, text):
+    ids = tokenization.tokenize(_model(), text).ids
+    return windows.windows(ids, 32)[-5:]
+
+  def test_is_scored_and_reported(self):
+    path = self.folder / 'other.txt'
+    path.write_text(tiny_run.text(3).upper())
+    results = _run(self.workdir, **{'text.other': str(path)})
+    self.assertEqual(_read(self.workdir / 'results.json'), results)
+    # What the run finds on its own text is not touched.
+    self.assertEqual(_outcome(self.workdir), _outcome(_finished()[0]))
+    other = results['other']
+    self.assertCountEqual(other, ('dense', 'calibrated', 'protocol'))
+    self.assertEqual(
+      other['protocol'], results['protocol'] | {'text': str(path)}
+    )
+    heldout = self.heldout(path.read_text())
+    for directory, name in (
+      (_model(), 'dense'),
+      (self.workdir / 'pruned', 'calibrated'),
+    ):
+      config = model_config.read_model_config(directory)
+      params = weights_lib.load_params(directory, config, jnp.float32)
+      ppl = np.exp(scoring.Scorer(config)(params, heldout))
+      np.testing.assert_allclose(other[name]['ppl'], ppl, rtol=1e-5)
+    report = (self.workdir / 'report.md').read_text()
+    self.assertIn('| - | - |', report)
+    self.assertIn(f'{other["calibrated"]["ppl"]:,.2f}', report)
+
+  def test_is_the_other_built_in_text(self):
+    found = self.other(**{'text.other': 'auto'})
+    self.assertEqual(found.protocol.text, 'pydoc')
+    want = self.heldout(corpora.read_text('pydoc').content)
+    np.testing.assert_array_equal(found.windows, want)
+
+  def test_all_there_is_of_a_short_one(self):
+    path = self.folder / 'short.txt'
+    path.write_text(_text().read_text()[:120])
+    found = self.other(**{'text.other': str(path)})
+    ids = tokenization.tokenize(_model(), path.read_text()).ids
+    self.assertBetween(len(found.windows), 1, 4)
+    np.testing.assert_array_equal(found.windows, windows.windows(ids, 32))
+    self.assertEqual(found.protocol.windows, len(found.windows))
+
+  def test_none(self):
+    self.assertIsNone(self.other(**{'text.other': ''}))
+    general = self.folder / 'general.jsonl'
+    general.write_text(json.dumps({'text': tiny_run.text(3)}))
+    with mock.patch.object(general_text, 'path', return_value=general):
+      both = {'data': 'general:0.5,pydoc:0.5', 'text.other': 'auto'}
+      self.assertIsNone(self.other(**both))
+
+  def test_an_automatic_one_that_is_not_to_be_had_is_left_out(self):
+    changes = {'data': 'pydoc', 'text.other': 'auto'}
+    empty = self.folder / 'short.jsonl'
+    empty.write_text('{"text": "short"}')
+    for fetch, word in (
+      ({'side_effect': ValueError('cannot download')}, 'cannot download'),
+      ({'return_value': empty}, 'fewer than'),
+    ):
+      with (
+        mock.patch.object(general_text, 'path', **fetch),
+        self.assertLogs('absl', 'WARNING') as logs,
+      ):
+        self.assertIsNone(self.other(**changes))
+      (line,) = (record.getMessage() for record in logs.records)
+      self.assertRegex(line, rf"^no figures .*text.other: 'general'.*{word}")
+      self.assertNotIn('\n', line)
 
 
 class RefusedTest(_TestCase):
@@ -436,6 +515,17 @@ class RefusedTest(_TestCase):
     path = self.folder / 'x.jsonl'
     path.write_text('{"body": "no text"}\n')
     self._refused_early('data: .*x.jsonl', data=str(path))
+
+  @parameterized.parameters(
+    ('/nowhere.txt', "no file '/nowhere.txt'"),
+    ('pydoc:-1', 'the weights'),
+    ('SHORT', 'short.txt.* fewer than text.context 32'),
+  )
+  def test_other_text(self, other, problem):
+    path = self.folder / 'short.txt'
+    path.write_text('short')
+    other = other.replace('SHORT', str(path))
+    self._refused_early(f'text.other: .*{problem}', **{'text.other': other})
 
   def test_field(self):
     path = self.folder / 'x.jsonl'

@@ -237,8 +237,22 @@ class WriteTest(_Folder):
     page = (self.workdir / 'report.html').read_text()
     self.assertIn('<td>600,000 (-20.0%)</td>', page)
 
+  def test_a_text_of_another_kind(self):
+    text = self.write(finished_run.run(other=finished_run.other()))
+    for part in (
+      '| model | perplexity | x dense | general | x dense |',
+      '| dense | 16.58 | 1.00 | 31.25 | 1.00 |',
+      '| uniform | 24.57 | 1.48 | - | - |',
+      '| searched + calibration | 19.65 | 1.19 | 50.00 | 1.60 |',
+      'Text: general; split: held-out (end of the text); protocol: gptq, '
+      'stride 512, no BOS; 24 windows of 512 tokens, 12,264 tokens scored.',
+    ):
+      self.assertIn(part, text)
+    page = (self.workdir / 'report.html').read_text()
+    self.assertIn('<td>50.00</td>', page)
+
   def test_tables_are_whole(self):
-    text = self.write(finished_run.run(lines=1))
+    text = self.write(finished_run.run(lines=1, other=finished_run.other()))
     for table in text.split('\n\n'):
       if table.startswith('|'):
         bars = {line.count('|') for line in table.splitlines()}
@@ -438,7 +452,7 @@ class VersionsTest(absltest.TestCase):
 class SummaryTest(absltest.TestCase):
   def check(self, results):
     text = report.summary(results, finished_run.allocation())
-    self.assertLess(len(text.splitlines()), 15)
+    self.assertLess(len(text.splitlines()), 16)
     self.assertLessEqual(max(map(len, text.splitlines())), 80)
     return text
 
@@ -454,6 +468,22 @@ class SummaryTest(absltest.TestCase):
       self.assertRegex(text, rf'(?m)^{name.replace("+", "[+]")} +{ppl} ')
     for part in ('16,352 tokens', '19.998%', '1,000,000 -> 850,000', '4.0 MB'):
       self.assertIn(part, text)
+
+  def test_a_text_of_another_kind(self):
+    results = finished_run.results(
+      other=finished_run.other('/a/long/path' * 9 + '/of/books.txt')
+    )
+    text = self.check(results)
+    name = '.../path/of/books.txt'[-20:]
+    for line in (
+      f'{"":24}  perplexity   x dense  ...{name[3:]}   x dense',
+      f'{"dense":24}       16.58      1.00                 31.25      1.00',
+      f'{"searched":24}       21.25      1.28                     -         -',
+      f'{"searched + calibration":24}       19.65      1.19                 '
+      '50.00      1.60',
+      f'...{name[3:]}: likewise, 24 windows, 12,264 tokens scored.',
+    ):
+      self.assertIn(line, text.splitlines())
 
   def test_without_calibration(self):
     results = finished_run.uncalibrated(finished_run.results())
@@ -478,13 +508,18 @@ class SummaryTest(absltest.TestCase):
         searched={'ppl': math.nan},
         calibrated={'ppl': None},
         protocol=protocol,
+        other={
+          'dense': {'ppl': 1e300},
+          'calibrated': {'ppl': math.nan},
+          'protocol': protocol,
+        },
         params_dense=large,
         params_pruned=large // 2,
         bytes_dense=4 * large,
         bytes_pruned=2 * large,
       )
     )
-    self.assertEqual(text.count('not finite'), 3)
+    self.assertEqual(text.count('not finite'), 4)
     self.assertIn('/wiki.txt', text)
 
 

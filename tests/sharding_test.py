@@ -284,7 +284,7 @@ class SameResultTest(parameterized.TestCase):
       two[end].communicate()
 
 
-class LoadTest(absltest.TestCase):
+class ProcessesTest(absltest.TestCase):
   def test_each_process_reads_its_half(self):
     """Peak memory of two processes that load one model between them."""
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -297,10 +297,20 @@ class LoadTest(absltest.TestCase):
     )
     size = (folder / 'model' / 'model.safetensors').stat().st_size
     self.assertGreater(size, 200e6)
+    for out in self.run_two(_LOAD, folder / 'model'):
+      self.assertBetween(int(out) / size, 0.45, 0.65)
+
+  def test_what_holds_in_one_process_does_not_hold_everywhere(self):
+    for out in self.run_two(_AGREE):
+      # Before them, Gloo says that it is connected.
+      self.assertEqual(out.split()[-3:], ['True', 'False', 'False'])
+
+  def run_two(self, code, *arguments) -> list[str]:
+    """Returns what two processes print, which get a port and their index."""
     port = _free_port()
     processes = [
       subprocess.Popen(
-        [sys.executable, '-c', _LOAD, folder / 'model', str(port), str(i)],
+        [sys.executable, '-c', code, str(port), str(i), *arguments],
         cwd=_ROOT,
         env=os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
         stdout=subprocess.PIPE,
@@ -309,10 +319,10 @@ class LoadTest(absltest.TestCase):
       )
       for i in range(2)
     ]
-    for process in processes:
-      out, said = process.communicate(timeout=200)
+    found = [process.communicate(timeout=200) for process in processes]
+    for process, (_, said) in zip(processes, found, strict=True):
       self.assertEqual(process.returncode, 0, said)
-      self.assertBetween(int(out) / size, 0.45, 0.65)
+    return [out for out, _ in found]
 
 
 # Bytes by which resident memory grows at most while a model is loaded.
@@ -322,7 +332,7 @@ import jax, numpy as np
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.runtime import sharding
 
-folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+port, process, folder = *sys.argv[1:3], pathlib.Path(sys.argv[3])
 sharding.join_processes(f'localhost:{port}', 2, int(process))
 config = model_config.read_model_config(folder)
 
@@ -337,6 +347,17 @@ with jax.set_mesh(sharding.make_mesh(1, 2, 1)):
   params = weights.load_params(folder, config, np.dtype(np.float32))
   jax.block_until_ready(params)
   print(resident('VmHWM') - before)
+"""
+
+
+_AGREE = """
+import sys
+from ffp_jax.runtime import sharding
+
+port, process = sys.argv[1], int(sys.argv[2])
+sharding.join_processes(f'localhost:{port}', 2, process)
+for condition in (True, process == 0, False):
+  print(sharding.holds_everywhere(condition))
 """
 
 

@@ -161,6 +161,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     'text.validation_windows': 3,
     'text.reward_windows': 4,
     'text.heldout_windows': 5,
+    'text.other': '',
     'budget.sparsity': 0.25,
     'budget.round_ffn': 2,
     'search.context': 16,

@@ -15,6 +15,7 @@ def comparison() -> ml_collections.ConfigDict:
   The settings of a method are keyword defaults of its generator.
   """
   config = defaults()
+  config.text.other = ''  # a comparison is on one text
   c = config.compare = ml_collections.ConfigDict()
   c.methods = tuple(METHODS)
   c.sparsities = (0.2, 0.3)

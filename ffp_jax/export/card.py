@@ -6,7 +6,7 @@ import json
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.reporting.labels import MODELS
+from ffp_jax.reporting import labels
 
 _LOADING = {
   'hf': """\
@@ -82,6 +82,17 @@ def _row(config: ModelConfig, layer: int) -> str:
   )
 
 
+def _training(results) -> list[str]:
+  """Returns a sentence on the training after calibration, if there was any."""
+  if 'recovered' not in results:
+    return []
+  made = results['recovery']
+  return [
+    f'After calibration it was trained on {made["tokens"]:,} tokens of '
+    f'{made["text"]} to predict what the dense model predicts.'
+  ]
+
+
 def _perplexities(model: Model) -> list[str]:
   """Returns a section on the perplexities that the run measured.
 
@@ -93,13 +104,13 @@ def _perplexities(model: Model) -> list[str]:
     results = json.loads(path.read_text())
     if results['params_pruned'] != families.param_count(model.config):
       return []  # those of another model
+    if model.directory.name != 'recovered':
+      results.pop('recovered', None)
+      results.get('other', {}).pop('recovered', None)
     protocol = results['protocol']
-    rows = [
-      f'| {label} | {results[key]["ppl"]:.2f} |'
-      for key, (label, _) in MODELS.items()
-      if key in results
-      and (key != 'recovered' or model.directory.name == 'recovered')
-    ]
+    columns = 'model', *labels.perplexity_columns(results)
+    rows = [columns, *labels.perplexity_rows(results)]
+    head, *lines = (f'| {" | ".join(cells)} |' for cells in rows)
     return [
       '## Perplexity',
       '',
@@ -107,9 +118,12 @@ def _perplexities(model: Model) -> list[str]:
       f'windows of {protocol["context"]} tokens, {protocol["tokens"]:,} tokens '
       'scored. This model is the last of these:',
       '',
-      '| model | perplexity |',
-      '|---|--:|',
-      *rows,
+      head,
+      '|---' + '|--:' * (len(columns) - 1) + '|',
+      *lines,
+      '',
+      *labels.other_protocol(results),
+      *_training(results),
       '',
     ]
   except (OSError, ValueError, KeyError, TypeError):

@@ -1,5 +1,6 @@
 """Names, colours and number formats shared by all tables and plots."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ MODELS = {
   'recovered': ('recovered', '#009e73'),
 }
 
+NAME_WIDTH = 20  # longest name of the other text in a table
+
 # Name of a further budget in allocation.json: its label.
 RESOURCES = {
   'flops': 'FLOPs',
@@ -24,18 +27,41 @@ RESOURCES = {
 }
 
 
-def perplexity_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-  """Returns a row (model, perplexity, multiple of the dense one) per model.
+def perplexity_columns(results: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the names of the columns of `perplexity_rows` after the first.
 
   Args:
     results: content of results.json.
   """
-  dense = results['dense']['ppl']
+  columns = 'perplexity', 'x dense'
+  if 'other' not in results:
+    return columns
+  text = _shorten(results['other']['protocol']['text'], NAME_WIDTH)
+  return *columns, text, 'x dense'
+
+
+def perplexity_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  """Returns a row (model, perplexity, multiple of the dense one) per model.
+
+  With another text, perplexity and multiple on it follow, or '-' for a model
+  that was not measured on it.
+
+  Args:
+    results: content of results.json.
+  """
+  texts = [results, results['other']] if 'other' in results else [results]
   return [
-    (label, ppl(results[key]['ppl']), ratio(results[key]['ppl'], dense, 2))
+    (label, *itertools.chain(*(_perplexity_cells(text, key) for text in texts)))
     for key, (label, _) in MODELS.items()
     if key in results
   ]
+
+
+def _perplexity_cells(text, key) -> tuple[str, str]:
+  if key not in text:
+    return '-', '-'
+  value = text[key]['ppl']
+  return ppl(value), ratio(value, text['dense']['ppl'], 2)
 
 
 def final_key(results: Mapping[str, Any]) -> str:
@@ -62,9 +88,7 @@ def protocol(record: Mapping[str, Any], shorten: bool = False) -> list[str]:
     record: `protocol` of results.json.
     shorten: whether a long text name is cut to its end.
   """
-  text = record['text']
-  if shorten and len(text) > 30:  # a path, of which the end is distinctive
-    text = '...' + text[-27:]
+  text = _shorten(record['text'], 30) if shorten else record['text']
   bos = 'begins with BOS' if record['bos'] else 'no BOS'
   return [
     f'Text: {text}; split: {record["split"]};',
@@ -72,6 +96,26 @@ def protocol(record: Mapping[str, Any], shorten: bool = False) -> list[str]:
     f'{record["windows"]:,} windows of {record["context"]:,} tokens, '
     f'{record["tokens"]:,} tokens scored.',
   ]
+
+
+def other_protocol(results: Mapping[str, Any]) -> list[str]:
+  """Returns the line on the other text, all else being as for the first one.
+
+  Args:
+    results: content of results.json; without another text there is no line.
+  """
+  if 'other' not in results:
+    return []
+  record = results['other']['protocol']
+  return [
+    f'{_shorten(record["text"], NAME_WIDTH)}: likewise, {record["windows"]:,} '
+    f'windows, {record["tokens"]:,} tokens scored.'
+  ]
+
+
+def _shorten(text: str, longest: int) -> str:
+  """Cuts a long text name, a path, to its end, which is distinctive."""
+  return text if len(text) <= longest else '...' + text[3 - longest :]
 
 
 def ppl(value: float | None) -> str:

@@ -92,10 +92,16 @@ def _perplexities(run: Run) -> Iterator[Block]:
   )
   yield Table(
     'Perplexity on held-out text',
-    ('model', 'perplexity', 'x dense'),
+    ('model', *labels.perplexity_columns(results)),
     labels.perplexity_rows(results),
   )
   yield Text(' '.join(labels.protocol(results['protocol'])))
+  if 'other' in results:
+    yield Text(
+      'The last two columns are on a text of another kind, which the run uses '
+      'for nothing else: a model that fits its own text at the cost of others '
+      'shows there. ' + ' '.join(labels.protocol(results['other']['protocol']))
+    )
   yield from _generalisation(results)
 
 

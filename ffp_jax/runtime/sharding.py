@@ -280,6 +280,11 @@ def is_lead_process() -> bool:
   return jax.process_index() == 0
 
 
+def holds_everywhere(condition: bool) -> bool:
+  """Returns whether a condition holds in all processes, which must all ask."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
+
+
 def is_peer_failure(error: Exception) -> bool:
   """Returns whether an error may be due to the end of another process."""
   failed = isinstance(error, jax.errors.JaxRuntimeError)

@@ -99,6 +99,18 @@ def _general() -> Iterator[str | None]:
 _BUILTIN = {'general': _general, 'pydoc': _pydoc}
 
 
+def other_builtin(source: str) -> str:
+  """Returns a built-in text that a source does not hold; '' if it holds all.
+
+  Where it holds none this is 'pydoc', which needs no network.
+
+  Args:
+    source: see `read_text`.
+  """
+  held = [part.source for part in mixture.parse(source)]
+  return next((x for x in ('pydoc', 'general') if x not in held), '')
+
+
 class Source(NamedTuple):
   """Holds documents that have not been read yet."""
 
