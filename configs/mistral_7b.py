@@ -16,4 +16,10 @@ def get_config():
   config.search.context = 2048
   config.search.remat = True
   config.budget.round_ffn = 64
+  # With its teacher it fits where the model fits: see docs/scale.md.
+  config.recovery.rank = 32
+  config.recovery.tokens = 1_048_576
+  config.recovery.accumulate = 4
+  config.recovery.every = 131_072
+  config.recovery.remat = True
   return config

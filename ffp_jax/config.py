@@ -18,7 +18,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.model = 'demo'
   # Text: general, pydoc, wikitext2, ptb, c4, a file or a directory; or several
   # of them with weights: 'general:0.7,a.jsonl:0.3'.
-  config.data = 'pydoc'
+  config.data = 'general'
   config.dtype = 'auto'  # of the weights: float32 on CPU, bfloat16 elsewhere
   config.seed = 0  # of the text's split and of the search
 
@@ -176,6 +176,7 @@ PUBLISHED = {
   'policy.value_weight': 0.5,
   'policy.entropy_weight': 0.01,
   'calibration.strengths': (0.9,),  # of the mean diagonal, as all are here
+  'recovery.tokens': 0,
 }
 
 

@@ -55,21 +55,25 @@ class Outcome(NamedTuple):
 
   metrics: list
   allocation: bytes
-  weights: bytes
+  weights: list[bytes]
   perplexities: list
 
 
 def outcome(workdir: pathlib.Path) -> Outcome:
   """Of a finished run; wall-clock fields left out."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  files = [workdir / f'{name}.jsonl' for name in ('metrics', 'recovery')]
+  lines = [x for file in files for x in file.read_text().splitlines()]
   metrics = [json.loads(line) | {'seconds': None} for line in lines]
   results = json.loads((workdir / 'results.json').read_text())
   wanted = ('dense', 'uniform', 'searched', 'calibrated', 'uniform_calibrated')
   return Outcome(
     metrics,
     (workdir / 'allocation.json').read_bytes(),
-    (workdir / 'pruned' / 'model.safetensors').read_bytes(),
-    [results[name] for name in wanted],
+    [
+      (workdir / name / 'model.safetensors').read_bytes()
+      for name in ('pruned', 'recovered')
+    ],
+    [results[name] for name in (*wanted, 'recovered')],
   )
 
 
@@ -112,7 +116,7 @@ def main(argv):
   source = np.random.default_rng(flags.FLAGS.seed)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    config = tiny_run.config(**tiny_run.inputs(folder))
+    config = tiny_run.config(**tiny_run.inputs(folder), **tiny_run.RECOVERY)
     undisturbed(config, folder / 'compiled')
     spent = undisturbed(config, folder / 'whole')
     expected, hit = outcome(folder / 'whole'), collections.Counter()

@@ -38,7 +38,7 @@ from tests import tiny_run
 
 
 def get_config():
-  return tiny_run.config()
+  return tiny_run.config(**tiny_run.RECOVERY)
 """
 
 
@@ -58,7 +58,7 @@ def _inputs() -> dict:
 
 
 def _config(**overrides):
-  return tiny_run.config(**(_inputs() | overrides))
+  return tiny_run.config(**(_inputs() | tiny_run.RECOVERY | overrides))
 
 
 @functools.cache
@@ -105,8 +105,8 @@ class _TestCase(parameterized.TestCase):
     """A run that ends as soon as it has written a step's metrics."""
     real = Workdir.append
 
-    def append(files, line):
-      real(files, line)
+    def append(files, line, *args):
+      real(files, line, *args)
       if line['step'] == step:
         raise _Killed
 
@@ -122,6 +122,7 @@ class KilledTest(_TestCase):
     source = np.random.default_rng()
     self.workdir.mkdir()
     metrics = self.workdir / 'metrics.jsonl'
+    recovery = self.workdir / 'recovery.jsonl'
 
     def stage(name):
       return f'{name}: start' in log.read_text()
@@ -130,6 +131,7 @@ class KilledTest(_TestCase):
       lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2,
       lambda: stage('calibrate'),
       lambda: stage('save'),
+      lambda: recovery.exists() and recovery.read_text().count('\n') > 4,
     ):
       log.write_text('')
       process = kill.launch(_config(), self.workdir)
@@ -209,6 +211,39 @@ class CommandTest(_TestCase):
     line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
     self.assertStartsWith(said.splitlines()[-1], line)
     self.assertEqual(run_state.newest_state(checkpoints)['step'], step)
+
+  def test_stopped_and_out_of_room_in_recovery(self):
+    long = (
+      '--config.recovery.tokens=32000000',
+      '--config.recovery.every=6400',
+      '--config.recovery.learning_rate=0.0',
+    )
+    process = self.start(*long)
+    metrics = self.workdir / 'recovery.jsonl'
+    _wait(
+      lambda: metrics.exists() and metrics.read_text().count('\n') > 3,
+      process.poll,
+    )
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    self.assertEqual(process.returncode, signals.EXIT_CODE, said)
+    self.assertEqual(
+      said.splitlines()[-1],
+      f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
+    )
+    checkpoints = self.workdir / 'recovery' / 'checkpoints'
+    step = run_state.steps_in(checkpoints)[-1]
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    self.assertEqual(last['step'], step)
+
+    room = metrics.stat().st_size // 1024 + 100  # no checkpoint has so little
+    process = self.start(*long, blocks=str(room))
+    said = process.communicate(timeout=300)[1]
+    self.assertEqual(process.returncode, 74, said)
+    self.assertNotIn('Traceback', said)
+    line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
+    self.assertStartsWith(said.splitlines()[-1], line)
+    self.assertEqual(run_state.steps_in(checkpoints)[-1], step)
 
 
 class SignalTest(parameterized.TestCase):

@@ -147,6 +147,14 @@ def write_tokenizer(directory: pathlib.Path):
   )
 
 
+# Settings of a recovery of eight steps, with two checkpoints on the way.
+RECOVERY = {
+  'recovery.tokens': 256,
+  'recovery.every': 96,
+  'recovery.learning_rate': 1e-3,
+}
+
+
 def config(**overrides) -> ml_collections.ConfigDict:
   """The settings of a run of seconds; `model` and `data` still to be set.
 
