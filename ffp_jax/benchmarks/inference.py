@@ -11,55 +11,16 @@ time of the tokens after it.
 """
 
 import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 
 from absl import app, flags
 
 from ffp_jax import report
-from ffp_jax.benchmarks import timed_models
+from ffp_jax.benchmarks import timed_models, turns
 from ffp_jax.errors import RequestError, refuse
 
 _MODULE = 'ffp_jax.benchmarks.inference'
-
-
-def serve(runtime: str, model: str, settings: dict) -> None:
-  """Times one model in this process, once for each line of standard input.
-
-  Prints lines of JSON: the facts, the seconds of each turn, the peak memory.
-  """
-  # Libraries print to standard error, so that answers stay whole.
-  answers = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)
-
-  def answer(value):
-    print(json.dumps(value), file=answers, flush=True)
-
-  try:
-    run, facts = timed_models.RUNTIMES[runtime](model, **settings)
-  except (RequestError, OSError) as error:
-    refuse(error)
-  run()  # compiles
-  answer(facts)
-  for _ in sys.stdin:
-    answer(run())
-  answer(timed_models.peak_memory(runtime))
-
-
-def _start(runtime: str, model: str, settings: dict):
-  """Starts a process of `serve`."""
-  command = (sys.executable, '-m', _MODULE, runtime, model)
-  return subprocess.Popen(
-    (*command, json.dumps(settings)),
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-    # The processes may share an accelerator.
-    env=os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
-  )
 
 
 def compare(
@@ -80,37 +41,20 @@ def compare(
   Raises:
     RequestError: a process has failed, after printing why.
   """
-  workers = [_start(runtime, model, settings) for model in models]
-  try:
-    facts = [_read(worker) for worker in workers]
-    turns = [[] for _ in workers]
-    for _ in range(repeats):
-      for worker, times in zip(workers, turns, strict=True):
-        worker.stdin.write('\n')
-        worker.stdin.flush()
-        times.append(_read(worker))
-    rows = []
-    for i, worker in enumerate(workers):
-      worker.stdin.close()
-      prefill, decode = map(statistics.median, zip(*turns[i], strict=True))
-      batch, new = settings['batch'], settings['new_tokens']
-      speeds = {
-        'prefill tokens/s': batch * settings['prompt_tokens'] / prefill,
-        'decode tokens/s': batch * (new - 1) / decode,
-      }
-      rows.append({'model': models[i]} | facts[i] | speeds | _read(worker))
-  finally:
-    for worker in workers:
-      worker.kill()
-      worker.wait()
+  commands = [
+    (_MODULE, runtime, model, json.dumps(settings)) for model in models
+  ]
+  rows = []
+  for model, answers in zip(models, turns.take(commands, repeats), strict=True):
+    times = zip(*answers.turns[1:], strict=True)
+    prefill, decode = map(statistics.median, times)
+    batch, new = settings['batch'], settings['new_tokens']
+    speeds = {
+      'prefill tokens/s': batch * settings['prompt_tokens'] / prefill,
+      'decode tokens/s': batch * (new - 1) / decode,
+    }
+    rows.append({'model': model} | answers.facts | speeds | answers.last)
   return [with_ratios(row, rows[0]) for row in rows]
-
-
-def _read(worker):
-  """Returns the next answer of a process of `serve`."""
-  if line := worker.stdout.readline():
-    return json.loads(line)
-  raise RequestError('a process of the benchmark has failed; see above')
 
 
 def with_ratios(row: dict, dense: dict) -> dict:
@@ -149,7 +93,11 @@ def main(argv: list[str]) -> None:
   """Measures the models that the flags name and prints the figures as JSON."""
   args = flags.FLAGS
   if len(argv) > 1:  # the process of one model
-    serve(argv[1], argv[2], json.loads(argv[3]))
+    runtime, model, settings = argv[1], argv[2], json.loads(argv[3])
+    turns.serve(
+      lambda: timed_models.RUNTIMES[runtime](model, **settings),
+      lambda: timed_models.peak_memory(runtime),
+    )
     return
   settings = {
     'batch': args.batch,

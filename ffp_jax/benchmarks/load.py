@@ -11,7 +11,6 @@ just been written, so they come from the page cache.
 
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 import safetensors.numpy
 from absl import app, flags
 
+from ffp_jax.benchmarks import turns
 from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.models import families
@@ -89,7 +89,7 @@ def load(directory: pathlib.Path, dtype: str) -> dict:
   """Measures seconds and peak memory of `weights.load_params`."""
   jax.block_until_ready(jax.numpy.zeros(1))  # starts JAX before measuring
   config = model_config.read_model_config(directory)
-  before = _peak_memory()
+  before = turns.peak_memory()
   start = time.perf_counter()
   params = jax.block_until_ready(
     weights_lib.load_params(directory, config, jax.numpy.dtype(dtype))
@@ -99,14 +99,8 @@ def load(directory: pathlib.Path, dtype: str) -> dict:
   return {
     'seconds': seconds,
     'weights, GB': weights / 1e9,
-    'peak / weights': (_peak_memory() - before) / weights,
+    'peak / weights': (turns.peak_memory() - before) / weights,
   }
-
-
-def _peak_memory() -> int:
-  """Returns the largest resident memory of this process so far, in bytes."""
-  scale = 1 if sys.platform == 'darwin' else 1024
-  return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv: list[str]) -> None:

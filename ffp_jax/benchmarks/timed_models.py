@@ -3,14 +3,13 @@
 import collections
 import os
 import pathlib
-import resource
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from ffp_jax.benchmarks import turns
 from ffp_jax.checkpoints import hub, model_config, weights
 from ffp_jax.errors import RequestError
 from ffp_jax.models import decoding as decoding_lib
@@ -124,9 +123,7 @@ RUNTIMES = {'jax': jax_model, 'llama.cpp': llama_cpp_model}
 
 def peak_memory(runtime: str) -> dict:
   """Returns the most memory that this process has held, in MB."""
-  scale = 1 if sys.platform == 'darwin' else 1024
-  rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  peak = {'peak host memory, MB': scale * rss / 1e6}
+  peak = {'peak host memory, MB': turns.peak_memory() / 1e6}
   stats = jax.local_devices()[0].memory_stats() if runtime == 'jax' else None
   if stats:
     peak['peak device memory, MB'] = stats['peak_bytes_in_use'] / 1e6

@@ -194,21 +194,7 @@ def recovery_flops(
   passes = 1 + 1 + (1 if rank else 2) + (1 if config.recovery.remat else 0)
   context = config.text.context
   rows = config.recovery.rows * config.recovery.accumulate
-  return passes * rows * _forward_flops(model, context)
-
-
-def _forward_flops(model: ModelConfig, context: int) -> float:
-  """Returns the FLOPs of a forward pass over one row of tokens.
-
-  Counts the products with the weights and those of attention.
-  """
-  shapes = jax.tree.leaves(families.param_shapes(model, jnp.float32))
-  products = sum(int(np.prod(x.shape)) for x in shapes)
-  if not model.tied:  # the embedding is looked up, not multiplied
-    products -= model.vocab * (model.embed_width or model.width)
-  heads = model.groups * model.heads_per_group * model.head_size
-  attention = 4 * model.layers * heads * context
-  return context * (2 * products + attention)
+  return passes * rows * context * sum(forward_flops(model, context))
 
 
 def flops(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
@@ -223,10 +209,28 @@ def flops(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
     model: of the decoder that scores candidates, refit or not.
   """
   c = config.search
-  rows = max(c.rows)
-  forward = rows * _forward_flops(model, c.context)
+  forward = max(c.rows) * c.context * sum(forward_flops(model, c.context))
   backward = (2 if c.remat else 1) if config.policy.pathwise_weight else 0
   return forward * c.candidates * (1 + backward)
+
+
+def forward_flops(model: ModelConfig, context: int) -> tuple[int, int]:
+  """Returns the FLOPs that a forward pass takes for each token.
+
+  Args:
+    model: of the decoder, dense or sliced.
+    context: tokens that attention looks at; those that it masks count too.
+
+  Returns:
+    (FLOPs of the products with the weights, of those of attention).
+  """
+  shapes = jax.tree.leaves(families.param_shapes(model, jnp.float32))
+  products = sum(int(np.prod(x.shape)) for x in shapes)
+  if not model.tied:  # the embedding is looked up, not multiplied
+    products -= model.vocab * (model.embed_width or model.width)
+  groups = sum(model.widths(i)[0] for i in range(model.layers))
+  heads = groups * model.heads_per_group * model.head_size
+  return 2 * products, 4 * heads * context
 
 
 def local_size(params) -> int:

@@ -115,11 +115,17 @@ def start(trained: dict, optim: optax.GradientTransformation) -> RecoveryState:
 
 
 def _make_loss(
-  model: ModelConfig, *, rank: int, remat: bool, chunk: int
+  model: ModelConfig,
+  student: ModelConfig,
+  *,
+  rank: int,
+  remat: bool,
+  chunk: int,
 ) -> Callable:
   """Returns (trained, frozen, dense params, Masks, tokens [B,T]) -> mean KL."""
   dense_decoder = Decoder(model)
-  decoder = Decoder(dataclasses.replace(model, adapter_rank=rank), remat=remat)
+  student = dataclasses.replace(student, adapter_rank=rank)
+  decoder = Decoder(student, remat=remat)
 
   def unembed(params, stream):
     return decoder.apply({'params': params}, stream, method='unembed')
@@ -161,6 +167,7 @@ def make_step(
   rank: int,
   remat: bool,
   chunk: int,
+  student: ModelConfig | None = None,
 ) -> Callable:
   """Returns the jitted training step.
 
@@ -171,6 +178,7 @@ def make_step(
     rank: as in `begin`.
     remat: whether to recompute activations in the backward pass.
     chunk: see `distillation_loss`.
+    student: of the pruned decoder if it is sliced and takes no masks.
 
   Returns:
     (trained, opt_state, step, rate_scale, frozen, dense params, Masks, tokens
@@ -179,7 +187,9 @@ def make_step(
     computed in turn, whose rows are split over the mesh. The metrics are the
     loss `kl` in nats, `gradient_norm` and `rate`.
   """
-  loss_fn = _make_loss(model, rank=rank, remat=remat, chunk=chunk)
+  loss_fn = _make_loss(
+    model, student or model, rank=rank, remat=remat, chunk=chunk
+  )
 
   def step(
     trained, opt_state, step, rate_scale, frozen, dense, masks, tokens_AxBxT
