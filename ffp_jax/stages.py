@@ -205,13 +205,15 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
   total = len(text.order) // per_step
   peak = settings.learning_rate or (_LORA_RATE if rank else _FULL_RATE)
   optim = recovery.optimizer(max_norm=_MAX_NORM, decays=_ADAM_DECAYS)
-  step_fn = recovery.make_step(
-    job.model,
-    optim,
-    recovery.schedule(peak=peak, warmup=total // 10, steps=total),
-    rank=rank,
-    remat=settings.remat,
-    chunk=_LOGIT_TOKENS,
+  step_fn = _compile_once(
+    recovery.make_step(
+      job.model,
+      optim,
+      recovery.schedule(peak=peak, warmup=total // 10, steps=total),
+      rank=rank,
+      remat=settings.remat,
+      chunk=_LOGIT_TOKENS,
+    )
   )
   scorer = scoring.Scorer(dataclasses.replace(job.model, adapter_rank=rank))
   dtype = dense['embed']['table'].dtype
@@ -241,6 +243,22 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
     lambda x: x.astype(job.dtype).astype(dtype), recovered
   )
   return Recovered(recovered, losses)
+
+
+def _compile_once(function):
+  """Returns a jitted function that is compiled at its first call alone.
+
+  JAX would compile again where the sharding of an output, which becomes an
+  input, is another name of the same one.
+  """
+  compiled: list = []
+
+  def call(*args):
+    if not compiled:
+      compiled.append(function.lower(*args).compile())
+    return compiled[0](*args)
+
+  return call
 
 
 def evaluate(config, job, params, pruned, scorer) -> dict:

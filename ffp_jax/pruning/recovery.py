@@ -212,7 +212,8 @@ def make_step(
       'gradient_norm': optax.tree.norm(gradient),
       'rate': step_rate,
     }
-    return constrain_params(trained), opt_state, step + 1, metrics
+    trained, opt_state = constrain_params((trained, opt_state))
+    return trained, opt_state, step + 1, metrics
 
   return jax.jit(step, donate_argnums=(0, 1))
 

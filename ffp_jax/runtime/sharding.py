@@ -136,6 +136,8 @@ def partition_spec(
     mesh_axis = RULES.get(axis) if axis else None
     fits = mesh_axis not in spec and size % sizes.get(mesh_axis, 1) == 0
     spec.append(mesh_axis if fits else None)
+  while spec and spec[-1] is None:  # as JAX writes it; another form would
+    spec.pop()  # make it compile again
   return PartitionSpec(*spec)
 
 
@@ -177,13 +179,16 @@ def param_shardings(shapes: dict, mesh: Mesh | None = None) -> dict:
 
 def _axes(path, leaf) -> tuple[str | None, ...]:
   """Returns the logical axes of a parameter."""
-  *_, parent, name = (key.key for key in path)
-  axes = _PARAMS.get(f'{parent}/{name}', (None,) * leaf.ndim)
+  names = [str(getattr(key, 'key', '')) for key in path[-2:]]
+  axes = _PARAMS.get('/'.join(names), (None,) * leaf.ndim)
   return (None,) * (leaf.ndim - len(axes)) + axes
 
 
 def constrain_params(params: dict) -> dict:
-  """Constrains the sharding of parameters, or of gradients nested alike."""
+  """Constrains the sharding of parameters, or of what is nested alike.
+
+  That is their gradient, or the state of an optimiser.
+  """
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: constrain(leaf, *_axes(path, leaf)), params
   )
