@@ -184,7 +184,7 @@ def _axes(path, leaf) -> tuple[str | None, ...]:
   return (None,) * (leaf.ndim - len(axes)) + axes
 
 
-def constrain_params(params: dict) -> dict:
+def constrain_params(params: Any) -> Any:
   """Constrains the sharding of parameters, or of what is nested alike.
 
   That is their gradient, or the state of an optimiser.
