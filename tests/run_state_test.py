@@ -2,7 +2,10 @@ import pathlib
 import resource
 import shutil
 import tempfile
+import threading
+import time
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +46,9 @@ class _TestCase(parameterized.TestCase):
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.directory = self.folder / 'checkpoints'
 
-  def open(self, every=1, keep=2, ends=()):
+  def open(self, every=1, keep=2, ends=(), large=False):
     return run_state.Checkpoints(
-      self.directory, every=every, keep=keep, ends=ends
+      self.directory, every=every, keep=keep, ends=ends, large=large
     )
 
   def save(self, steps, **options):
@@ -171,6 +174,133 @@ class DamageTest(_TestCase):
     with self.assertRaisesRegex(RequestError, 'another version'):
       run_state.restore_state(self.directory, _state(0)._replace(inner=()))
     self.assertEqual(self.steps(), [1])
+
+
+class LargeTest(_TestCase):
+  """States whose buffers the next step takes, written from the devices."""
+
+  def steps(self, count):
+    """Yields states, each of which is gone when the next is asked for."""
+    for step in range(1, count + 1):
+      state = _state(step)
+      yield state, {}
+      jax.tree.map(lambda x: x.delete(), state)
+
+  def restored(self):
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _state(0),
+    )
+    return run_state.restore_large_state(self.directory, like)
+
+  def run_all(self, count=5, every=2):
+    with self.open(every=every, large=True) as saved:
+      for state, _ in saved.guard(self.steps(count)):
+        saved.save(int(state.step), state)
+
+  def test_written_when_due(self):
+    self.assertIsNone(self.restored())
+    self.run_all()
+    self.assertEqual(run_state.steps_in(self.directory), [2, 4])
+    found = self.restored()
+    jax.tree.map(np.testing.assert_array_equal, found, _state(4))
+    types = jax.tree.map(lambda x: (type(x), x.dtype), _state(4))
+    self.assertEqual(jax.tree.map(lambda x: (type(x), x.dtype), found), types)
+
+  def test_on_any_mesh(self):
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    meshes = [jax.make_mesh((n, 4 // n), ('a', 'b')) for n in (4, 2)]
+    one, two = (
+      jax.NamedSharding(mesh, jax.sharding.PartitionSpec('a', 'b'))
+      for mesh in meshes
+    )
+    with self.open(large=True) as saved:
+      saved.save(1, {'x': jax.device_put(x, one)})
+    like = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=two)}
+    found = run_state.restore_large_state(self.directory, like)['x']
+    np.testing.assert_array_equal(found, x)
+    self.assertEqual(found.sharding, two)
+
+  def test_any_bit_matters(self):
+    state = {
+      'f': jnp.arange(5.0),
+      'h': jnp.ones((2, 3), jnp.bfloat16),
+      'i': jnp.arange(4, dtype=jnp.int32),
+      'b': jnp.zeros(3, bool),
+    }
+    whole = np.asarray(run_state._digest(state))
+    for name, x in state.items():
+      raw = np.asarray(x).copy()
+      for at in range(raw.nbytes):
+        for bit in range(8 if name != 'b' else 1):
+          words = raw.view(np.uint8).reshape(-1).copy()
+          words[at] ^= 1 << bit
+          other = words.view(raw.dtype).reshape(raw.shape)
+          found = run_state._digest(state | {name: other})
+          self.assertFalse(np.array_equal(found, whole), (name, at, bit))
+    renamed = {'g' if k == 'f' else k: x for k, x in state.items()}
+    self.assertFalse(np.array_equal(run_state._digest(renamed), whole))
+
+  @parameterized.parameters('flipped', 'gone')
+  def test_damaged(self, kind):
+    self.run_all()
+    for path in (self.directory / '4' / 'default' / 'd').iterdir():
+      content = bytearray(path.read_bytes())
+      content[len(content) // 2] ^= 4
+      path.unlink() if kind == 'gone' else path.write_bytes(content)
+    with self.assertLogs('absl', 'WARNING'):
+      found = self.restored()
+    jax.tree.map(np.testing.assert_array_equal, found, _state(2))
+
+  def test_a_flush_waits_for_the_step_in_progress(self):
+    begun, flushed = threading.Event(), threading.Event()
+
+    def steps():
+      for state in self.steps(3):
+        if state[0].step == 2:
+          begun.set()
+          self.assertFalse(flushed.wait(0.5))  # it has to wait
+        yield state
+
+    def flush():
+      begun.wait()
+      saved.flush()
+      flushed.set()
+
+    with self.open(every=100, large=True) as saved:
+      thread = threading.Thread(target=flush)
+      thread.start()
+      for state, _ in saved.guard(steps()):
+        time.sleep(0.1)  # of metrics to write
+        saved.save(int(state.step), state)
+      thread.join()
+    self.assertEqual(run_state.steps_in(self.directory), [2])
+    jax.tree.map(np.testing.assert_array_equal, self.restored(), _state(2))
+
+  def test_a_flush_gives_up(self):
+    def steps():
+      yield from self.steps(1)
+      with self.assertRaisesRegex(TimeoutError, 'in progress'):
+        failed = []
+
+        def flush():
+          try:
+            saved.flush()
+          except TimeoutError as error:
+            failed.append(error)
+
+        thread = threading.Thread(target=flush)
+        thread.start()
+        thread.join()
+        raise failed[0]
+
+    with (
+      mock.patch.object(run_state, '_GRACE_SECONDS', 0.1),
+      self.open(every=100, large=True) as saved,
+    ):
+      for state, _ in saved.guard(steps()):
+        saved.save(int(state.step), state)
+    self.assertEqual(run_state.steps_in(self.directory), [])
 
 
 class InheritTest(_TestCase):

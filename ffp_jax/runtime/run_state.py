@@ -191,7 +191,8 @@ def newest_state(
   steps = steps_in(directory)
   target = None
   if like is not None:
-    target = {'state': like, 'digest': jax.eval_shape(_digest, like)}
+    digest = jax.eval_shape(_digest, like)
+    target = {'state': like, 'digest': np.zeros(digest.shape, digest.dtype)}
   with ocp.StandardCheckpointer() as reader:
     for step in reversed(steps):
       path = directory.resolve() / str(step)
