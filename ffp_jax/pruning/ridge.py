@@ -1,7 +1,7 @@
 """Ridge regression of an output projection on the inputs that remain.
 
-One Cholesky factorisation per strength serves all outputs. Shape letters: W
-batches of windows, I inputs and D outputs of an output projection.
+One Cholesky factorisation per strength serves all outputs. Shape letters: I
+inputs and D outputs of an output projection.
 """
 
 from collections.abc import Sequence
@@ -107,21 +107,20 @@ def select_strength(
   return weight, index
 
 
-def input_moments(inputs_WxBxTxI: jax.Array, weight_IxD: jax.Array) -> Moments:
-  """Returns moments of the inputs X, with the sublayer's full output as target.
+def gram_matrix(x_NxI: jax.Array, halvings: int = 2) -> jax.Array:
+  """Returns the Gram matrix X'X of float32 vectors, [I,I].
+
+  Of its four quarters only three are computed: those off the diagonal are each
+  other's transpose. Those on it are halved in turn.
 
   Args:
-    inputs_WxBxTxI: inputs of the output projection in the pruned stream.
-    weight_IxD: its dense weights W; the target is Y = X W.
+    x_NxI: N vectors.
+    halvings: how many times to halve.
   """
-  size = len(weight_IxD)
-
-  def add(gram, inputs):
-    x = inputs.reshape(-1, size).astype(jnp.float32)
+  if not halvings:
     # At their default precision, accelerators round float32 products.
-    return gram + jnp.einsum(
-      'ni,nj->ij', x, x, precision=jax.lax.Precision.HIGHEST
-    ), None
-
-  gram, _ = jax.lax.scan(add, jnp.zeros((size, size)), inputs_WxBxTxI)
-  return Moments(gram, gram @ weight_IxD)
+    return jnp.matmul(x_NxI.T, x_NxI, precision=jax.lax.Precision.HIGHEST)
+  a, b = jnp.array_split(x_NxI, 2, axis=1)
+  across = jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
+  aa, bb = (gram_matrix(x, halvings - 1) for x in (a, b))
+  return jnp.block([[aa, across], [across.T, bb]])
