@@ -54,13 +54,13 @@ class Sublayer(NamedTuple):
     """
     size = len(self.weight(params))
 
-    def collect(gram, x):
+    def collect(upper, x):
       inputs = layer.apply({'params': params}, x, method=self.inputs)
       flat = inputs.reshape(-1, size).astype(jnp.float32)
-      return gram + ridge.gram_matrix(flat), inputs
+      return upper + ridge.upper_gram(flat), inputs
 
-    gram, inputs = jax.lax.scan(collect, jnp.zeros((size, size)), x_WxBxTxD)
-    return inputs, gram
+    upper, inputs = jax.lax.scan(collect, jnp.zeros((size, size)), x_WxBxTxD)
+    return inputs, ridge.mirror(upper)
 
   def apply_output(
     self,

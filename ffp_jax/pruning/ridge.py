@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _MAX_RETRIES = 8  # of a failed factorisation, each with ten times the strength
 
@@ -107,20 +108,30 @@ def select_strength(
   return weight, index
 
 
-def gram_matrix(x_NxI: jax.Array, halvings: int = 2) -> jax.Array:
-  """Returns the Gram matrix X'X of float32 vectors, [I,I].
+def upper_gram(x_NxI: jax.Array, bands: int = 4) -> jax.Array:
+  """Returns the upper triangle of the Gram matrix X'X, [I,I].
 
-  Of its four quarters only three are computed: those off the diagonal are each
-  other's transpose. Those on it are halved in turn.
+  It is computed in bands of rows, each from the diagonal on, which takes little
+  more than half the products. What is below the diagonal has no meaning.
 
   Args:
-    x_NxI: N vectors.
-    halvings: how many times to halve.
+    x_NxI: N vectors, float32.
+    bands: number of them.
   """
-  if not halvings:
+  size = x_NxI.shape[1]
+  rows = []
+  for band in np.array_split(np.arange(size), min(bands, size)):
+    start, end = band[0], band[-1] + 1
     # At their default precision, accelerators round float32 products.
-    return jnp.matmul(x_NxI.T, x_NxI, precision=jax.lax.Precision.HIGHEST)
-  a, b = jnp.array_split(x_NxI, 2, axis=1)
-  across = jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
-  aa, bb = (gram_matrix(x, halvings - 1) for x in (a, b))
-  return jnp.block([[aa, across], [across.T, bb]])
+    product = jnp.matmul(
+      x_NxI[:, start:end].T,
+      x_NxI[:, start:],
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    rows.append(jnp.pad(product, ((0, 0), (start, 0))))
+  return jnp.concatenate(rows)
+
+
+def mirror(upper_IxI: jax.Array) -> jax.Array:
+  """Returns the symmetric matrix of an upper triangle."""
+  return jnp.triu(upper_IxI) + jnp.triu(upper_IxI, 1).T
