@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MAX_RETRIES = 8  # of a failed factorisation, each with ten times the strength
+_MAX_TRIES = 9  # of a factorisation, each with ten times the strength
 
 
 class Moments(NamedTuple):
@@ -48,22 +48,21 @@ def ridge_regression(
   residual = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_Ix1
   mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
 
-  def factor(strength):
-    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    return jnp.linalg.cholesky(kept + jnp.diag(ridge_I))
-
   def failed(carry):
-    tries, _, lower = carry
-    return (tries < _MAX_RETRIES) & ~jnp.all(jnp.isfinite(lower))
+    tries, _, change = carry
+    return (tries < _MAX_TRIES) & ~jnp.all(jnp.isfinite(change))
 
-  def retry(carry):
+  def solve(carry):
     tries, strength, _ = carry
-    return tries + 1, strength * 10.0, factor(strength * 10.0)
+    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
+    lower = jnp.linalg.cholesky(
+      kept + jnp.diag(ridge_I), symmetrize_input=False
+    )
+    change = jax.scipy.linalg.cho_solve((lower, True), residual)
+    return tries + 1, strength * 10.0, change
 
-  strength = jnp.float32(strength)
-  first = (jnp.int32(0), strength, factor(strength))
-  _, _, lower = jax.lax.while_loop(failed, retry, first)
-  change = jax.scipy.linalg.cho_solve((lower, True), residual)
+  start = (0, jnp.float32(strength), jnp.full_like(residual, jnp.nan))
+  _, _, change = jax.lax.while_loop(failed, solve, start)
   return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_Ix1
 
 
