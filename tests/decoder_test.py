@@ -76,6 +76,14 @@ class DecoderTest(_TestCase):
     ours, _ = _masked(name)(tokens, _ones(pair))
     self.assert_close(ours, testing.torch_logits(pair.torch, tokens))
 
+  @parameterized.parameters('llama_grouped', 'mistral_short_window')
+  def test_logits_of_a_long_text(self, name):
+    # Long enough for the queries to attend in blocks, of unequal lengths.
+    pair = testing.pair(name)
+    tokens = testing.tokens(2, 70)
+    ours = _dense(name)(tokens)
+    self.assert_close(ours, testing.torch_logits(pair.torch, tokens))
+
   @parameterized.parameters(*testing.CASES)
   def test_masked_logits_are_those_of_zeroed_weights(self, name):
     pair = testing.pair(name)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffp_jax.models import rope
 from ffp_jax.models.config import ModelConfig
@@ -71,6 +72,34 @@ def rotate(
   a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x_BxTxNxH.dtype)
+
+
+def _attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, visible_BxTxS):
+  """Computes softmax attention of grouped heads: [B,T,K,G,H].
+
+  The sum of the softmax divides the values' sum, not each weight, and the
+  queries of a group stay side by side: on CPU that takes two thirds of the time
+  of `jax.nn.dot_product_attention`.
+  """
+  scores = jnp.einsum(
+    'btkgh,bskh->bktgs',
+    q_BxTxKxGxH,
+    k_BxSxKxH,
+    preferred_element_type=jnp.float32,
+  )
+  scores *= q_BxTxKxGxH.shape[-1] ** -0.5
+  lowest = jnp.finfo(jnp.float32).min
+  scores = jnp.where(visible_BxTxS[:, None, :, None], scores, lowest)
+  highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.exp(scores - highest)
+  values = jnp.einsum(
+    'bktgs,bskh->bktgh',
+    weights.astype(v_BxSxKxH.dtype),
+    v_BxSxKxH,
+    preferred_element_type=jnp.float32,
+  )
+  values /= jnp.sum(weights, axis=-1, keepdims=True)
+  return values.swapaxes(1, 2).astype(v_BxSxKxH.dtype)
 
 
 def _append_to_cache(
@@ -179,7 +208,13 @@ class Attention(nn.Module):
     return q, k, v
 
   def attend(
-    self, q: jax.Array, k: jax.Array, v: jax.Array, positions_BxT: jax.Array
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions_BxT: jax.Array,
+    *,
+    blocks: int = 1,
   ) -> jax.Array:
     """Returns the attention-weighted values, [B,T,K,G,H].
 
@@ -187,17 +222,22 @@ class Attention(nn.Module):
       q: queries [B,T,KG,H].
       k, v: keys and values [B,S,K,H], of positions 0 to S - 1.
       positions_BxT: of the queries.
+      blocks: of queries, each of which is attended to by itself, with the keys
+        up to its last; more than one only for queries of positions from 0 on.
     """
     c = self.config
-    distance_Bx1xTxS = (positions_BxT[..., None] - jnp.arange(k.shape[1]))[
-      :, None
-    ]
-    visible = distance_Bx1xTxS >= 0
-    if c.window is not None:
-      visible &= distance_Bx1xTxS < c.window
-    attended = jax.nn.dot_product_attention(q, k, v, mask=visible)
-    shape = (self.groups, c.heads_per_group, c.head_size)
-    attended = attended.reshape(*q.shape[:2], *shape)
+    size = q.shape[1]
+    q = q.reshape(*q.shape[:2], self.groups, c.heads_per_group, c.head_size)
+    attended = []
+    for block in np.array_split(np.arange(size), blocks):
+      seen = block[-1] + 1 if blocks > 1 else k.shape[1]
+      rows = slice(block[0], block[-1] + 1)
+      distance_BxTxS = positions_BxT[:, rows, None] - jnp.arange(seen)
+      visible = distance_BxTxS >= 0
+      if c.window is not None:
+        visible &= distance_BxTxS < c.window
+      attended.append(_attend(q[:, rows], k[:, :seen], v[:, :seen], visible))
+    attended = jnp.concatenate(attended, axis=1)
     attended = constrain(attended, 'batch', None, 'groups', 'heads', None)
     _capture(self, attended)
     return attended
@@ -219,7 +259,9 @@ class Attention(nn.Module):
       q, k = (rotate(x, angle, c.rope_scaling.amplitude) for x in (q, k))
     if past is not None:
       past = k, v = _append_to_cache(past, positions_BxT, k, v)
-    return self.attend(q, k, v, positions_BxT), past
+    # Half of the scores of a long text are of keys behind their query.
+    blocks = 4 if past is None and x_BxTxD.shape[1] >= 64 else 1
+    return self.attend(q, k, v, positions_BxT, blocks=blocks), past
 
   def output(
     self, inputs: jax.Array, mask_K: jax.Array | None = None

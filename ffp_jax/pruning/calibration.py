@@ -47,10 +47,20 @@ class Sublayer(NamedTuple):
 
   def collect_inputs(
     self, layer: Layer, params: dict, x_WxBxTxD: jax.Array
-  ) -> jax.Array:
-    """Returns the inputs of the output projection, [W,B,T,...]."""
-    run = functools.partial(layer.apply, {'params': params}, method=self.inputs)
-    return jax.lax.map(run, x_WxBxTxD)
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the inputs of the output projection, and their Gram matrix.
+
+    Their shapes are [W,B,T,...] and, in float32, [I,I].
+    """
+    size = len(self.weight(params))
+
+    def collect(upper, x):
+      inputs = layer.apply({'params': params}, x, method=self.inputs)
+      flat = inputs.reshape(-1, size).astype(jnp.float32)
+      return upper + ridge.upper_gram(flat), inputs
+
+    upper, inputs = jax.lax.scan(collect, jnp.zeros((size, size)), x_WxBxTxD)
+    return inputs, ridge.mirror(upper)
 
   def apply_output(
     self,
@@ -62,6 +72,8 @@ class Sublayer(NamedTuple):
   ) -> jax.Array:
     """Returns the residual stream behind this sublayer, [W,B,T,D].
 
+    It takes the place of the stream before, which is no longer needed.
+
     Args:
       layer: of the dense decoder.
       params: of the layer.
@@ -69,12 +81,14 @@ class Sublayer(NamedTuple):
       inputs: from `collect_inputs`.
       mask: of the units, or None to keep all.
     """
-    return jax.lax.map(
-      lambda pair: layer.apply(
-        {'params': params}, *pair, mask, method=self.output
-      ),
-      (x_WxBxTxD, inputs),
-    )
+
+    def apply(i, x):
+      new = layer.apply(
+        {'params': params}, x[i], inputs[i], mask, method=self.output
+      )
+      return x.at[i].set(new)
+
+    return jax.lax.fori_loop(0, len(x_WxBxTxD), apply, x_WxBxTxD)
 
 
 SUBLAYERS = (
@@ -83,32 +97,44 @@ SUBLAYERS = (
 )
 
 
+class Streams(NamedTuple):
+  """Residual streams [W,B,T,D] of the calibration and validation tokens."""
+
+  fit: jax.Array
+  check: jax.Array  # chooses the strengths
+
+
 def _calibrate_sublayer(
-  layer, params, stream_WxBxTxD, mask, sublayer: Sublayer, fit_on, strengths
+  layer, params, streams: Streams, mask, sublayer: Sublayer, strengths
 ):
   """Calibrates one sublayer.
 
   Args:
     layer: of the dense decoder.
     params: of the layer.
-    stream_WxBxTxD: the residual stream before the sublayer.
+    streams: before the sublayer.
     mask: of the sublayer's units.
     sublayer: attention or FFN.
-    fit_on: number of batches to fit on; the others choose the strength.
     strengths: candidates for `ridge.ridge_regression`.
 
   Returns:
-    (params, the residual stream behind the sublayer, index of the strength).
+    (params, the streams behind the sublayer, index of the strength).
   """
   weight = sublayer.weight(params)
   mask_I = jnp.repeat(mask, len(weight) // len(mask))
-  inputs = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
-  fit = ridge.input_moments(inputs[:fit_on], weight)
-  check = ridge.input_moments(inputs[fit_on:], weight)
+  inputs, grams = zip(
+    *(sublayer.collect_inputs(layer, params, x) for x in streams), strict=True
+  )
+  fit, check = (ridge.Moments(gram, gram @ weight) for gram in grams)
   best, index = ridge.select_strength(fit, check, weight, mask_I, strengths)
   params = sublayer.with_weight(params, best)
-  stream = sublayer.apply_output(layer, params, stream_WxBxTxD, inputs, mask)
-  return params, stream, index
+  streams = Streams(
+    *(
+      sublayer.apply_output(layer, params, x, of_x, mask)
+      for x, of_x in zip(streams, inputs, strict=True)
+    )
+  )
+  return params, streams, index
 
 
 def embed_windows(
@@ -131,39 +157,39 @@ def _embed(params, tokens_WxBxT, *, config):
   return jax.lax.map(embed_batch, tokens_WxBxT)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'fit_on', 'strengths'))
+@functools.partial(
+  jax.jit, static_argnames=('config', 'strengths'), donate_argnames='streams'
+)
 def calibrate_layer(
   params: dict,
-  stream_WxBxTxD: jax.Array,
+  streams: Streams,
   masks: tuple[jax.Array, jax.Array],
   *,
   config: ModelConfig,
-  fit_on: int,
   strengths: tuple[float, ...],
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], Streams, jax.Array]:
   """Calibrates both sublayers of a layer, attention first.
 
   Args:
     params: of the layer.
-    stream_WxBxTxD: the residual stream before the layer.
+    streams: before the layer; their memory is given to those behind it.
     masks: of the layer's units, (attention [K], ffn [F]).
     config: of the dense decoder.
-    fit_on: number of batches to fit on; the others choose the strengths.
     strengths: candidates for `ridge.ridge_regression`.
 
   Returns:
-    ((attention out, ffn down), the residual stream behind the layer, indices of
-    the strengths [2]; -1 for no change).
+    ((attention out, ffn down), the streams behind the layer, indices of the
+    strengths [2]; -1 for no change).
   """
   layer = Layer(config, config.groups, config.ffn)
-  indices, stream = [], stream_WxBxTxD
+  indices = []
   for mask, sublayer in zip(masks, SUBLAYERS, strict=True):
-    params, stream, index = _calibrate_sublayer(
-      layer, params, stream, mask, sublayer, fit_on, strengths
+    params, streams, index = _calibrate_sublayer(
+      layer, params, streams, mask, sublayer, strengths
     )
     indices.append(index)
   new = params['attention']['out'], params['ffn']['down']
-  return new, stream, jnp.stack(indices)
+  return new, streams, jnp.stack(indices)
 
 
 def calibrate(
@@ -192,19 +218,19 @@ def calibrate(
     (params with new output projections, chosen strengths [2,L] of attention and
     FFN, 0 where the projection is unchanged).
   """
-  tokens = np.concatenate([fit_WxBxT, check_WxBxT])
-  stream = embed_windows(params, tokens, config=config)
+  streams = Streams(
+    *(embed_windows(params, x, config=config) for x in (fit_WxBxT, check_WxBxT))
+  )
   projections, indices = [], []
   for i in range(config.layers):
     layer, layer_masks = jax.tree.map(
       lambda x, i=i: x[i], (params['stack'], masks)
     )
-    new, stream, index = calibrate_layer(
+    new, streams, index = calibrate_layer(
       layer,
-      stream,
+      streams,
       layer_masks,
       config=config,
-      fit_on=len(fit_WxBxT),
       strengths=tuple(strengths),
     )
     projections.append(new)

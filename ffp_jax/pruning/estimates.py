@@ -92,9 +92,13 @@ def calibration_memory(
     params: of it, abstract; see `abstract_params`.
   """
   text = config.text
-  windows = text.calibration_windows + text.validation_windows
-  shape = windows, 1, text.context, model.width
-  stream = jax.ShapeDtypeStruct(shape, params['embed']['table'].dtype)
+  dtype = params['embed']['table'].dtype
+  streams = calibration.Streams(
+    *(
+      jax.ShapeDtypeStruct((windows, 1, text.context, model.width), dtype)
+      for windows in (text.calibration_windows, text.validation_windows)
+    )
+  )
 
   def one_layer(x):
     spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
@@ -105,10 +109,9 @@ def calibration_memory(
   return device_memory.memory_needed(
     calibration.calibrate_layer,
     jax.tree.map(one_layer, params['stack']),
-    stream,
+    streams,
     keep,
     config=model,
-    fit_on=text.calibration_windows,
     strengths=tuple(config.calibration.strengths),
   )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
-from ffp_jax.pruning import calibration, ridge
+from ffp_jax.pruning import calibration
 from ffp_jax.runtime.sharding import constrain
 
 
@@ -59,7 +59,11 @@ def refit_basis(
   )
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'strength'))
+@functools.partial(
+  jax.jit,
+  static_argnames=('config', 'strength'),
+  donate_argnames='stream_WxBxTxD',
+)
 def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   """Refits both sublayers of a layer.
 
@@ -78,8 +82,7 @@ def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   refits = []
   for rank_U, sublayer in zip(ranks, calibration.SUBLAYERS, strict=True):
     weight = sublayer.weight(params)
-    inputs = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
-    gram = ridge.input_moments(inputs, weight).gram_IxI
+    inputs, gram = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
     basis, weight = refit_basis(gram, weight, rank_U, strength)
     projection = sublayer.with_weight(params, weight)[sublayer.name][
       sublayer.projection

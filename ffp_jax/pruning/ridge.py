@@ -1,7 +1,7 @@
 """Ridge regression of an output projection on the inputs that remain.
 
-One Cholesky factorisation per strength serves all outputs. Shape letters: W
-batches of windows, I inputs and D outputs of an output projection.
+One Cholesky factorisation per strength serves all outputs. Shape letters: I
+inputs and D outputs of an output projection.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_MAX_RETRIES = 8  # of a failed factorisation, each with ten times the strength
+_MAX_TRIES = 9  # of a factorisation, each with ten times the strength
 
 
 class Moments(NamedTuple):
@@ -47,22 +48,21 @@ def ridge_regression(
   residual = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_Ix1
   mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
 
-  def factor(strength):
-    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    return jnp.linalg.cholesky(kept + jnp.diag(ridge_I))
-
   def failed(carry):
-    tries, _, lower = carry
-    return (tries < _MAX_RETRIES) & ~jnp.all(jnp.isfinite(lower))
+    tries, _, change = carry
+    return (tries < _MAX_TRIES) & ~jnp.all(jnp.isfinite(change))
 
-  def retry(carry):
+  def solve(carry):
     tries, strength, _ = carry
-    return tries + 1, strength * 10.0, factor(strength * 10.0)
+    ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
+    lower = jnp.linalg.cholesky(
+      kept + jnp.diag(ridge_I), symmetrize_input=False
+    )
+    change = jax.scipy.linalg.cho_solve((lower, True), residual)
+    return tries + 1, strength * 10.0, change
 
-  strength = jnp.float32(strength)
-  first = (jnp.int32(0), strength, factor(strength))
-  _, _, lower = jax.lax.while_loop(failed, retry, first)
-  change = jax.scipy.linalg.cho_solve((lower, True), residual)
+  start = (0, jnp.float32(strength), jnp.full_like(residual, jnp.nan))
+  _, _, change = jax.lax.while_loop(failed, solve, start)
   return kept_weight + jnp.where(jnp.isfinite(change), change, 0.0) * mask_Ix1
 
 
@@ -107,21 +107,30 @@ def select_strength(
   return weight, index
 
 
-def input_moments(inputs_WxBxTxI: jax.Array, weight_IxD: jax.Array) -> Moments:
-  """Returns moments of the inputs X, with the sublayer's full output as target.
+def upper_gram(x_NxI: jax.Array, bands: int = 4) -> jax.Array:
+  """Returns the upper triangle of the Gram matrix X'X, [I,I].
+
+  It is computed in bands of rows, each from the diagonal on, which takes little
+  more than half the products. What is below the diagonal has no meaning.
 
   Args:
-    inputs_WxBxTxI: inputs of the output projection in the pruned stream.
-    weight_IxD: its dense weights W; the target is Y = X W.
+    x_NxI: N vectors, float32.
+    bands: number of them.
   """
-  size = len(weight_IxD)
-
-  def add(gram, inputs):
-    x = inputs.reshape(-1, size).astype(jnp.float32)
+  size = x_NxI.shape[1]
+  rows = []
+  for band in np.array_split(np.arange(size), min(bands, size)):
+    start, end = band[0], band[-1] + 1
     # At their default precision, accelerators round float32 products.
-    return gram + jnp.einsum(
-      'ni,nj->ij', x, x, precision=jax.lax.Precision.HIGHEST
-    ), None
+    product = jnp.matmul(
+      x_NxI[:, start:end].T,
+      x_NxI[:, start:],
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    rows.append(jnp.pad(product, ((0, 0), (start, 0))))
+  return jnp.concatenate(rows)
 
-  gram, _ = jax.lax.scan(add, jnp.zeros((size, size)), inputs_WxBxTxI)
-  return Moments(gram, gram @ weight_IxD)
+
+def mirror(upper_IxI: jax.Array) -> jax.Array:
+  """Returns the symmetric matrix of an upper triangle."""
+  return jnp.triu(upper_IxI) + jnp.triu(upper_IxI, 1).T
