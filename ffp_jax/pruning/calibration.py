@@ -56,7 +56,7 @@ class Sublayer(NamedTuple):
 
     def collect(upper, x):
       inputs = layer.apply({'params': params}, x, method=self.inputs)
-      flat = inputs.reshape(-1, size).astype(jnp.float32)
+      flat = jnp.asarray(inputs).reshape(-1, size).astype(jnp.float32)
       return upper + ridge.upper_gram(flat), inputs
 
     upper, inputs = jax.lax.scan(collect, jnp.zeros((size, size)), x_WxBxTxD)

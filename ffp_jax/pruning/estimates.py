@@ -93,10 +93,11 @@ def calibration_memory(
   """
   text = config.text
   dtype = params['embed']['table'].dtype
-  streams = calibration.Streams(
-    *(
-      jax.ShapeDtypeStruct((windows, 1, text.context, model.width), dtype)
-      for windows in (text.calibration_windows, text.validation_windows)
+  shape = 1, text.context, model.width
+  streams = jax.eval_shape(
+    lambda: calibration.Streams(
+      jnp.zeros((text.calibration_windows, *shape), dtype),
+      jnp.zeros((text.validation_windows, *shape), dtype),
     )
   )
 
