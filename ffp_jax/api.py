@@ -96,8 +96,7 @@ def prune_model(
     sparsity: share of the prunable parameters to remove, in [0, 1).
     config: any other setting; None for the defaults, see
       `ffp_jax.config.defaults`.
-    on_step: called with the metrics of every step of the search, and then of
-      recovery.
+    on_step: called with the metrics of every step of the search.
 
   Returns:
     The small model and what was measured.
@@ -141,7 +140,7 @@ def prune_model(
         params,
         (best, keep),
         text_to_train,
-        _follow_recovery(recovery, on_step),
+        _follow_recovery(recovery, None),
       ).params
       stages.measure(results, job, scorer, best, keep, 'recovered')
     small = slicing.slice_model(model, best, keep)

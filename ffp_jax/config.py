@@ -85,7 +85,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.calibration.strengths = (0.01, 0.1, 1.0)  # of the ridge, to try
 
   config.recovery = ml_collections.ConfigDict()
-  config.recovery.tokens = 12_288  # to train on; 0 for no recovery
+  config.recovery.tokens = 32_768  # to train on; 0 for no recovery
   # Text, as `data` takes it; '' for the part of it that nothing else uses,
   # and the calibration text.
   config.recovery.data = ''

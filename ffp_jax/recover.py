@@ -226,7 +226,7 @@ def log_and_save(
       seconds = time.perf_counter() - begun
       begun += seconds
       step = int(state.step)
-      line = {'step': step, 'tokens': step * batch, **metrics}
+      line = metrics | {'tokens': step * batch}
       workdir.append(line | {'seconds': round(seconds, 3)}, RECOVERY_METRICS)
       if metrics.get('diverged'):
         logging.warning(
@@ -235,7 +235,8 @@ def log_and_save(
           step,
         )
       if step:
-        saved.save(step, state)
+        if step * batch < total:  # the end is saved as a model
+          saved.save(step, state)
         figures = {
           'KL': f'{metrics["kl"]:.3f}',
           'tokens/s': f'{batch / seconds:,.0f}',

@@ -150,7 +150,8 @@ class RunTest(_TestCase):
     )
     self.assertEqual(found.perplexity, loaded.perplexity)
     self.assertLen(found.recovery, len(loaded.recovery))
-    self.assertLen(seen, len(found.metrics) + len(found.recovery))
+    self.assertEqual(seen, found.metrics)
+    self.assertEqual([x['step'] for x in found.recovery], [*range(9)])
 
   @parameterized.parameters(0, 2)
   def test_of_a_model_in_memory(self, rank):

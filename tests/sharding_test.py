@@ -177,6 +177,7 @@ def _config(folder, mesh, **overrides):
   config = tiny_run.config(
     **{f'mesh.{name}': size for name, size in sizes.items()},
     **{'search.candidates': 4, 'search.steps': (1, 2), 'search.rows': (2, 2)},
+    **(tiny_run.RECOVERY | {'recovery.rows': 2}),
     **overrides,
   )
   config.model, config.data = str(folder / 'model'), str(folder / 'text.txt')
@@ -196,7 +197,8 @@ def _outcome(workdir):
   """(counts and priorities, metrics of every step, perplexities)."""
   allocation = json.loads((workdir / 'allocation.json').read_text())
   priority = allocation.pop('priority')
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  files = [workdir / f'{name}.jsonl' for name in ('metrics', 'recovery')]
+  lines = [x for file in files for x in file.read_text().splitlines()]
   metrics = [json.loads(line) for line in lines]
   for line in metrics:
     del line['seconds']
@@ -256,8 +258,8 @@ class SameResultTest(parameterized.TestCase):
     folder = _home('llama')
     real = Workdir.append
 
-    def append(files, line):
-      real(files, line)
+    def append(files, line, *args):
+      real(files, line, *args)
       if line['step'] == 1:
         raise _StoppedError
 

@@ -253,20 +253,21 @@ def steps(
 
   Yields:
     (state, metrics) before the first step, and after each. The metrics are
-    those of the step and `diverged`; after a validation also its loss
-    (`validation`) and the lowest one so far (`best`).
+    `step`, the number of steps taken, those of the step and `diverged`; after
+    a validation also its loss (`validation`) and the lowest one so far
+    (`best`).
   """
   if np.isnan(state.start_loss):
     state, metrics = _validated(state, validate)
     state = state._replace(start_loss=state.best_loss)
-    yield state, metrics
+    yield state, {'step': 0, **metrics}
   while state.step < total and state.halvings <= _MAX_HALVINGS:
     *new, metrics = step_fn(*state[:4], batch(int(state.step)))
     state = state._replace(
       **dict(zip(('trained', 'opt_state', 'step'), new, strict=True))
     )
     metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
-    taken = int(state.step)
+    metrics['step'] = taken = int(state.step)
     finite = math.isfinite(metrics['kl'] + metrics['gradient_norm'])
     diverged = not finite
     if finite and (taken % every == 0 or taken == total):
