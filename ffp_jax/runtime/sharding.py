@@ -136,8 +136,6 @@ def partition_spec(
     mesh_axis = RULES.get(axis) if axis else None
     fits = mesh_axis not in spec and size % sizes.get(mesh_axis, 1) == 0
     spec.append(mesh_axis if fits else None)
-  while spec and spec[-1] is None:  # as JAX writes it; another form would
-    spec.pop()  # make it compile again
   return PartitionSpec(*spec)
 
 
