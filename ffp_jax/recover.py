@@ -100,7 +100,7 @@ def recover_run(
   Args:
     config: see config.py.
     job: what the run works on.
-    text: from `read_text`.
+    text: from `prepare`.
     workdir: of the run.
     results: content of its results.json.
 
@@ -120,19 +120,23 @@ def recover_run(
     dtype = functional.resolve_dtype(config.dtype)
     dense = weights_lib.load_params(job.directory, job.model, dtype)
   with workdir.timed('recover'):
-    pruned = load_pruned(workdir.path / 'pruned', job.model, dense, dtype)
-    keep = pruned[1]
-    follow = functools.partial(log_and_save, config, workdir)
-    found = stages.recover(config, job, dense, pruned, text, follow)
-    del dense, pruned  # makes room
+    found = stages.recover(
+      config,
+      job,
+      dense,
+      load_pruned(workdir.path / 'pruned', job.model, dense, dtype),
+      text,
+      functools.partial(log_and_save, config, workdir),
+    )
+    del dense  # makes room
   with workdir.timed('save'):
-    small = export.slice_params(found.params, job.model, keep)
+    small = export.slice_params(found.params, job.model, found.keep)
     if workdir.writes:
       out = workdir.path / 'recovered'
       export.save(*small, job.directory, out, dtype=job.dtype)
   with workdir.timed('evaluate'):
     scorer = scoring.Scorer(job.model)
-    stages.measure(results, job, scorer, found.params, keep, 'recovered')
+    stages.measure(results, job, scorer, found.params, found.keep, 'recovered')
   results['recovery'] = describe(config, text, found.losses)
   results['seconds'] = workdir.seconds
   workdir.write_json('results.json', results)

@@ -25,11 +25,8 @@ from ffp_jax.pruning import masks as masks_lib
 from ffp_jax.pruning import refit as refit_lib
 from ffp_jax.text import recovery_text
 
-# Of recovery. The rates are the best of those tried, see docs/results.md.
+# Of recovery: the best of the rates tried, see docs/results.md.
 _FULL_RATE, _LORA_RATE = 1e-4, 3e-3
-_ADAM_DECAYS = 0.9, 0.95
-_MAX_NORM = 1.0  # of the gradient
-_LOGIT_TOKENS = 512  # whose logits exist at once
 
 
 class ScoringModel(NamedTuple):
@@ -180,6 +177,7 @@ class Recovered(NamedTuple):
   """A recovered model, still of the dense shapes."""
 
   params: dict
+  keep: Masks
   losses: dict[str, float]  # on the validation text, in nats: start and best
 
 
@@ -190,7 +188,8 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
     config: see config.py.
     job: the model and its text.
     dense: parameters of the dense decoder.
-    pruned: (calibrated parameters of the dense shapes, masks).
+    pruned: (calibrated parameters of the dense shapes, masks); where the
+      caller keeps no name for it, its memory is free once training begins.
     text: to train on, a `recovery_text.RecoveryText`.
     follow: takes the first state, and a function from a state to the steps
       from there on, an iterator of (state, metrics); returns the last state.
@@ -204,7 +203,7 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
   per_step = settings.rows * settings.accumulate
   total = len(text.order) // per_step
   peak = settings.learning_rate or (_LORA_RATE if rank else _FULL_RATE)
-  optim = recovery.optimizer(max_norm=_MAX_NORM, decays=_ADAM_DECAYS)
+  optim = recovery.optimizer()
   step_fn = _compile_once(
     recovery.make_step(
       job.model,
@@ -212,7 +211,6 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
       recovery.schedule(peak=peak, warmup=total // 10, steps=total),
       rank=rank,
       remat=settings.remat,
-      chunk=_LOGIT_TOKENS,
     )
   )
   scorer = scoring.Scorer(dataclasses.replace(job.model, adapter_rank=rank))
@@ -242,7 +240,26 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
   recovered = jax.tree.map(
     lambda x: x.astype(job.dtype).astype(dtype), recovered
   )
-  return Recovered(recovered, losses)
+  return Recovered(recovered, keep, losses)
+
+
+def collect(metrics: list[dict], on_step=None):
+  """Returns what `recover` takes as `follow` in memory.
+
+  Args:
+    metrics: gets those of every step.
+    on_step: called with them, if given.
+  """
+
+  def follow(state, steps_from):
+    for new, line in steps_from(state):
+      state = new
+      metrics.append(line)
+      if on_step:
+        on_step(line)
+    return state
+
+  return follow
 
 
 def _compile_once(function):

@@ -147,7 +147,7 @@ def recovery_memory(
       {path: x for path, x in flat.items() if path not in plain}
     )
     frozen = params
-  optim = recovery.optimizer(max_norm=1.0, decays=(0.9, 0.95))
+  optim = recovery.optimizer()
   moments = optax.tree_utils.tree_map_params(
     optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
   )
@@ -157,7 +157,6 @@ def recovery_memory(
     recovery.schedule(peak=1.0, warmup=1, steps=2),
     rank=rank,
     remat=settings.remat,
-    chunk=512,
   )
   tokens = settings.accumulate, settings.rows, config.text.context
   memory = device_memory.memory_needed(

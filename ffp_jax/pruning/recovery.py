@@ -68,7 +68,7 @@ def begin(
 
 
 def optimizer(
-  *, max_norm: float, decays: tuple[float, float]
+  *, max_norm: float = 1.0, decays: tuple[float, float] = (0.9, 0.95)
 ) -> optax.GradientTransformation:
   """Returns Adam on the clipped gradient, without a learning rate.
 
@@ -166,7 +166,7 @@ def make_step(
   *,
   rank: int,
   remat: bool,
-  chunk: int,
+  chunk: int = 512,
   student: ModelConfig | None = None,
 ) -> Callable:
   """Returns the jitted training step.

@@ -120,15 +120,17 @@ class Checkpoints:
     if jax.process_count() > 1:
       return
     self._flushing.set()
-    if not self._lock.acquire(timeout=_GRACE_SECONDS):
-      raise TimeoutError('a step was in progress')
     try:
-      self._manager.wait_until_finished()
-      if self._newest and self._newest[0] != self._manager.latest_step():
-        self._write(force=True)
+      if not self._lock.acquire(timeout=_GRACE_SECONDS):
+        raise TimeoutError('a step was in progress')
+      try:
         self._manager.wait_until_finished()
+        if self._newest and self._newest[0] != self._manager.latest_step():
+          self._write(force=True)
+          self._manager.wait_until_finished()
+      finally:
+        self._lock.release()
     finally:
-      self._lock.release()
       self._flushing.clear()
 
   def _write(self, *, force: bool) -> None:
