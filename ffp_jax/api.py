@@ -114,7 +114,12 @@ def prune_model(
   metrics, recovery = [], []
 
   def follow(steps):
-    return _follow(steps, (first, {}), metrics, on_step)
+    last = first, {}
+    for last in steps:
+      metrics.append(last[1])
+      if on_step:
+        on_step(last[1])
+    return last
 
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     # The mesh of the run may be another than the model was loaded on.
@@ -140,7 +145,7 @@ def prune_model(
         params,
         (best, keep),
         text_to_train,
-        _follow_recovery(recovery, None),
+        stages.collect(recovery),
       ).params
       stages.measure(results, job, scorer, best, keep, 'recovered')
     small = slicing.slice_model(model, best, keep)
@@ -192,29 +197,16 @@ def recover_model(
     params = jax.device_put(
       dense.params, sharding.param_shardings(dense.params)
     )
-    unsliced = unslice_params(
-      pruned.params, pruned.config, params, dense.config
-    )
-    keep = unsliced[1]
     found = stages.recover(
       config,
       job,
       params,
-      unsliced,
+      unslice_params(pruned.params, pruned.config, params, dense.config),
       recovery_text,
-      _follow_recovery(metrics, on_step),
+      stages.collect(metrics, on_step),
     )
-    model = slicing.slice_model(dense, found.params, keep)
+    model = slicing.slice_model(dense, found.params, found.keep)
   return RecoveredModel(model, metrics)
-
-
-def _follow(steps, last, metrics, on_step):
-  """Takes steps to their end, collects their metrics, returns the last one."""
-  for last in steps:
-    metrics.append(last[1])
-    if on_step:
-      on_step(last[1])
-  return last
 
 
 def load_pruned(workdir: str | pathlib.Path) -> PrunedModel:
@@ -326,15 +318,6 @@ def generate_text(
   return prompts.stream_text(
     model.params, model.config, asked, temperature=temperature, seed=seed
   )
-
-
-def _follow_recovery(metrics, on_step):
-  """Returns what `stages.recover` takes as `follow`; see `_follow`."""
-
-  def follow(state, steps_from):
-    return _follow(steps_from(state), (state, {}), metrics, on_step)[0]
-
-  return follow
 
 
 def _perplexities(results) -> Iterator[dict[str, float]]:

@@ -133,20 +133,28 @@ def find_other(config, files, name: str) -> OtherText | None:
   """
   if config.text.other != 'auto':
     asked = config.text.other
-    return _read_other(config, files, asked) if asked else None
+    return read_other(config, files, asked) if asked else None
   source = corpora.other_builtin(name)
   if not source:
     return None
   try:
-    found = _read_other(config, files, source)
+    found = read_other(config, files, source)
   except RequestError as error:
     found = None
     logging.warning('no figures on a text of another kind: %s', error)
   return found if sharding.holds_everywhere(found is not None) else None
 
 
-def _read_other(config, files, source) -> OtherText:
-  """Reads a text and takes its last windows, or all if it has fewer."""
+def read_other(config, files, source) -> OtherText:
+  """Reads a text and takes its last windows, or all if it has fewer.
+
+  Args:
+    config, files: see `make_job`.
+    source: see `corpora.read_text`.
+
+  Raises:
+    RequestError: see `find_other`.
+  """
   try:
     text = tokenization.read_tokens(
       files.directory, source, field=config.text.field, report=True

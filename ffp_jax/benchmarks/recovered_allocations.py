@@ -29,14 +29,13 @@ from ml_collections import config_flags
 from ffp_jax import jobs, recover, stages
 from ffp_jax.baselines import settings
 from ffp_jax.checkpoints import weights as weights_lib
+from ffp_jax.checkpoints.model import find_model
 from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
 from ffp_jax.models import functional
 from ffp_jax.models.decoder import Masks
 from ffp_jax.pruning import masks as masks_lib
 from ffp_jax.runtime import cli, sharding, storage
-from ffp_jax.text import tokenization
-from ffp_jax.text import windows as windows_lib
 
 _KEY = ('method', 'sparsity', 'seed', 'data', 'rank', 'tokens')
 
@@ -65,16 +64,6 @@ def find_runs(
   return [found[key] for key in wanted]
 
 
-def test_windows(config, job, names: Sequence[str]) -> dict[str, np.ndarray]:
-  """Returns the last windows of each text, `heldout_windows` at most."""
-  found = {job.protocol.text: job.text.heldout}
-  for name in names:
-    text = tokenization.read_tokens(job.directory, name, report=True)
-    windows = windows_lib.windows(text.ids, config.text.context)
-    found[text.name] = windows[-config.text.heldout_windows :]
-  return found
-
-
 class Setting:
   """What every measurement of one seed shares.
 
@@ -89,7 +78,10 @@ class Setting:
     """Reads model and texts."""
     self.config = config
     self.job = jobs.prepare_job(config)
-    self.tests = test_windows(config, self.job, tests)
+    files = find_model(config.model)
+    others = [jobs.read_other(config, files, name) for name in tests]
+    self.tests = {self.job.protocol.text: self.job.text.heldout}
+    self.tests |= {x.protocol.text: x.windows for x in others}
     self._scorer = scoring.Scorer(self.job.model)
 
   @functools.cached_property
@@ -112,18 +104,14 @@ class Setting:
 
   def recover(self, pruned, text) -> tuple[dict, list[dict]]:
     """Returns recovered parameters, and the metrics of every step."""
-    lines = []
-
-    def follow(state, steps_from):
-      last = state
-      for new, metrics in steps_from(state):
-        last = new
-        lines.append(metrics)
-        logging.log_every_n_seconds(logging.INFO, '%s', 60, metrics)
-      return last
-
+    lines: list[dict] = []
     found = stages.recover(
-      self.config, self.job, self.params, pruned, text, follow
+      self.config,
+      self.job,
+      self.params,
+      pruned,
+      text,
+      stages.collect(lines, _log),
     )
     return found.params, lines
 
@@ -133,6 +121,10 @@ class Setting:
       name: round(float(np.exp(self._scorer(params, windows, keep))), 3)
       for name, windows in self.tests.items()
     }
+
+
+def _log(metrics):
+  logging.log_every_n_seconds(logging.INFO, '%s', 60, metrics)
 
 
 def measure_all(
@@ -180,16 +172,13 @@ def measure_all(
     for budget in left:
       data, rank, tokens = budget
       at.config.recovery.update(data=data, rank=rank, tokens=tokens)
-      text, params, start = recover.prepare(at.config, at.job), pruned[0], 0.0
-      metrics: list[dict] = []
-      if text is not None:
-        start = time.perf_counter()
-        params, metrics = at.recover(pruned, text)
-        start = time.perf_counter() - start
+      text, start = recover.prepare(at.config, at.job), time.perf_counter()
+      params, metrics = at.recover(pruned, text) if text else (pruned[0], [])
+      seconds = time.perf_counter() - start
       add(
         (*name, *budget),
         ppl=at.measure(params, pruned[1]),
-        seconds=round(start, 1),
+        seconds=round(seconds, 1),
         validation=[
           [i, round(x['validation'], 4)]
           for i, x in enumerate(metrics)
