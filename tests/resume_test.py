@@ -172,6 +172,23 @@ class CommandTest(_TestCase):
     self.addCleanup(process.kill)
     return process
 
+  def assert_stops(self, process):
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)[1]
+    self.assertEqual(process.returncode, signals.EXIT_CODE, said)
+    self.assertNotIn('Traceback', said)
+    self.assertEqual(
+      said.splitlines()[-1],
+      f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
+    )
+
+  def assert_out_of_room(self, process):
+    said = process.communicate(timeout=300)[1]
+    self.assertEqual(process.returncode, 74, said)
+    self.assertNotIn('Traceback', said)
+    line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
+    self.assertStartsWith(said.splitlines()[-1], line)
+
   def test_stopped_and_out_of_room(self):
     long = (
       '--config.search.steps=(2, 100000)',
@@ -189,14 +206,7 @@ class CommandTest(_TestCase):
     self.assertEqual(second.returncode, 2, said)
     self.assertIn(f'another process is at work in {self.workdir}', said)
 
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=30)[1]
-    self.assertEqual(process.returncode, signals.EXIT_CODE, said)
-    self.assertNotIn('Traceback', said)
-    self.assertEqual(
-      said.splitlines()[-1],
-      f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
-    )
+    self.assert_stops(process)
     checkpoints = self.workdir / 'checkpoints'
     step = run_state.newest_state(checkpoints)['step']
     # Nothing is due between the end of the first stage and that of the second.
@@ -204,12 +214,7 @@ class CommandTest(_TestCase):
     self.assertBetween(metrics.read_text().count('\n'), step, step + 2)
 
     room = metrics.stat().st_size // 1024 + 2
-    process = self.start(*long, blocks=str(room))
-    said = process.communicate(timeout=300)[1]
-    self.assertEqual(process.returncode, 74, said)
-    self.assertNotIn('Traceback', said)
-    line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
-    self.assertStartsWith(said.splitlines()[-1], line)
+    self.assert_out_of_room(self.start(*long, blocks=str(room)))
     self.assertEqual(run_state.newest_state(checkpoints)['step'], step)
 
   def test_stopped_and_out_of_room_in_recovery(self):
@@ -224,25 +229,14 @@ class CommandTest(_TestCase):
       lambda: metrics.exists() and metrics.read_text().count('\n') > 3,
       process.poll,
     )
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    self.assertEqual(process.returncode, signals.EXIT_CODE, said)
-    self.assertEqual(
-      said.splitlines()[-1],
-      f'ffp_jax: SIGTERM: saved; go on with: {self.command}',
-    )
+    self.assert_stops(process)
     checkpoints = self.workdir / 'recovery' / 'checkpoints'
     step = run_state.steps_in(checkpoints)[-1]
     last = json.loads(metrics.read_text().splitlines()[-1])
     self.assertEqual(last['step'], step)
 
     room = metrics.stat().st_size // 1024 + 100  # no checkpoint has so little
-    process = self.start(*long, blocks=str(room))
-    said = process.communicate(timeout=300)[1]
-    self.assertEqual(process.returncode, 74, said)
-    self.assertNotIn('Traceback', said)
-    line = f'ffp_jax: {self.workdir}: File too large; make room and go on with'
-    self.assertStartsWith(said.splitlines()[-1], line)
+    self.assert_out_of_room(self.start(*long, blocks=str(room)))
     self.assertEqual(run_state.steps_in(checkpoints)[-1], step)
 
 

@@ -67,6 +67,22 @@ def _add_update(weight, a, b):
   return new.astype(weight.dtype)
 
 
+def factor_shapes(model: ModelConfig, rank: int) -> dict:
+  """Returns the shapes of the factors of every linear layer, float32.
+
+  Args:
+    model: of the dense decoder.
+    rank: of the updates.
+  """
+  adapted, plain = (
+    flax.traverse_util.flatten_dict(families.param_shapes(x, jnp.float32))
+    for x in (dataclasses.replace(model, adapter_rank=rank), model)
+  )
+  return flax.traverse_util.unflatten_dict(
+    {path: x for path, x in adapted.items() if path not in plain}
+  )
+
+
 def draw(model: ModelConfig, keep: Masks, *, rank: int, key: jax.Array) -> dict:
   """Draws the factors A and B of every linear layer, float32.
 
@@ -82,14 +98,8 @@ def draw(model: ModelConfig, keep: Masks, *, rank: int, key: jax.Array) -> dict:
   Returns:
     The factors alone, nested as the parameters of the decoder.
   """
-  adapted = dataclasses.replace(model, adapter_rank=rank)
-  shapes = flax.traverse_util.flatten_dict(
-    families.param_shapes(adapted, jnp.float32)
-  )
-  plain = flax.traverse_util.flatten_dict(
-    families.param_shapes(model, jnp.float32)
-  )
-  shapes = {path: x for path, x in shapes.items() if path not in plain}
+  nested = factor_shapes(model, rank)
+  shapes = flax.traverse_util.flatten_dict(nested)
 
   def values(key, keep):
     flat = {}
@@ -105,5 +115,4 @@ def draw(model: ModelConfig, keep: Masks, *, rank: int, key: jax.Array) -> dict:
         flat[path] *= mask.reshape(*mask.shape, *inner)
     return flax.traverse_util.unflatten_dict(flat)
 
-  shardings = param_shardings(flax.traverse_util.unflatten_dict(shapes))
-  return jax.jit(values, out_shardings=shardings)(key, keep)
+  return jax.jit(values, out_shardings=param_shardings(nested))(key, keep)

@@ -3,17 +3,15 @@
 Memory is what the compiler says of the program for each device of a mesh.
 """
 
-import dataclasses
 from collections.abc import Callable
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
-from ffp_jax.models import families
+from ffp_jax.models import adapters, families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import allocation, calibration, masks, recovery, search
 from ffp_jax.pruning.sublayers import find_sublayers
@@ -24,7 +22,11 @@ def abstract_params(
   model: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh
 ) -> dict:
   """Returns the decoder's parameters as shapes with their shardings."""
-  shapes = families.param_shapes(model, dtype)
+  return _place(families.param_shapes(model, dtype), mesh)
+
+
+def _place(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
+  """Returns shapes of parameters with their shardings."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -137,16 +139,10 @@ def recovery_memory(
   settings = config.recovery
   keep = masks.ones(model.layers, model.groups, model.ffn)
   mesh = jax.sharding.get_mesh()
-  adapted = dataclasses.replace(model, adapter_rank=rank)
-  trained = abstract_params(adapted, jnp.float32, mesh)
-  frozen = {}
   if rank:
-    flat = flax.traverse_util.flatten_dict(trained)
-    plain = flax.traverse_util.flatten_dict(params)
-    trained = flax.traverse_util.unflatten_dict(
-      {path: x for path, x in flat.items() if path not in plain}
-    )
-    frozen = params
+    trained, frozen = _place(adapters.factor_shapes(model, rank), mesh), params
+  else:
+    trained, frozen = abstract_params(model, jnp.float32, mesh), {}
   optim = recovery.optimizer()
   moments = optax.tree_utils.tree_map_params(
     optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
