@@ -115,6 +115,9 @@ def begin_command(module: str, workdir: str):
 
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda r: 'ffp_jax' in r.pathname)
+  # What has failed is raised; the threads that orbax leaves behind a failed
+  # write only say that nobody waits for them.
+  sys.unraisablehook = lambda x: logging.debug('%s', x.exc_value)
   path = storage.as_path(workdir)
   # ty: ignore[missing-attribute]
   if not jax.config.jax_compilation_cache_dir:
