@@ -92,6 +92,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.recovery.rank = 0  # of LoRA; 0 to train every kept weight
   # Highest rate; 0 for 1e-4, or for 3e-3 with a rank.
   config.recovery.learning_rate = 0.0
+  # Share of the loss that the text has; the dense model has the rest.
+  config.recovery.cross_entropy = 0.5
   config.recovery.rows = 1  # windows trained on at once
   config.recovery.accumulate = 1  # times that many in a step
   config.recovery.every = 16_384  # tokens between validations and checkpoints
@@ -252,6 +254,10 @@ def _validate_recovery(config):
   for key in ('tokens', 'rank', 'learning_rate'):
     if recovery[key] < 0:
       raise RequestError(f'recovery.{key}: must be 0 or more')
+  if not 0.0 <= recovery.cross_entropy <= 1.0:
+    raise RequestError(
+      f'recovery.cross_entropy: {recovery.cross_entropy} is outside [0, 1]'
+    )
   if 0 < recovery.tokens < recovery_batch(config):
     raise RequestError(
       f'recovery.tokens: {recovery.tokens} is less than one step of '

@@ -152,6 +152,7 @@ def describe(config, text, losses) -> dict:
     'tokens': len(text.order) * config.text.context,
     'text': text.name,
     'rank': config.recovery.rank,
+    'cross_entropy': config.recovery.cross_entropy,
     'validation_ppl': {k: float(np.exp(x)) for k, x in losses.items()},
   }
 

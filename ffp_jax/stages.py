@@ -210,6 +210,7 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
       optim,
       recovery.schedule(peak=peak, warmup=total // 10, steps=total),
       rank=rank,
+      cross_entropy=settings.cross_entropy,
       remat=settings.remat,
     )
   )

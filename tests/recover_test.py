@@ -412,6 +412,10 @@ class BadInputTest(_TestCase):
     ),
     ({'recovery.tokens': -1}, 'recovery.tokens: must be 0 or more'),
     ({'recovery.rows': 0}, 'recovery.rows: 0 must be positive'),
+    (
+      {'recovery.cross_entropy': 1.5},
+      'recovery.cross_entropy: 1.5 is outside',
+    ),
     ({'recovery.rank': 33}, 'recovery.rank: 33 is more than 16'),
     ({'recovery.data': 'missing.txt'}, "data: no file 'missing.txt'"),
     ({'recovery.data': 'pydoc:0'}, 'data: the weights .* sum to 0'),

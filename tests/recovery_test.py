@@ -76,7 +76,7 @@ def _setting(model=_MODEL, dense=None, dtype=jnp.float32) -> _Setting:
 @functools.cache
 def _step_fn(model, rank, remat=False):
   return recovery.make_step(
-    model, _OPTIM, _RATE, rank=rank, remat=remat, chunk=8
+    model, _OPTIM, _RATE, rank=rank, cross_entropy=0.0, remat=remat, chunk=8
   )
 
 
@@ -104,9 +104,12 @@ def _merged(setting, rank, batches):
 
 class DistillationLossTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('llama_grouped', 1), ('llama_biased', 8), ('opt_post_norm_projected', 100)
+    ('llama_grouped', 1, 0.0),
+    ('llama_grouped', 8, 0.3),
+    ('llama_biased', 8, 0.0),
+    ('opt_post_norm_projected', 100, 1.0),
   )
-  def test_is_the_divergence_of_pytorch(self, name, chunk):
+  def test_is_that_of_pytorch(self, name, chunk, share):
     """Values and gradients, of tied, projected and separate heads."""
     pair = testing.pair(name)
     decoder = Decoder(pair.config)
@@ -115,22 +118,32 @@ class DistillationLossTest(parameterized.TestCase):
     streams = source.standard_normal((2, *shape)).astype(np.float32)
     ends = {k: x for k, x in pair.params.items() if k != 'stack'}
     dense = jax.tree.map(lambda x: x + 0.1, ends)
+    tokens = source.integers(0, pair.config.vocab, shape[:2])
 
     def unembed(params, x):
       return decoder.apply({'params': params}, x, method='unembed')
 
     def loss(ends, stream, dense, dense_stream):
       return distillation_loss(
-        unembed, ends, stream, dense, dense_stream, chunk=chunk
+        unembed,
+        ends,
+        stream,
+        dense,
+        dense_stream,
+        tokens,
+        cross_entropy=share,
+        chunk=chunk,
       )
 
-    found, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(
-      ends, streams[0], dense, streams[1]
-    )
+    (found, divergence), gradients = jax.jit(
+      jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+    )(ends, streams[0], dense, streams[1])
     logits, pull_back = jax.vjp(unembed, ends, jnp.asarray(streams[0]))
     aim = unembed(dense, jnp.asarray(streams[1]))
-    expected, slope = _torch_divergence(np.asarray(logits), np.asarray(aim))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    *expected, slope = _torch_losses(
+      np.asarray(logits), np.asarray(aim), tokens, share
+    )
+    np.testing.assert_allclose((found, divergence), expected, rtol=1e-6)
     for ours, theirs in zip(
       jax.tree.leaves(gradients[:2]),
       jax.tree.leaves(pull_back(jnp.asarray(slope))),
@@ -139,7 +152,9 @@ class DistillationLossTest(parameterized.TestCase):
       largest = np.abs(theirs).max()
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * largest)
     # The head is not trained, as with adapters.
-    alone = jax.jit(jax.grad(loss, 1))(ends, streams[0], dense, streams[1])
+    alone, _ = jax.jit(jax.grad(loss, 1, has_aux=True))(
+      ends, streams[0], dense, streams[1]
+    )
     np.testing.assert_allclose(alone, gradients[1], rtol=1e-5, atol=1e-8)
     self.assertGreater(np.abs(gradients[1]).max(), 1e-3)
     for ours in jax.tree.leaves(gradients[2:]):
@@ -153,8 +168,15 @@ class DistillationLossTest(parameterized.TestCase):
 
     def loss(table, x, chunk):
       return distillation_loss(
-        lambda p, x: x @ p, table, x, 2.0 * table, x, chunk=chunk
-      )
+        lambda p, x: x @ p,
+        table,
+        x,
+        2.0 * table,
+        x,
+        np.zeros((B, T), np.int32),
+        cross_entropy=0.5,
+        chunk=chunk,
+      )[0]
 
     def temporary(chunk):
       function = jax.jit(jax.grad(loss, (0, 1)), static_argnames='chunk')
@@ -166,18 +188,22 @@ class DistillationLossTest(parameterized.TestCase):
     self.assertLess(temporary(16), whole / 2)
 
 
-def _torch_divergence(logits, aim):
-  """Returns KL(aim || logits) a token, and its gradient in the logits."""
+def _torch_losses(logits, aim, tokens, share):
+  """Returns the loss, KL(aim || logits) a token, the loss's gradient."""
   logits = torch.tensor(logits, requires_grad=True)
   V = logits.shape[-1]
-  loss = torch.nn.functional.kl_div(
+  divergence = torch.nn.functional.kl_div(
     logits.log_softmax(-1).reshape(-1, V),
     torch.tensor(aim).log_softmax(-1).reshape(-1, V),
     log_target=True,
     reduction='batchmean',
   )
+  cross_entropy = torch.nn.functional.cross_entropy(
+    logits[:, :-1].reshape(-1, V), torch.tensor(tokens[:, 1:]).reshape(-1)
+  )
+  loss = (1 - share) * divergence + share * cross_entropy
   loss.backward()
-  return loss.item(), logits.grad.numpy()
+  return loss.item(), divergence.item(), logits.grad.numpy()
 
 
 class AdapterTest(parameterized.TestCase):
@@ -508,7 +534,8 @@ class StepsTest(parameterized.TestCase):
     def step_fn(trained, opt_state, step, rate_scale, tokens):
       del tokens
       metrics = {
-        'kl': jnp.float32(kls.get(int(step), 1.0)),
+        'loss': jnp.float32(kls.get(int(step), 1.0)),
+        'kl': jnp.float32(1.0),
         'gradient_norm': jnp.float32(1.0),
         'rate': rate_scale,
       }

@@ -48,6 +48,7 @@ def make_step(setting: Setting) -> Callable[[], dict]:
     optim,
     optax.constant_schedule(recovery_setting.RATE),
     rank=setting.rank,
+    cross_entropy=0.0,
     remat=False,
     chunk=_CHUNK,
     student=student,

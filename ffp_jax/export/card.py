@@ -87,9 +87,11 @@ def _training(results) -> list[str]:
   if 'recovered' not in results:
     return []
   made = results['recovery']
+  share = made.get('cross_entropy', 0.0)
   return [
     f'After calibration it was trained on {made["tokens"]:,} tokens of '
-    f'{made["text"]} to predict what the dense model predicts.'
+    f'{made["text"]} to predict what the dense model predicts'
+    + (f' ({share:.0%} of the loss: what the text says).' if share else '.')
   ]
 
 

@@ -152,6 +152,7 @@ def recovery_memory(
     optim,
     recovery.schedule(peak=1.0, warmup=1, steps=2),
     rank=rank,
+    cross_entropy=settings.cross_entropy,
     remat=settings.remat,
   )
   tokens = settings.accumulate, settings.rows, config.text.context

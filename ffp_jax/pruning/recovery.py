@@ -1,7 +1,8 @@
 """Recovery: trains the pruned model to predict what the dense model predicts.
 
 The loss is the KL divergence of the next-token distributions of the masked
-model and the dense model on the same text. Either every kept weight is trained,
+model and the dense model on the same text, less a share that the cross-entropy
+of the text has. Either every kept weight is trained,
 or low-rank updates of the weights (LoRA, arXiv 2106.09685) while the weights
 themselves stay shared with the dense model. Removed units have no gradient, and
 so stay as they are, bit for bit.
@@ -119,10 +120,15 @@ def _make_loss(
   student: ModelConfig,
   *,
   rank: int,
+  cross_entropy: float,
   remat: bool,
   chunk: int,
 ) -> Callable:
-  """Returns (trained, frozen, dense params, Masks, tokens [B,T]) -> mean KL."""
+  """Returns the loss of a micro-batch.
+
+  That is (trained, frozen, dense params, Masks, tokens [B,T]) -> (mean loss,
+  mean divergence); see `distillation_loss`.
+  """
   dense_decoder = Decoder(model)
   student = dataclasses.replace(student, adapter_rank=rank)
   decoder = Decoder(student, remat=remat)
@@ -137,7 +143,7 @@ def _make_loss(
   def loss_fn(trained, frozen, dense, masks, tokens_BxT):
     params = join(frozen, trained, dense['embed']['table'].dtype)
 
-    def mean_divergence(rows):
+    def mean_losses(rows):
       positions = positions_from_zero(rows.shape[1])
       dense_stream, _ = dense_decoder.apply(
         {'params': dense}, rows, positions, method='stream'
@@ -151,10 +157,12 @@ def _make_loss(
         stream,
         unembed_params(dense),
         dense_stream,
+        rows,
+        cross_entropy=cross_entropy,
         chunk=chunk,
       )
 
-    return mean_over_rows(mean_divergence, tokens_BxT)
+    return mean_over_rows(mean_losses, tokens_BxT)
 
   return loss_fn
 
@@ -165,6 +173,7 @@ def make_step(
   rate: optax.Schedule,
   *,
   rank: int,
+  cross_entropy: float,
   remat: bool,
   chunk: int = 512,
   student: ModelConfig | None = None,
@@ -176,6 +185,7 @@ def make_step(
     optim: from `optimizer`.
     rate: from `schedule`.
     rank: as in `begin`.
+    cross_entropy: see `distillation_loss`.
     remat: whether to recompute activations in the backward pass.
     chunk: see `distillation_loss`.
     student: of the pruned decoder if it is sliced and takes no masks.
@@ -185,30 +195,39 @@ def make_step(
     [A,B,T]) -> (trained, opt_state, step, metrics); the buffers of the first
     two arguments are donated. The gradient is the mean over A micro-batches,
     computed in turn, whose rows are split over the mesh. The metrics are the
-    loss `kl` in nats, `gradient_norm` and `rate`.
+    `loss` and the divergence `kl` in nats, `gradient_norm` and `rate`.
   """
   loss_fn = _make_loss(
-    model, student or model, rank=rank, remat=remat, chunk=chunk
+    model,
+    student or model,
+    rank=rank,
+    cross_entropy=cross_entropy,
+    remat=remat,
+    chunk=chunk,
   )
 
   def step(
     trained, opt_state, step, rate_scale, frozen, dense, masks, tokens_AxBxT
   ):
     def add(total, tokens_BxT):
-      new = jax.value_and_grad(loss_fn)(
+      new = jax.value_and_grad(loss_fn, has_aux=True)(
         trained, frozen, dense, masks, tokens_BxT
       )
-      loss, gradient = jax.tree.map(jnp.add, total, new)
-      return (loss, constrain_params(gradient)), None
+      losses, gradient = jax.tree.map(jnp.add, total, new)
+      return (losses, constrain_params(gradient)), None
 
-    zero = jnp.float32(0.0), jax.tree.map(jnp.zeros_like, trained)
+    zeros = jnp.float32(0.0), jnp.float32(0.0)
+    zero = zeros, jax.tree.map(jnp.zeros_like, trained)
     total, _ = jax.lax.scan(add, zero, tokens_AxBxT)
-    loss, gradient = jax.tree.map(lambda x: x / len(tokens_AxBxT), total)
+    (loss, divergence), gradient = jax.tree.map(
+      lambda x: x / len(tokens_AxBxT), total
+    )
     change, opt_state = optim.update(gradient, opt_state)
     step_rate = rate(step) * rate_scale
     trained = jax.tree.map(lambda x, u: x - step_rate * u, trained, change)
     metrics = {
-      'kl': loss,
+      'loss': loss,
+      'kl': divergence,
       'gradient_norm': optax.tree.norm(gradient),
       'rate': step_rate,
     }
@@ -268,7 +287,7 @@ def steps(
     )
     metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
     metrics['step'] = taken = int(state.step)
-    finite = math.isfinite(metrics['kl'] + metrics['gradient_norm'])
+    finite = math.isfinite(metrics['loss'] + metrics['gradient_norm'])
     diverged = not finite
     if finite and (taken % every == 0 or taken == total):
       state, validation = _validated(state, validate)

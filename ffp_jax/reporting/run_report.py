@@ -292,7 +292,9 @@ def _recovery(run: Run) -> Iterator[Block]:
   yield Heading(2, 'Recovery')
   yield Text(
     f'The pruned model was trained on {made["tokens"]:,} tokens of '
-    f'{made["text"]} to predict what the dense model predicts. '
+    f'{made["text"]} to predict what the dense model predicts; '
+    f'{made.get("cross_entropy", 0.0):.0%} of the loss is the cross-entropy of '
+    'the text itself. '
     + (f'Low-rank updates of rank {rank}' if rank else 'All kept weights')
     + ' were trained. On the validation text its perplexity went from '
     f'{labels.ppl(ppls["start"])} to {labels.ppl(ppls["best"])}; the best '

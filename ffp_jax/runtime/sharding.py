@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import (
@@ -224,20 +225,19 @@ def map_candidates(
   return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), results)
 
 
-def mean_over_rows(
-  f: Callable[[jax.Array], jax.Array], rows_BxT: jax.Array
-) -> jax.Array:
+def mean_over_rows(f: Callable[[jax.Array], Any], rows_BxT: jax.Array) -> Any:
   """Returns the mean of `f` over rows, split over the mesh's `candidates`.
 
   Args:
-    f: maps rows [b,T] to the mean over them, a scalar.
+    f: maps rows [b,T] to means over them, a scalar or a pytree of scalars.
     rows_BxT: the rows. They are split if B is a multiple of the mesh axis.
   """
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else mesh.shape['candidates']
   parts = parts if len(rows_BxT) % parts == 0 else 1
   shares = rows_BxT.reshape(parts, -1, rows_BxT.shape[1])
-  return map_candidates(f, shares, block=1).mean()
+  means = map_candidates(f, shares, block=1)
+  return jax.tree.map(jnp.mean, means)
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
