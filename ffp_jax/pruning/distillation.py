@@ -1,4 +1,4 @@
-"""The distillation loss: a pruned model learns from a dense one and the text."""
+"""The distillation loss: a pruned model learns from a dense one and a text."""
 
 import functools
 from collections.abc import Callable
