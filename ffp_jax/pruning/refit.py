@@ -64,12 +64,13 @@ def refit_basis(
   static_argnames=('config', 'strength'),
   donate_argnames='stream_WxBxTxD',
 )
-def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
+def refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   """Refits both sublayers of a layer.
 
   Args:
     params: of the layer.
-    stream_WxBxTxD: the residual stream before the layer.
+    stream_WxBxTxD: the residual stream before the layer; its memory is given to
+      the one behind it.
     ranks: of the units, (attention [K], ffn [F]).
     config: `ModelConfig` of the dense decoder.
     strength: of the ridge.
@@ -119,7 +120,7 @@ def refit_model(
   layers = []
   for i in range(config.layers):
     layer, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
-    refits, stream = _refit_layer(
+    refits, stream = refit_layer(
       layer, stream, ranks, config=config, strength=float(strength)
     )
     layers.append(refits)
