@@ -13,6 +13,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -129,7 +130,7 @@ def bounds(compiled: Compiled, chip: topology.Chip) -> dict[str, float]:
 
 
 def describe(
-  found: list[Compiled | TooLarge],
+  found: Sequence[Compiled | TooLarge],
   memory_gib: float,
   chip: topology.Chip | None = None,
   tflops: float | None = None,

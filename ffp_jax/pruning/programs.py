@@ -180,7 +180,7 @@ def _scoring(name, context, model, params, mesh, beside=0) -> Program:
 
 
 def _streams(windows, config, model, params, mesh) -> jax.ShapeDtypeStruct:
-  """Returns the residual streams [W,B,T,D] of windows, as the decoder has it."""
+  """Returns the residual streams [W,B,T,D], split as the decoder has them."""
   shape = windows, 1, config.text.context, model.width
   spec = sharding.partition_spec(
     shape, (None, 'batch', None, 'embed'), mesh.shape
@@ -287,12 +287,12 @@ def _calibrate_layer(config, model, params, mesh) -> Program:
   """Returns the calibration of the last layer: all others are there already."""
   text = config.text
   windows = config.calibration.windows or text.calibration_windows
-  streams = calibration.Streams(
-    *(
-      _streams(n, config, model, params, mesh)
-      for n in (windows, text.validation_windows)
-    )
+  fit, check = (
+    _streams(n, config, model, params, mesh)
+    for n in (windows, text.validation_windows)
   )
+  # ty: ignore[invalid-argument-type]
+  streams = calibration.Streams(fit, check)
   layer, keep = _first_layer(params, _keep(model))
   return Program(
     name='calibration, a layer',

@@ -25,6 +25,14 @@ _CALLED = re.compile(
 )
 
 
+class _Instruction(NamedTuple):
+  root: bool
+  name: str
+  shape: str  # of the result
+  opcode: str
+  line: str
+
+
 class Collective(NamedTuple):
   """One collective of a program."""
 
@@ -55,17 +63,18 @@ def find_collectives(hlo: str) -> list[Collective]:
   return list(_walk(computations, entry, 1, 0, set()))
 
 
-def _split(hlo: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of each computation, and the name of the first one."""
-  computations: dict[str, list[str]] = {}
+def _split(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+  """Returns the instructions of each computation, and the name of the entry."""
+  computations: dict[str, list[_Instruction]] = {}
   name = entry = ''
   for line in hlo.splitlines():
     if found := _COMPUTATION.match(line):
       name = found[2]
       computations[name] = []
       entry = name if found[1] else entry
-    elif _INSTRUCTION.match(line):
-      computations[name].append(line)
+    elif found := _INSTRUCTION.match(line):
+      instruction = _Instruction(bool(found[1]), *found.group(2, 3, 4), line)
+      computations[name].append(instruction)
   return computations, entry
 
 
@@ -80,20 +89,19 @@ def _walk(computations, name, times, loops, seen) -> Iterator[Collective]:
     seen: channels of the collectives that the same body of a loop had before.
       One that runs beside other work is written once in each piece of it.
   """
-  for line in computations[name]:
-    _, own, shape, opcode = _INSTRUCTION.match(line).groups()
-    if kind := _kind(opcode):
-      channel = re.search(r'channel_id=(\d+)', line)
-      key = channel[1] if channel else own
+  for x in computations[name]:
+    if kind := _kind(x.opcode):
+      channel = re.search(r'channel_id=(\d+)', x.line)
+      key = channel[1] if channel else x.name
       if key not in seen:
         seen.add(key)
         scattered = name.startswith('all-reduce-scatter')
-        yield _read(line, kind, shape, opcode, scattered, times, loops)
+        yield _read(x, kind, scattered, times, loops)
       continue
-    for role, callee, callees in _CALLED.findall(line):
+    for role, callee, callees in _CALLED.findall(x.line):
       for called in re.findall(r'[\w.-]+', callee or callees):
         if role == 'body':
-          count = times * _trips(computations, line)
+          count = times * _trips(computations, x.line)
           yield from _walk(computations, called, count, loops + 1, set())
         else:
           yield from _walk(computations, called, times, loops, seen)
@@ -110,27 +118,32 @@ def _trips(computations, line: str) -> int:
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
     return int(known[1])
   condition = re.search(r'condition=%?([\w.-]+)', line)
-  lines = computations[condition[1]] if condition else []
-  root = next((x for x in lines if x.lstrip().startswith('ROOT')), '')
-  compared = re.search(r' compare\((.*?)\), direction=LT', root)
-  for x in lines if compared else []:
-    constant = re.match(r'\s+%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)', x)
-    if constant and constant[1] in re.findall(r'[\w.-]+', compared[1]):
-      return int(constant[2])
+  inside = computations[condition[1]] if condition else []
+  constants = {
+    x.name: re.search(r'constant\((\d+)\)', x.line)
+    for x in inside
+    if x.opcode == 'constant'
+  }
+  for x in inside:
+    compared = re.search(r' compare\((.*?)\), direction=LT', x.line)
+    if x.root and compared:
+      limit = constants.get(re.findall(r'[\w.-]+', compared[1])[-1])
+      return int(limit[1]) if limit else 1
   return 1
 
 
-def _read(line, kind, shape, opcode, scattered, times, loops) -> Collective:
-  """Returns a collective from its line; see `_walk`.
+def _read(x: _Instruction, kind, scattered, times, loops) -> Collective:
+  """Returns a collective from its instruction; see `_walk`.
 
   An all-reduce of which each device keeps a part (`scattered`) is fused into a
   reduce-scatter.
   """
-  if opcode.endswith('-start') and kind != 'all-reduce' and shape[0] == '(':
+  shape = x.shape
+  if x.opcode.endswith('-start') and kind != 'all-reduce' and shape[0] == '(':
     shape = _second(shape)  # the first is the operand
   arrays = re.findall(r'([a-z]+\d*\w*)\[([\d,]*)\]', shape)
   size = sum(_bytes(dtype, dims) for dtype, dims in arrays)
-  groups = _groups(line)
+  groups = _groups(x.line)
   n = groups.shape[1]
   if kind == 'all-reduce':
     kind = 'reduce-scatter' if scattered else kind
