@@ -15,21 +15,21 @@ KINDS = (
   'collective-permute',
 )
 
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
+_COMPUTATION = re.compile(r'^(ENTRY )?%([\w.-]+) \(.*\{$')
 _INSTRUCTION = re.compile(
-  r'^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\('
+  r'^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\(([^)]*)\)'
 )
 _CALLED = re.compile(
-  r'(calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)'
+  r'(calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)'
   r'|(?:branch_computations|called_computations)=\{([^}]*)\}'
 )
 
 
 class _Instruction(NamedTuple):
-  root: bool
-  name: str
+  root: bool  # whether its computation returns it
   shape: str  # of the result
   opcode: str
+  operands: list[str]  # their names
   line: str
 
 
@@ -63,18 +63,20 @@ def find_collectives(hlo: str) -> list[Collective]:
   return list(_walk(computations, entry, 1, 0, set()))
 
 
-def _split(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-  """Returns the instructions of each computation, and the name of the entry."""
-  computations: dict[str, list[_Instruction]] = {}
+def _split(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+  """Returns each computation's instructions by name, and the entry's name."""
+  computations: dict[str, dict[str, _Instruction]] = {}
   name = entry = ''
   for line in hlo.splitlines():
     if found := _COMPUTATION.match(line):
       name = found[2]
-      computations[name] = []
+      computations[name] = {}
       entry = name if found[1] else entry
     elif found := _INSTRUCTION.match(line):
-      instruction = _Instruction(bool(found[1]), *found.group(2, 3, 4), line)
-      computations[name].append(instruction)
+      root, own, shape, opcode, inside = found.groups()
+      operands = re.findall(r'%([\w.-]+)', inside)
+      instruction = _Instruction(bool(root), shape, opcode, operands, line)
+      computations[name][own] = instruction
   return computations, entry
 
 
@@ -86,23 +88,23 @@ def _walk(computations, name, times, loops, seen) -> Iterator[Collective]:
     name: of the computation.
     times: how often it is executed.
     loops: number of loops around it.
-    seen: channels of the collectives that the same body of a loop had before.
-      One that runs beside other work is written once in each piece of it.
+    seen: channels of the collectives that run beside other work, which are
+      written once in each piece of that work.
   """
-  for x in computations[name]:
+  own = computations[name]
+  for x in own.values():
     if kind := _kind(x.opcode):
-      channel = re.search(r'channel_id=(\d+)', x.line)
-      key = channel[1] if channel else x.name
-      if key not in seen:
-        seen.add(key)
+      channel = re.search(r'channel_id=(\d+).*chain_id=', x.line)
+      if not channel or channel[1] not in seen:
+        seen |= {channel[1]} if channel else set()
         scattered = name.startswith('all-reduce-scatter')
         yield _read(x, kind, scattered, times, loops)
       continue
     for role, callee, callees in _CALLED.findall(x.line):
       for called in re.findall(r'[\w.-]+', callee or callees):
         if role == 'body':
-          count = times * _trips(computations, x.line)
-          yield from _walk(computations, called, count, loops + 1, set())
+          count = times * _trips(computations, own, x)
+          yield from _walk(computations, called, count, loops + 1, set(seen))
         else:
           yield from _walk(computations, called, times, loops, seen)
 
@@ -113,23 +115,44 @@ def _kind(opcode: str) -> str | None:
   return name if name in KINDS else None
 
 
-def _trips(computations, line: str) -> int:
-  """Returns how often a loop runs: its counter's limit, or 1 if it has none."""
-  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+def _trips(computations, own, loop: _Instruction) -> int:
+  """Returns how often a loop runs, 1 if no counter ends it.
+
+  A counter is compared with a constant in the loop's condition, and the body
+  adds a constant to it.
+
+  Args:
+    computations: from `_split`.
+    own: the instructions beside the loop.
+    loop: a while.
+  """
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
     return int(known[1])
-  condition = re.search(r'condition=%?([\w.-]+)', line)
-  inside = computations[condition[1]] if condition else []
-  constants = {
-    x.name: re.search(r'constant\((\d+)\)', x.line)
-    for x in inside
-    if x.opcode == 'constant'
-  }
-  for x in inside:
-    compared = re.search(r' compare\((.*?)\), direction=LT', x.line)
-    if x.root and compared:
-      limit = constants.get(re.findall(r'[\w.-]+', compared[1])[-1])
-      return int(limit[1]) if limit else 1
-  return 1
+  called = dict(re.findall(r'(condition|body)=%([\w.-]+)', loop.line))
+  condition, body = (computations[called[x]] for x in ('condition', 'body'))
+  (root,) = (x for x in condition.values() if x.root)
+  if root.opcode != 'compare' or 'direction=LT' not in root.line:
+    return 1
+  counter, limit = (condition.get(name) for name in root.operands)
+  found = re.search(r'get-tuple-element\(.*\), index=(\d+)', counter.line)
+  end = _constant(condition, limit)
+  if not found or end is None:
+    return 1
+  index = int(found[1])
+  first = _constant(own, own[own[loop.operands[0]].operands[index]])
+  (last,) = (x for x in body.values() if x.root)
+  added = body[last.operands[index]]
+  steps = [_constant(body, body[name]) for name in added.operands]
+  step = next((n for n in steps if n), 1)
+  return -(-(end - (first or 0)) // step)
+
+
+def _constant(own, x: _Instruction) -> int | None:
+  """Returns the value of an integer constant or its copy, None of all else."""
+  while x.opcode in ('copy', 'bitcast', 'convert'):
+    x = own[x.operands[0]]
+  found = re.search(r' constant\((\d+)\)', x.line)
+  return int(found[1]) if found else None
 
 
 def _read(x: _Instruction, kind, scattered, times, loops) -> Collective:
