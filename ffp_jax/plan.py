@@ -144,44 +144,52 @@ def describe(
     tflops: TFLOP/s that one device reaches, without a chip, if known.
   """
   lines = [
-    f'{"GiB a device":28}{"arguments":>10}{"temporary":>10}{"all":>8}'
-    f'{"FLOPs":>10}{"seconds at best":>17}{"compiled in":>13}'
+    f'{"GiB per device":21}{"arguments":>9}{"temporary":>10}{"all":>7}'
+    f'{"FLOPs":>9}{"seconds at best":>17}{"compiled in":>13}'
   ]
   for x in found:
     if isinstance(x, TooLarge):
-      lines.append(f'{x.program.name:28}{x.message}')
+      lines.append(f'{x.program.name:21}{x.message}')
       continue
-    best = ''
-    if chip:
-      limit, seconds = max(bounds(x, chip).items(), key=lambda item: item[1])
-      best = f'{seconds:.3g} {limit}'
-    elif tflops:
-      flops = x.program.flops.total / x.program.parts
-      best = f'{flops / (tflops * 1e12):.3g}'
+    arguments, temporary, total = (
+      n / _GIB for n in (x.arguments, x.temporary, x.total)
+    )
     lines.append(
-      f'{x.program.name:28}{x.arguments / _GIB:10.2f}{x.temporary / _GIB:10.2f}'
-      f'{x.total / _GIB:8.2f}{x.program.flops.total:10.2g}{best:>17}'
+      f'{x.program.name:21}{arguments:9.2f}{temporary:10.2f}{total:7.2f}'
+      f'{x.program.flops.total:9.2g}{_at_best(x, chip, tflops):>17}'
       f'{x.seconds:11.1f} s'
     )
   if chip:
-    lines += ['', _describe_collectives(found)]
+    lines += ['', *_describe_collectives(found)]
   return '\n'.join([*lines, '', _verdict(found, memory_gib)])
 
 
-def _describe_collectives(found) -> str:
-  """Returns a table of what a device receives."""
-  kinds = collectives.KINDS
-  lines = [f'{"GB a chip receives":28}' + ''.join(f'{x:>20}' for x in kinds)]
+def _at_best(x: Compiled, chip, tflops) -> str:
+  """Returns the fewest seconds of a program, and what limits it, if known."""
+  if chip:
+    limit, seconds = max(bounds(x, chip).items(), key=lambda item: item[1])
+    return f'{seconds:.3g} {limit}'
+  if tflops:
+    return f'{x.program.flops.total / x.program.parts / (tflops * 1e12):.3g}'
+  return ''
+
+
+def _describe_collectives(found) -> list[str]:
+  """Returns a table of what a device receives, as lines."""
+
+  def line(name, cells):
+    widths = (len(kind) + 2 for kind in collectives.KINDS)
+    row = (f'{x:>{n}}' for x, n in zip(cells, widths, strict=True))
+    return f'{name:21}' + ''.join(row)
+
+  lines = [line('GB a chip receives', collectives.KINDS)]
   for x in found:
     if isinstance(x, Compiled):
-      sizes = [
-        sum(c.size * c.times for c in x.collectives if c.kind == kind) / 1e9
-        for kind in kinds
-      ]
-      lines.append(
-        f'{x.program.name:28}' + ''.join(f'{size:20.3g}' for size in sizes)
-      )
-  return '\n'.join(lines)
+      gb = {kind: 0.0 for kind in collectives.KINDS}
+      for one in x.collectives:
+        gb[one.kind] += one.size * one.times / 1e9
+      lines.append(line(x.program.name, (f'{n:.3g}' for n in gb.values())))
+  return lines
 
 
 def _verdict(found, memory_gib: float) -> str:
@@ -243,29 +251,24 @@ def describe_meshes(
   """
   rows = []
   for sizes, x in found.items():
-    name = f'{" x ".join(map(str, sizes)):12}'
+    name = ' x '.join(map(str, sizes))
     if isinstance(x, TooLarge):
-      rows.append((True, math.inf, f'{name}{x.message}'))
+      rows.append((math.inf, f'{name:12}{x.message}'))
       continue
-    limit, seconds = max(bounds(x, chip).items(), key=lambda item: item[1])
     exchanged = sum(c.size * c.times for c in x.collectives) / 1e9
-    too_large = x.total > chip.hbm_gib * _GIB
-    rows.append(
-      (
-        too_large,
-        seconds,
-        f'{name}{x.total / _GIB:8.2f}{exchanged:14.3g}'
-        f'{seconds:11.3g} {limit:8}{x.seconds:11.1f} s'
-        + ('  DOES NOT FIT' if too_large else ''),
-      )
+    row = (
+      f'{name:12}{x.total / _GIB:8.2f}{exchanged:14.3g}'
+      f'{_at_best(x, chip, None):>17}{x.seconds:11.1f} s'
     )
+    if x.total > chip.hbm_gib * _GIB:
+      rows.append((math.inf, f'{row}  DOES NOT FIT'))
+    else:
+      rows.append((max(bounds(x, chip).values()), row))
   header = (
-    f'{"mesh":12}{"GiB":>8}{"GB exchanged":>14}{"seconds at best":>20}'
+    f'{"search step":12}{"GiB":>8}{"GB exchanged":>14}{"seconds at best":>17}'
     f'{"compiled in":>13}'
   )
-  return '\n'.join(
-    ['search step, per chip', header, *(x[2] for x in sorted(rows))]
-  )
+  return '\n'.join([header, *(row for _, row in sorted(rows))])
 
 
 def _progress(items: list) -> tqdm:
