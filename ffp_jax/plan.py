@@ -12,13 +12,10 @@ Compiles every program of the run ahead of time and reads what each takes: with
 import functools
 import math
 import sys
-import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -27,106 +24,13 @@ from ffp_jax import config as config_lib
 from ffp_jax import errors
 from ffp_jax.checkpoints import hub, model_config
 from ffp_jax.models import families
-from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.pruning import compilation
 from ffp_jax.pruning import programs as programs_lib
-from ffp_jax.pruning.programs import Program
-from ffp_jax.runtime import cli, collectives, device_memory, sharding, topology
+from ffp_jax.pruning.compilation import Compiled, TooLarge
+from ffp_jax.runtime import cli, collectives, sharding, topology
 from ffp_jax.text import tokenization
 
 _GIB = 2**30
-# A product of float32 matrices at full precision is six of bfloat16 ones on a
-# TPU: docs.jax.dev/en/latest/jax.lax.html, Precision.HIGHEST.
-_FULL_PRECISION_PASSES = 6
-
-
-class Compiled(NamedTuple):
-  """What a compiler says of a program, for each device."""
-
-  program: Program
-  seconds: float  # of tracing and compiling it
-  arguments: int  # bytes
-  temporary: int  # bytes
-  total: int  # bytes, with results and with what lies beside; see `Program`
-  collectives: list[collectives.Collective]
-
-
-class TooLarge(NamedTuple):
-  """A program that the compiler refuses because it can't fit."""
-
-  program: Program
-  message: str
-
-
-def compile_for_topology(
-  program: Program, mesh: jax.sharding.Mesh
-) -> Compiled | TooLarge:
-  """Compiles a program by the TPU's own compiler.
-
-  Args:
-    program: of a run with the weights' own type.
-    mesh: of devices from `topology.find_devices`.
-  """
-  start = time.perf_counter()
-  try:
-    compiled = _compile(program, mesh)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    return TooLarge(program, str(error).splitlines()[0])
-  seconds = time.perf_counter() - start
-  memory = device_memory.memory_of(compiled)
-  return Compiled(
-    program,
-    seconds,
-    memory.arguments,
-    memory.temporary,
-    memory.total + program.beside,
-    collectives.find_collectives(compiled.as_text()),
-  )
-
-
-def compile_for_cpu(
-  program: Program, widened: Program, mesh: jax.sharding.Mesh
-) -> Compiled:
-  """Compiles a program by the CPU's compiler, an upper bound of its memory.
-
-  As that compiler widens bfloat16, temporaries and results are those in
-  float32. Arguments are counted in the weights' own type.
-
-  Args:
-    program: of a run with the weights' own type.
-    widened: the same program in float32.
-    mesh: of virtual devices.
-  """
-  start = time.perf_counter()
-  memory = device_memory.memory_of(_compile(widened, mesh))
-  seconds = time.perf_counter() - start
-  arguments = programs_lib.local_bytes(program.arguments)
-  total = arguments + memory.temporary + memory.output + program.beside
-  return Compiled(program, seconds, arguments, memory.temporary, total, [])
-
-
-def _compile(program, mesh):
-  with jax.set_mesh(mesh):
-    lowered = program.function.lower(*program.arguments, **program.keywords)
-    return lowered.compile()
-
-
-def bounds(compiled: Compiled, chip: topology.Chip) -> dict[str, float]:
-  """Returns the seconds that a program takes at least, by what limits it.
-
-  FLOPs at the peak of bfloat16; the weights read from memory once in each pass,
-  and nothing else; what a chip receives on all its links together.
-  """
-  program = compiled.program
-  total, full = program.flops
-  operations = total + (_FULL_PRECISION_PASSES - 1) * full
-  exchanged = sum(x.size * x.times for x in compiled.collectives)
-  return {
-    'FLOPs': operations / program.parts / (chip.tflops * 1e12),
-    'memory': program.reads / (chip.hbm_gb * 1e9),
-    'links': exchanged / (chip.ici_gb * 1e9),
-  }
 
 
 def describe(
@@ -167,7 +71,9 @@ def describe(
 def _at_best(x: Compiled, chip, tflops) -> str:
   """Returns the fewest seconds of a program, and what limits it, if known."""
   if chip:
-    limit, seconds = max(bounds(x, chip).items(), key=lambda item: item[1])
+    limit, seconds = max(
+      compilation.bounds(x, chip).items(), key=lambda item: item[1]
+    )
     return f'{seconds:.3g} {limit}'
   if tflops:
     return f'{x.program.flops.total / x.program.parts / (tflops * 1e12):.3g}'
@@ -207,39 +113,6 @@ def _verdict(found, memory_gib: float) -> str:
   )
 
 
-def list_meshes(
-  config: ml_collections.ConfigDict, model: ModelConfig, devices: int
-) -> list[tuple[int, int, int]]:
-  """Returns the meshes of all devices whose every axis splits something.
-
-  `candidates` must divide the candidates of a step, `fsdp` the model width, and
-  `tensor` the channels and the groups or else the query heads of a group.
-
-  Args:
-    config: of the run.
-    model: of the dense decoder.
-    devices: number of them.
-
-  Returns:
-    Sizes of candidates, fsdp and tensor.
-  """
-  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-  return [
-    (candidates, fsdp, devices // candidates // fsdp)
-    for candidates in divisors
-    for fsdp in divisors
-    if devices % (candidates * fsdp) == 0
-    and config.search.candidates % candidates == 0
-    and model.width % fsdp == 0
-    and _splits_layers(model, devices // candidates // fsdp)
-  ]
-
-
-def _splits_layers(model: ModelConfig, tensor: int) -> bool:
-  heads = model.groups, model.heads_per_group
-  return model.ffn % tensor == 0 and any(n % tensor == 0 for n in heads)
-
-
 def describe_meshes(
   found: dict[tuple[int, int, int], Compiled | TooLarge], chip: topology.Chip
 ) -> str:
@@ -263,9 +136,9 @@ def describe_meshes(
     if x.total > chip.hbm_gib * _GIB:
       rows.append((math.inf, f'{row}  DOES NOT FIT'))
     else:
-      rows.append((max(bounds(x, chip).values()), row))
+      rows.append((max(compilation.bounds(x, chip).values()), row))
   header = (
-    f'{"search step":12}{"GiB":>8}{"GB exchanged":>14}{"seconds at best":>17}'
+    f'{"search step":12}{"GiB":>8}{"GB received":>14}{"seconds at best":>17}'
     f'{"compiled in":>13}'
   )
   return '\n'.join([header, *(row for _, row in sorted(rows))])
@@ -278,7 +151,7 @@ def _progress(items: list) -> tqdm:
 
 
 def _check_flags(args) -> None:
-  """Refuses flags that don't go together."""
+  """Refuses flags that don't go together, and topologies without a chip."""
   given = [
     name
     for name in ('devices', 'device_memory_gib', 'tflops')
@@ -291,16 +164,18 @@ def _check_flags(args) -> None:
   fixed = [key for key in cli.overrides() if key.startswith('mesh.')]
   if args.mesh and fixed:
     errors.refuse(f'--config.{fixed[0]} and --mesh=search both say the mesh')
+  if args.topology:
+    topology.parse(args.topology)
 
 
 def main(argv: list[str]) -> None:
   """Prints the estimate that the flags ask for."""
   del argv
   args = flags.FLAGS
-  _check_flags(args)
   config = args.config
   jax.config.update('jax_platforms', 'cpu')
   try:
+    _check_flags(args)
     config_lib.validate(config)
     model = model_config.read_model_config(hub.resolve_model(config.model))
     tokenization.check_tokens(model, (), config.text.context)
@@ -312,21 +187,25 @@ def main(argv: list[str]) -> None:
 
 def _plan(args, config, model, dtype) -> str:
   """Returns the estimate as text."""
-  memory_gib, tflops, count = args.device_memory_gib, args.tflops, args.devices
-  if args.topology:
-    chip, count = topology.parse(args.topology)
-    try:
-      devices = topology.find_devices(args.topology)
-    except topology.NoCompiler:
-      missing = f"--topology needs the TPU's compiler: {topology.INSTALL}"
-      if args.mesh:
-        raise errors.RequestError(missing) from None
-      print(f'ffp_jax: {missing}; estimated on CPU instead', file=sys.stderr)
-      memory_gib, tflops = chip.hbm_gib, chip.tflops
-    else:
-      if args.mesh:
-        return _search_mesh(config, model, dtype, devices, chip)
-      return _plan_topology(config, model, dtype, devices, chip)
+  run = config, model, dtype
+  if not args.topology:
+    return _plan_cpu(*run, args.devices, args.device_memory_gib, args.tflops)
+  chip, count = topology.parse(args.topology)
+  try:
+    devices = topology.find_devices(args.topology)
+  except topology.NoCompiler:
+    missing = f"--topology needs the TPU's compiler: {topology.INSTALL}"
+    if args.mesh:
+      raise errors.RequestError(missing) from None
+    print(f'ffp_jax: {missing}; estimated on CPU instead', file=sys.stderr)
+    return _plan_cpu(*run, count, chip.hbm_gib, chip.tflops)
+  if args.mesh:
+    return _search_mesh(*run, devices, chip)
+  return _plan_topology(*run, devices, chip)
+
+
+def _plan_cpu(config, model, dtype, count, memory_gib, tflops) -> str:
+  """Returns the estimate by the compiler of the CPU as text."""
   jax.config.update('jax_num_cpu_devices', count)
   mesh = sharding.make_mesh(**config.mesh)
   pairs = zip(
@@ -334,7 +213,9 @@ def _plan(args, config, model, dtype) -> str:
     programs_lib.list_programs(config, model, jnp.dtype('float32'), mesh),
     strict=True,
   )
-  found = [compile_for_cpu(*pair, mesh) for pair in _progress(list(pairs))]
+  found = [
+    compilation.compile_for_cpu(*pair, mesh) for pair in _progress(list(pairs))
+  ]
   about = _describe_model(config, model, dtype, mesh)
   return f'{about}\n\n{describe(found, memory_gib, tflops=tflops)}'
 
@@ -343,7 +224,9 @@ def _plan_topology(config, model, dtype, devices, chip) -> str:
   """Returns the estimate for TPUs as text."""
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   programs = programs_lib.list_programs(config, model, dtype, mesh)
-  found = [compile_for_topology(x, mesh) for x in _progress(programs)]
+  found = [
+    compilation.compile_for_topology(x, mesh) for x in _progress(programs)
+  ]
   about = _describe_model(config, model, dtype, mesh)
   return f'{about}\n\n{describe(found, chip.hbm_gib, chip)}'
 
@@ -351,10 +234,10 @@ def _plan_topology(config, model, dtype, devices, chip) -> str:
 def _search_mesh(config, model, dtype, devices, chip) -> str:
   """Returns the ranked meshes as text."""
   found = {}
-  for sizes in _progress(list_meshes(config, model, len(devices))):
+  for sizes in _progress(compilation.list_meshes(config, model, len(devices))):
     mesh = sharding.make_mesh(*sizes, devices=devices)
     step = programs_lib.search_step(config, model, dtype, mesh)
-    found[sizes] = compile_for_topology(step, mesh)
+    found[sizes] = compilation.compile_for_topology(step, mesh)
   return describe_meshes(found, chip)
 
 
@@ -384,7 +267,7 @@ if __name__ == '__main__':
     'mesh',
     None,
     ['search'],
-    'Compile the search step alone, for every sensible mesh of --topology.',
+    'Compile the search step alone, for every mesh that fits the model.',
   )
   flags.DEFINE_integer(
     'devices', 1, 'Number of devices to plan for.', lower_bound=1

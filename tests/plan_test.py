@@ -14,7 +14,7 @@ from ffp_jax import plan
 from ffp_jax.config import defaults
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import flops, programs
+from ffp_jax.pruning import compilation, flops, programs
 from ffp_jax.pruning.programs import Program
 from ffp_jax.runtime import collectives, device_memory, sharding, topology
 from tests import tiny_run
@@ -57,7 +57,7 @@ def _search(**overrides):
   """Bytes that a search step takes on one device."""
   mesh, config = sharding.make_mesh(1, 1, 1), _config(**overrides)
   step = programs.search_step(config, _MODEL, jnp.dtype('float32'), mesh)
-  return plan.compile_for_cpu(step, step, mesh).total
+  return compilation.compile_for_cpu(step, step, mesh).total
 
 
 def _named(*names):
@@ -127,7 +127,7 @@ class PlanTest(parameterized.TestCase):
 
   def test_the_verdict_names_the_largest_program_of_the_run(self):
     small, large, other = (
-      plan.Compiled(program, 1.0, 2**28, 2**28, n * 2**30, [])
+      compilation.Compiled(program, 1.0, 2**28, 2**28, n * 2**30, [])
       for program, n in zip(_named('a', 'b', 'c'), (1, 2, 9), strict=True)
     )
     other = other._replace(program=other.program._replace(in_run=False))
@@ -140,23 +140,23 @@ class PlanTest(parameterized.TestCase):
     (program,) = _named('a')
     groups = jnp.array([[0, 1]])
     exchanged = collectives.Collective('all-gather', '', 10**9, 8, groups, 1)
-    compiled = plan.Compiled(program, 1.0, 0, 0, 0, [exchanged])
+    compiled = compilation.Compiled(program, 1.0, 0, 0, 0, [exchanged])
     chip = topology.Chip(1.0, 16.0, 2.0, 4.0, {})
     # Of 6 TFLOP on two devices, 1 at full precision counts six times.
     self.assertEqual(
-      plan.bounds(compiled, chip),
+      compilation.bounds(compiled, chip),
       {'FLOPs': 5.5, 'memory': 1.5, 'links': 2.0},
     )
 
   def test_meshes_are_those_whose_axes_split_something(self):
     config = _config(**{'search.candidates': 2})
     self.assertEqual(
-      plan.list_meshes(config, _MODEL, 4),
+      compilation.list_meshes(config, _MODEL, 4),
       [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)],
     )
     odd = dataclasses.replace(_MODEL, groups=3)
     self.assertEqual(
-      plan.list_meshes(config, odd, 4),
+      compilation.list_meshes(config, odd, 4),
       [(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)],
     )
 

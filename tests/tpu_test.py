@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from ffp_jax import plan
 from ffp_jax.config import defaults
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import programs
+from ffp_jax.pruning import compilation, programs
 from ffp_jax.runtime import sharding, topology
 
 _LLAMA = ModelConfig(
@@ -70,7 +70,7 @@ def _compile(sizes, *names, family='llama', name='v5e:2x2', **overrides):
     _config(**overrides), _MODELS[family], jnp.dtype('bfloat16'), mesh
   )
   return {
-    x.name: plan.compile_for_topology(x, mesh)
+    x.name: compilation.compile_for_topology(x, mesh)
     for x in listed
     if not names or x.name in names
   }
@@ -100,7 +100,7 @@ class ProgramsTest(parameterized.TestCase):
     used = {sharding.MESH_AXES[i] for i in range(3) if sizes[i] > 1}
     for name, x in found.items():
       with self.subTest(name):
-        self.assertIsInstance(x, plan.Compiled)
+        self.assertIsInstance(x, compilation.Compiled)
         self.assertGreater(x.arguments, 0)
         seen = [axis for c in x.collectives for axis in _axes(c, sizes)]
         self.assertContainsSubset(seen, used)
@@ -112,7 +112,7 @@ class ProgramsTest(parameterized.TestCase):
 
   def test_another_chip(self):
     found = _compile((1, 2, 2), 'search step', name='v5p:2x2x1')
-    self.assertIsInstance(found['search step'], plan.Compiled)
+    self.assertIsInstance(found['search step'], compilation.Compiled)
 
   def test_candidates_exchange_nothing_in_the_layers(self):
     sizes = 4, 1, 1
@@ -132,8 +132,8 @@ class ProgramsTest(parameterized.TestCase):
     model = dataclasses.replace(_LLAMA, vocab=2**21, width=8192)
     mesh = _mesh('v5e:2x2', (4, 1, 1))
     step = programs.search_step(_config(), model, jnp.dtype('bfloat16'), mesh)
-    found = plan.compile_for_topology(step, mesh)
-    self.assertIsInstance(found, plan.TooLarge)
+    found = compilation.compile_for_topology(step, mesh)
+    self.assertIsInstance(found, compilation.TooLarge)
     self.assertRegex(found.message, r'RESOURCE_EXHAUSTED.*15\.75G')
     text = plan.describe([found], 15.75, topology.CHIPS['v5e'])
     self.assertIn('DOES NOT FIT in 15.75 GiB per device: search step', text)
