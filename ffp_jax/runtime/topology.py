@@ -82,6 +82,7 @@ def find_devices(name: str) -> list[jax.Device]:
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     'TPU_STDERR_LOG_LEVEL': '3',
+    'TPU_LOG_DIR': 'disabled',
   }.items():
     os.environ.setdefault(key, value)
   options = dict(chip.options)
