@@ -21,6 +21,7 @@ import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
 from ffp_jax.pruning import calibration
+from ffp_jax.runtime import linear_algebra
 from ffp_jax.runtime.sharding import constrain
 
 
@@ -47,8 +48,8 @@ def refit_basis(
   identity = jnp.eye(len(gram_IxI))
   gram = gram_IxI[order_I][:, order_I]
   ridge = strength * jnp.trace(gram) / len(gram)
-  lower = jnp.linalg.cholesky(gram + ridge * identity)
-  inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+  lower = linear_algebra.cholesky(gram + ridge * identity)
+  inverse = linear_algebra.invert_lower(lower)
   weight = jnp.matmul(
     lower.T, weight_IxD[order_I], precision=jax.lax.Precision.HIGHEST
   )
