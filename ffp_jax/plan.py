@@ -1,134 +1,171 @@
 """Estimates whether a run fits, before there are weights or devices.
 
+python -m ffp_jax.plan --config=configs/llama2_7b.py --topology=v5e:4x4
 python -m ffp_jax.plan --config=configs/llama2_7b.py --devices=8 \
   --device_memory_gib=80 --tflops=400
 
-Compiles the search step, the calibration of one layer and the training step of
-recovery ahead of time for --devices virtual devices, and asks the compiler what
-memory they take.
+Compiles every program of the run ahead of time and reads what each takes: with
+--topology for a slice of TPUs, by the TPU's own compiler (pip install
+'libtpu==0.0.42.*'), with --devices for virtual devices, by that of the CPU.
 """
 
-import dataclasses
 import functools
+import math
+import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from ffp_jax import config as config_lib
 from ffp_jax import errors
 from ffp_jax.checkpoints import hub, model_config
-from ffp_jax.evaluation import loss
-from ffp_jax.models import families, functional
-from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import estimates
-from ffp_jax.runtime import cli, sharding
+from ffp_jax.models import families
+from ffp_jax.pruning import compilation
+from ffp_jax.pruning import programs as programs_lib
+from ffp_jax.pruning.compilation import Compiled, TooLarge
+from ffp_jax.runtime import cli, collectives, sharding, topology
 from ffp_jax.text import tokenization
 
 _GIB = 2**30
-_RANK = 8  # of LoRA, where the config has none
 
 
-def plan(
-  config: ml_collections.ConfigDict,
-  model: ModelConfig,
-  dtype: jnp.dtype,
-  mesh: jax.sharding.Mesh,
-) -> dict:
-  """Estimates what search, calibration and recovery take on each device.
-
-  The compiler is asked about float32, as CPU compilers widen bfloat16: with
-  bfloat16, weights are counted at two bytes and the rest as in float32, which
-  is an upper bound.
+def describe(
+  found: Sequence[Compiled | TooLarge],
+  memory_gib: float,
+  chip: topology.Chip | None = None,
+  tflops: float | None = None,
+) -> str:
+  """Returns what was compiled as text, with its verdict.
 
   Args:
-    config: of the run.
-    model: of the dense decoder.
-    dtype: of the weights.
-    mesh: of the devices to plan for.
-
-  Returns:
-    'params', 'mesh' (axis to size), 'candidates' and 'flops' of a search
-    step, bytes per device: 'weights_bytes', 'search_bytes',
-    'calibrate_bytes'; and of recovery by rank, 0 and that of the config or 8:
-    'recovery' (rank to (bytes per device, FLOPs of a step)), and the rank of
-    the run, 'recovery_rank', None if it has no recovery.
-  """
-  scored = dataclasses.replace(model, refit=config_lib.refits(config))
-  apply = functional.make_apply(scored, remat=config.search.remat)
-  nll = functools.partial(loss.nll, apply)
-  with jax.set_mesh(mesh):
-    params = estimates.abstract_params(model, jnp.float32, mesh)
-    scored_params = estimates.abstract_params(scored, jnp.float32, mesh)
-    weights = estimates.local_size(params) * dtype.itemsize
-    step = estimates.search_memory(config, scored, scored_params, nll)
-    layer = estimates.calibration_memory(config, model, params)
-    ranks = 0, config.recovery.rank or _RANK
-    narrower = estimates.local_size(params) * (4 - dtype.itemsize)
-    trained = {
-      rank: (
-        estimates.recovery_memory(config, model, params, rank).total - narrower,
-        estimates.recovery_flops(config, model, rank),
-      )
-      for rank in ranks
-    }
-  search_weights = estimates.local_size(scored_params) * dtype.itemsize
-  if scored.refit:  # the original output projections are kept beside them
-    stack = params['stack']
-    kept = stack['attention']['out'], stack['ffn']['down']
-    search_weights += estimates.local_size(kept) * dtype.itemsize
-  float32_weights = (
-    estimates.local_size(scored_params) * np.dtype(np.float32).itemsize
-  )
-  return {
-    'params': families.param_count(model),
-    'mesh': dict(mesh.shape),
-    'weights_bytes': weights,
-    'search_bytes': step.total - float32_weights + search_weights,
-    'calibrate_bytes': layer.total + weights,
-    'candidates': config.search.candidates,
-    'flops': estimates.flops(config, scored),
-    'recovery': trained,
-    'recovery_rank': config.recovery.rank if config.recovery.tokens else None,
-  }
-
-
-def describe(estimate: dict, memory_gib: float, tflops: float | None) -> str:
-  """Returns the estimate of `plan` as text, with its verdict.
-
-  Args:
-    estimate: see `plan`.
+    found: the programs of a run.
     memory_gib: memory of one device.
-    tflops: TFLOP/s that one device reaches, None if unknown.
+    chip: that the programs are compiled for; None on a CPU.
+    tflops: TFLOP/s that one device reaches, without a chip, if known.
   """
-  gib = {k: v / _GIB for k, v in estimate.items() if k.endswith('_bytes')}
-  peak = max(gib['search_bytes'], gib['calibrate_bytes'])
-  sizes = ' x '.join(f'{name} {n}' for name, n in estimate['mesh'].items())
   lines = [
-    f'parameters           {estimate["params"] / 1e9:.2f} billion',
-    f'mesh                 {sizes}',
-    f'weights              {gib["weights_bytes"]:.1f} GiB per device',
-    f'search step          {gib["search_bytes"]:.1f} GiB per device',
-    f'calibration          {gib["calibrate_bytes"]:.1f} GiB per device',
-    f'candidates per step  {estimate["candidates"]}',
-    f'FLOPs per step       {estimate["flops"]:.3g}',
+    f'{"GiB per device":21}{"arguments":>9}{"temporary":>10}{"all":>7}'
+    f'{"FLOPs":>9}{"seconds at best":>17}{"compiled in":>13}'
   ]
-  for rank, (size, flops) in estimate['recovery'].items():
-    name = f'recovery, rank {rank}' if rank else 'recovery, all'
-    lines.append(
-      f'{name:20} {size / _GIB:.1f} GiB per device, {flops:.3g} FLOPs per step'
+  for x in found:
+    if isinstance(x, TooLarge):
+      lines.append(f'{x.program.name:21}{x.message}')
+      continue
+    arguments, temporary, total = (
+      n / _GIB for n in (x.arguments, x.temporary, x.total)
     )
-    if rank == estimate['recovery_rank']:
-      peak = max(peak, size / _GIB)
+    lines.append(
+      f'{x.program.name:21}{arguments:9.2f}{temporary:10.2f}{total:7.2f}'
+      f'{x.program.flops.total:9.2g}{_at_best(x, chip, tflops):>17}'
+      f'{x.seconds:11.1f} s'
+    )
+  if chip:
+    lines += ['', *_describe_collectives(found)]
+  return '\n'.join([*lines, '', _verdict(found, memory_gib)])
+
+
+def _at_best(x: Compiled, chip, tflops) -> str:
+  """Returns the fewest seconds of a program, and what limits it, if known."""
+  if chip:
+    limit, seconds = max(
+      compilation.bounds(x, chip).items(), key=lambda item: item[1]
+    )
+    return f'{seconds:.3g} {limit}'
   if tflops:
-    devices = np.prod(list(estimate['mesh'].values()))
-    seconds = estimate['flops'] / (tflops * 1e12 * devices)
-    lines.append(f'seconds per step     {seconds:.1f} at best')
-  verdict = 'fits' if peak <= memory_gib else 'DOES NOT FIT'
-  return '\n'.join([*lines, f'{verdict} in {memory_gib:g} GiB per device'])
+    return f'{x.program.flops.total / x.program.parts / (tflops * 1e12):.3g}'
+  return ''
+
+
+def _describe_collectives(found) -> list[str]:
+  """Returns a table of what a device receives, as lines."""
+
+  def line(name, cells):
+    widths = (len(kind) + 2 for kind in collectives.KINDS)
+    row = (f'{x:>{n}}' for x, n in zip(cells, widths, strict=True))
+    return f'{name:21}' + ''.join(row)
+
+  lines = [line('GB a chip receives', collectives.KINDS)]
+  for x in found:
+    if isinstance(x, Compiled):
+      gb = {kind: 0.0 for kind in collectives.KINDS}
+      for one in x.collectives:
+        gb[one.kind] += one.size * one.times / 1e9
+      lines.append(line(x.program.name, (f'{n:.3g}' for n in gb.values())))
+  return lines
+
+
+def _verdict(found, memory_gib: float) -> str:
+  """Returns whether all programs that the run calls fit."""
+  used = [x for x in found if x.program.in_run]
+  refused = [x for x in used if isinstance(x, TooLarge)]
+  if refused:
+    names = ', '.join(x.program.name for x in refused)
+    return f'DOES NOT FIT in {memory_gib:g} GiB per device: {names}'
+  largest = max(used, key=lambda x: x.total)
+  verdict = 'fits' if largest.total <= memory_gib * _GIB else 'DOES NOT FIT'
+  return (
+    f'{verdict} in {memory_gib:g} GiB per device; the largest program is '
+    f'{largest.program.name} with {largest.total / _GIB:.2f} GiB'
+  )
+
+
+def describe_meshes(
+  found: dict[tuple[int, int, int], Compiled | TooLarge], chip: topology.Chip
+) -> str:
+  """Returns meshes with what their search steps take, the best first.
+
+  Args:
+    found: sizes of the mesh axes to the search step.
+    chip: that they are compiled for.
+  """
+  rows = []
+  for sizes, x in found.items():
+    name = ' x '.join(map(str, sizes))
+    if isinstance(x, TooLarge):
+      rows.append((math.inf, f'{name:12}{x.message}'))
+      continue
+    exchanged = sum(c.size * c.times for c in x.collectives) / 1e9
+    row = (
+      f'{name:12}{x.total / _GIB:8.2f}{exchanged:14.3g}'
+      f'{_at_best(x, chip, None):>17}{x.seconds:11.1f} s'
+    )
+    if x.total > chip.hbm_gib * _GIB:
+      rows.append((math.inf, f'{row}  DOES NOT FIT'))
+    else:
+      rows.append((max(compilation.bounds(x, chip).values()), row))
+  header = (
+    f'{"search step":12}{"GiB":>8}{"GB received":>14}{"seconds at best":>17}'
+    f'{"compiled in":>13}'
+  )
+  return '\n'.join([header, *(row for _, row in sorted(rows))])
+
+
+def _progress(items: list) -> tqdm:
+  return tqdm(
+    items, desc='compile', leave=False, disable=not sys.stderr.isatty()
+  )
+
+
+def _check_flags(args) -> None:
+  """Refuses flags that don't go together, and topologies without a chip."""
+  given = [
+    name
+    for name in ('devices', 'device_memory_gib', 'tflops')
+    if args[name].present
+  ]
+  if args.topology and given:
+    errors.refuse(f'--{given[0]} is of a device; --topology says it for a TPU')
+  if args.mesh and not args.topology:
+    errors.refuse('--mesh=search needs --topology')
+  fixed = [key for key in cli.overrides() if key.startswith('mesh.')]
+  if args.mesh and fixed:
+    errors.refuse(f'--config.{fixed[0]} and --mesh=search both say the mesh')
+  if args.topology:
+    topology.parse(args.topology)
 
 
 def main(argv: list[str]) -> None:
@@ -137,22 +174,100 @@ def main(argv: list[str]) -> None:
   args = flags.FLAGS
   config = args.config
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', args.devices)
   try:
+    _check_flags(args)
     config_lib.validate(config)
     model = model_config.read_model_config(hub.resolve_model(config.model))
     tokenization.check_tokens(model, (), config.text.context)
-    mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype('bfloat16' if config.dtype == 'auto' else config.dtype)
-    estimate = plan(config, model, dtype, mesh)
+    print(_plan(args, config, model, dtype))
   except errors.RequestError as error:
     errors.refuse(error)
-  print(describe(estimate, args.device_memory_gib, args.tflops))
+
+
+def _plan(args, config, model, dtype) -> str:
+  """Returns the estimate as text."""
+  run = config, model, dtype
+  if not args.topology:
+    return _plan_cpu(*run, args.devices, args.device_memory_gib, args.tflops)
+  chip, count = topology.parse(args.topology)
+  try:
+    devices = topology.find_devices(args.topology)
+  except topology.NoCompiler:
+    missing = f"--topology needs the TPU's compiler: {topology.INSTALL}"
+    if args.mesh:
+      raise errors.RequestError(missing) from None
+    print(f'ffp_jax: {missing}; estimated on CPU instead', file=sys.stderr)
+    return _plan_cpu(*run, count, chip.hbm_gib, chip.tflops)
+  if args.mesh:
+    return _search_mesh(*run, devices, chip)
+  return _plan_topology(*run, devices, chip)
+
+
+def _plan_cpu(config, model, dtype, count, memory_gib, tflops) -> str:
+  """Returns the estimate by the compiler of the CPU as text."""
+  jax.config.update('jax_num_cpu_devices', count)
+  mesh = sharding.make_mesh(**config.mesh)
+  pairs = zip(
+    programs_lib.list_programs(config, model, dtype, mesh),
+    programs_lib.list_programs(config, model, jnp.dtype('float32'), mesh),
+    strict=True,
+  )
+  found = [
+    compilation.compile_for_cpu(*pair, mesh) for pair in _progress(list(pairs))
+  ]
+  about = _describe_model(config, model, dtype, mesh)
+  return f'{about}\n\n{describe(found, memory_gib, tflops=tflops)}'
+
+
+def _plan_topology(config, model, dtype, devices, chip) -> str:
+  """Returns the estimate for TPUs as text."""
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  programs = programs_lib.list_programs(config, model, dtype, mesh)
+  found = [
+    compilation.compile_for_topology(x, mesh) for x in _progress(programs)
+  ]
+  about = _describe_model(config, model, dtype, mesh)
+  return f'{about}\n\n{describe(found, chip.hbm_gib, chip)}'
+
+
+def _search_mesh(config, model, dtype, devices, chip) -> str:
+  """Returns the ranked meshes as text."""
+  found = {}
+  for sizes in _progress(compilation.list_meshes(config, model, len(devices))):
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    step = programs_lib.search_step(config, model, dtype, mesh)
+    found[sizes] = compilation.compile_for_topology(step, mesh)
+  return describe_meshes(found, chip)
+
+
+def _describe_model(config, model, dtype, mesh) -> str:
+  """Returns the lines above the table of programs."""
+  sizes = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
+  params = programs_lib.abstract_params(model, dtype, mesh)
+  weights = programs_lib.local_bytes(params) / _GIB
+  return '\n'.join(
+    [
+      f'parameters           {families.param_count(model) / 1e9:.2f} billion',
+      f'mesh                 {sizes}',
+      f'weights              {weights:.2f} GiB per device, {dtype.name}',
+      f'candidates per step  {config.search.candidates}',
+    ]
+  )
 
 
 if __name__ == '__main__':
   config_flags.DEFINE_config_file(
     'config', help_string='Configuration file of the run.'
+  )
+  flags.DEFINE_string(
+    'topology', None, 'Slice of TPUs to plan for, such as v5e:4x4.'
+  )
+  flags.DEFINE_enum(
+    'mesh',
+    None,
+    ['search'],
+    'Compile the search step alone, for every mesh that fits the model.',
   )
   flags.DEFINE_integer(
     'devices', 1, 'Number of devices to plan for.', lower_bound=1

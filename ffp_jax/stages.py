@@ -11,7 +11,7 @@ from absl import logging
 from ffp_jax import config as config_lib
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import make_nll
-from ffp_jax.models import adapters, functional
+from ffp_jax.models import adapters
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import (
   allocation,
@@ -46,8 +46,7 @@ class Finalist(NamedTuple):
 
 def rank_units(job, params) -> allocation.DeviceSublayers:
   """Scores the units on the calibration text and ranks each sublayer's."""
-  captured = functional.make_capture(job.model, importance.square_sum)
-  measure = jax.jit(lambda p, t: importance.input_norms(captured, p, t))
+  measure = importance.make_measure(job.model)
   norms = measure(params, job.text.calibration[:, None])
   weights = params['stack']['attention']['out'], params['stack']['ffn']['down']
   scores = jax.jit(importance.wanda)(weights, norms)

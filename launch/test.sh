@@ -3,6 +3,14 @@
 # Usage: bash launch/test.sh [PYTEST ARGUMENT ...]
 source "$(dirname "$0")/venv.sh"
 make_venv -r tests/requirements.txt
+# The TPU's compiler (690 MB) lies apart: beside jax it would look for a TPU
+# whenever .venv is used.
+libtpu=$PWD/.venv/libtpu
+if ! [ -d "$libtpu" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --no-deps --target "$libtpu" 'libtpu==0.0.42.*'
+fi
+export PYTHONPATH=$libtpu
 
 run() {
   .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

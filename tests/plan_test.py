@@ -14,8 +14,9 @@ from ffp_jax import plan
 from ffp_jax.config import defaults
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import estimates
-from ffp_jax.runtime import device_memory, sharding
+from ffp_jax.pruning import compilation, flops, programs
+from ffp_jax.pruning.programs import Program
+from ffp_jax.runtime import collectives, device_memory, sharding, topology
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -46,30 +47,118 @@ def _config(**overrides):
   return config
 
 
-def _plan(mesh, dtype=jnp.float32, **overrides):
-  found = sharding.make_mesh(*mesh)
-  return plan.plan(_config(**overrides), _MODEL, jnp.dtype(dtype), found)
+def _weights(sizes, dtype=jnp.float32):
+  """Bytes of the weights on each device."""
+  mesh = sharding.make_mesh(*sizes)
+  return programs.local_bytes(programs.abstract_params(_MODEL, dtype, mesh))
+
+
+def _search(**overrides):
+  """Bytes that a search step takes on one device."""
+  mesh, config = sharding.make_mesh(1, 1, 1), _config(**overrides)
+  step = programs.search_step(config, _MODEL, jnp.dtype('float32'), mesh)
+  return compilation.compile_for_cpu(step, step, mesh).total
+
+
+def _named(*names):
+  """Programs of some names, that can't be called."""
+  return [
+    Program(
+      name=name,
+      function=None,
+      arguments=(),
+      keywords={},
+      flops=flops.Flops(6e12, 1e12),
+      parts=2,
+      reads=3 * 10**9,
+      beside=0,
+      in_run=True,
+    )
+    for name in names
+  ]
 
 
 class PlanTest(parameterized.TestCase):
   def test_weights_are_those_of_one_device(self):
     total = 4 * families.param_count(_MODEL)
-    self.assertEqual(_plan((1, 1, 1))['weights_bytes'], total)
-    eighth = _plan((1, 1, 8))['weights_bytes']
+    self.assertEqual(_weights((1, 1, 1)), total)
+    eighth = _weights((1, 1, 8))
     # Groups and channels over tensor; of four groups only two parts.
     self.assertLess(eighth, 0.4 * total)
     self.assertGreater(eighth, total / 8)
-    half = _plan((1, 1, 1), jnp.bfloat16)['weights_bytes']
-    self.assertEqual(half, total // 2)
+    self.assertEqual(_weights((1, 1, 1), jnp.bfloat16), total // 2)
 
   def test_more_rows_take_more_and_remat_takes_less(self):
-    few = _plan((1, 1, 1), **{'search.rows': (1, 1)})['search_bytes']
-    many = _plan((1, 1, 1), **{'search.rows': (1, 8)})['search_bytes']
-    lean = _plan((1, 1, 1), **{'search.rows': (1, 8), 'search.remat': True})[
-      'search_bytes'
-    ]
+    few = _search(**{'search.rows': (1, 1)})
+    many = _search(**{'search.rows': (1, 8)})
+    lean = _search(**{'search.rows': (1, 8), 'search.remat': True})
     self.assertGreater(many, 1.5 * few)
     self.assertLess(lean, many)
+
+  def test_the_programs_are_those_of_the_settings(self):
+    def names(**overrides):
+      mesh = sharding.make_mesh(1, 1, 1)
+      listed = programs.list_programs(
+        _config(**overrides), _MODEL, jnp.dtype('float32'), mesh
+      )
+      return {x.name: x.in_run for x in listed}
+
+    self.assertEqual(
+      names(),
+      {
+        'importance': True,
+        'dense scoring': True,
+        'refit, a layer': True,
+        'search step': True,
+        're-scoring': True,
+        'calibration, a layer': True,
+        'recovery, all': True,
+        'recovery, rank 8': False,
+      },
+    )
+    others = names(**{'search.refit': 0.0, 'recovery.rank': 4})
+    self.assertNotIn('refit, a layer', others)
+    self.assertTrue(others['recovery, rank 4'])
+    self.assertFalse(others['recovery, all'])
+    plain = names(**{'calibration.enabled': False, 'recovery.tokens': 0})
+    self.assertNotIn('calibration, a layer', plain)
+    self.assertNotIn('refit, a layer', plain)
+    self.assertFalse(plain['recovery, all'])
+
+  def test_the_verdict_names_the_largest_program_of_the_run(self):
+    small, large, other = (
+      compilation.Compiled(program, 1.0, 2**28, 2**28, n * 2**30, [])
+      for program, n in zip(_named('a', 'b', 'c'), (1, 2, 9), strict=True)
+    )
+    other = other._replace(program=other.program._replace(in_run=False))
+    text = plan.describe([small, large, other], 4.0, tflops=1e-3)
+    self.assertIn('fits in 4 GiB per device; the largest program is b', text)
+    self.assertIn('DOES NOT FIT', plan.describe([small, large], 1.5))
+
+  def test_seconds_are_those_of_what_takes_longest(self):
+    """A chip of 1 TFLOP/s, 2 GB/s of memory and 4 GB/s of links."""
+    (program,) = _named('a')
+    groups = jnp.array([[0, 1]])
+    exchanged = collectives.Collective('all-gather', '', 10**9, 8, groups, 1)
+    compiled = compilation.Compiled(program, 1.0, 0, 0, 0, [exchanged])
+    chip = topology.Chip(1.0, 16.0, 2.0, 4.0, {})
+    # Of 6 TFLOP on two devices, 1 at full precision counts six times.
+    self.assertEqual(
+      compilation.bounds(compiled, chip),
+      {'FLOPs': 5.5, 'memory': 1.5, 'links': 2.0},
+    )
+
+  def test_meshes_are_those_whose_axes_split_something(self):
+    config = _config(**{'search.candidates': 2})
+    self.assertEqual(
+      compilation.list_meshes(config, _MODEL, 4),
+      [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)],
+    )
+    odd = dataclasses.replace(_MODEL, groups=3)
+    self.assertEqual(
+      compilation.list_meshes(config, odd, 4),
+      [(1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)],
+    )
 
   def test_flops_against_a_count_by_hand(self):
     config = _config(**{'search.rows': (1, 2), 'search.candidates': 4})
@@ -79,14 +168,43 @@ class PlanTest(parameterized.TestCase):
     norms = 2 * (4 * 2 + 1) * 128  # counted as products, and next to nothing
     tokens = 2 * 64
     self.assertAlmostEqual(
-      estimates.flops(config, _MODEL),
+      flops.search_step(config, _MODEL).total,
       tokens * (forward + scores + norms) * 4 * 2,
       delta=1.0,
     )
     refit = dataclasses.replace(_MODEL, refit=True)
-    more = estimates.flops(config, refit) - estimates.flops(config, _MODEL)
+    more = (
+      flops.search_step(config, refit).total
+      - flops.search_step(config, _MODEL).total
+    )
     squares = 2 * 4 * (128**2 + 512**2)
     self.assertAlmostEqual(more, tokens * squares * 4 * 2, delta=1.0)
+
+  def test_flops_of_a_layer_against_a_count_by_hand(self):
+    config = _config(
+      **{
+        'text.calibration_windows': 4,
+        'text.validation_windows': 2,
+        'calibration.strengths': (0.1, 1.0),
+      }
+    )
+    layer = 2 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 512)  # a token
+    layer += 4 * 128 * 64 + 2 * 2 * 128  # scores; norms, counted as products
+    sizes = 128, 512  # of the inputs of the output projections
+
+    refit = sum(
+      5 / 8 * 2 * 256 * n**2 + 2 / 3 * n**3 + 2 * n**2 * 128 for n in sizes
+    )
+    found = flops.refit_layer(config, _MODEL)
+    self.assertAlmostEqual(found.full, refit, delta=1.0)
+    self.assertAlmostEqual(found.total, 256 * layer + refit, delta=1.0)
+
+    calibration = sum(
+      5 / 8 * 2 * 384 * n**2 + 2 * n**3 / 3 + 9 * 2 * n**2 * 128 for n in sizes
+    )
+    found = flops.calibrate_layer(config, _MODEL)
+    self.assertAlmostEqual(found.full, calibration, delta=1.0)
+    self.assertAlmostEqual(found.total, 384 * layer + calibration, delta=1.0)
 
   def test_the_estimate_is_what_is_allocated(self):
     """The compiler's figure against the growth of resident memory."""
@@ -112,7 +230,6 @@ import jax, jax.numpy as jnp
 from ffp_jax.evaluation import loss
 from ffp_jax.models import functional
 from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
-from ffp_jax.pruning import estimates
 from ffp_jax.runtime import device_memory
 
 model = ModelConfig(vocab=2048, width=128, layers=6, groups=4,
@@ -186,47 +303,74 @@ class MemoryTest(parameterized.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-  def _call(self, *arguments):
+  def _call(self, *arguments, **environment):
     return subprocess.run(
       [sys.executable, '-m', 'ffp_jax.plan', *arguments],
       cwd=_ROOT,
-      env=os.environ | tiny_run.ENVIRONMENT,
+      env=os.environ | tiny_run.ENVIRONMENT | environment,
       capture_output=True,
       text=True,
       timeout=300,
       check=False,
     )
 
-  def test_needs_only_a_config_json(self):
+  def _common(self):
+    """A folder with a config.json alone, and flags that say so."""
     folder = self.enterContext(tempfile.TemporaryDirectory())
     path = pathlib.Path(folder) / 'config.json'
     path.write_text(json.dumps(tiny_run.HF_CONFIG))
-    common = (
+    return folder, (
       '--config=configs/llama.py',
       f'--config.model={folder}',
-      '--config.text.context=64',
+      '--config.text.context=96',
       '--config.search.context=32',
-      '--devices=16',
     )
-    done = self._call(*common, '--tflops=1')
+
+  def test_needs_only_a_config_json(self):
+    folder, common = self._common()
+    done = self._call(*common, '--devices=16', '--tflops=1')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('tensor 16', done.stdout)
     self.assertIn('fits in 80 GiB per device', done.stdout)
-    self.assertNotIn('text.context', done.stderr)
-    done = self._call(
-      *common, '--device_memory_gib=0.000001', '--config.text.context=96'
-    )
-    self.assertIn('DOES NOT FIT', done.stdout)
     (line,) = [x for x in done.stderr.splitlines() if 'text.context' in x]
     self.assertIn('96 is more than the 64 positions', line)
-    done = self._call(*common, '--config.mesh.fsdp=5')
+
+    # Without the compiler of TPUs, the same.
+    (pathlib.Path(folder) / 'libtpu.py').write_text('raise ImportError')
+    hidden = {'PYTHONPATH': folder}
+    done = self._call(*common, '--topology=v5e:4x4', **hidden)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    (line,) = [x for x in done.stderr.splitlines() if 'text.context' not in x]
+    self.assertIn("pip install 'libtpu==0.0.42.*'", line)
+    self.assertIn('tensor 16', done.stdout)
+    self.assertIn('fits in 15.75 GiB per device', done.stdout)
+    done = self._call(*common, '--topology=v5e:4x4', '--mesh=search', **hidden)
     self.assertEqual(done.returncode, 2)
-    self.assertLen(done.stderr.splitlines(), 1)
-    self.assertIn('mesh.fsdp=5', done.stderr)
-    for wrong in ((), ('--config=configs/llama.py', '--config.modle=x')):
-      done = self._call(*wrong)
-      self.assertEqual(done.returncode, 2)
-      self.assertLen(done.stderr.splitlines(), 1)
+    self.assertIn('pip install', done.stderr)
+
+  def test_refuses(self):
+    _, common = self._common()
+    topology = '--topology=v5e:2x2'
+    wrong = {
+      (*common, '--topology=v9:2x2'): "'v9:2x2' is not a chip (v4, v5e, v5p",
+      (*common, '--topology=v5e'): "'v5e' is not a chip",
+      (*common, '--topology=v5e:3x3'): 'v5e:3x3',
+      (*common, topology, '--devices=4'): '--devices',
+      (*common, topology, '--tflops=4'): '--tflops',
+      (*common, topology, '--mesh=find'): 'search',
+      (*common, '--mesh=search'): 'needs --topology',
+      (*common, topology, '--mesh=search', '--config.mesh.fsdp=2'): 'mesh.fsdp',
+      (*common, '--config.mesh.fsdp=5'): 'mesh.fsdp=5',
+      (*common, '--config.modle=x'): 'modle',
+      (): '--config is missing',
+    }
+    for arguments, expected in wrong.items():
+      with self.subTest(arguments):
+        done = self._call(*arguments)
+        self.assertEqual(done.returncode, 2)
+        lines = [x for x in done.stderr.splitlines() if 'text.context' not in x]
+        self.assertLen(lines, 1)
+        self.assertIn(expected, lines[0])
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from ffp_jax.checkpoints.model import find_model
 from ffp_jax.config import defaults
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import allocation, estimates, masks, sublayers
+from ffp_jax.pruning import allocation, flops, masks, sublayers
 from ffp_jax.runtime import cli
 from ffp_jax.text import tokenization
 
@@ -94,7 +94,7 @@ def step_flops(model: ModelConfig, setting: Setting) -> float:
   visible = (T + 1) / 2 / T
 
   def forward(config):
-    products, attention = estimates.forward_flops(config, T)
+    products, attention = flops.forward_flops(config, T)
     return products, visible * attention
 
   dense = sum(forward(model))

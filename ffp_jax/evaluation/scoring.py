@@ -1,6 +1,7 @@
 """Mean losses of a decoder over windows of text."""
 
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,33 @@ from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.models.functional import make_apply
 
 
+def make_mean_nll(config: ModelConfig) -> Callable:
+  """Returns the jitted mean loss of the tokens that are scored.
+
+  Args:
+    config: of the decoder.
+
+  Returns:
+    (params, tokens [B,T], first position scored and the one after the last [2],
+    `Masks` or None) -> nats, a scalar.
+  """
+  apply = make_apply(config)
+
+  def mean_nll(params, tokens_BxT, span_2, masks):
+    losses = token_nll(apply, params, tokens_BxT, masks)
+    position = jnp.arange(1, tokens_BxT.shape[1])
+    inside = (position >= span_2[0]) & (position < span_2[1])
+    return jnp.mean(losses, where=inside)
+
+  return jax.jit(mean_nll)
+
+
 class Scorer:
   """Computes a decoder's losses over windows; compiled per window shape."""
 
   def __init__(self, config: ModelConfig):
     """Takes the decoder's config, and no parameters."""
-    apply = make_apply(config)
-
-    def mean_nll(params, tokens_BxT, span_2, masks):
-      losses = token_nll(apply, params, tokens_BxT, masks)
-      position = jnp.arange(1, tokens_BxT.shape[1])
-      inside = (position >= span_2[0]) & (position < span_2[1])
-      return jnp.mean(losses, where=inside)
-
-    self._nll = jax.jit(mean_nll)
+    self._nll = make_mean_nll(config)
 
   def __call__(
     self,

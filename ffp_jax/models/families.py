@@ -184,9 +184,12 @@ FAMILIES = {
 @functools.cache
 def param_shapes(config: ModelConfig, dtype: Any) -> dict:
   """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s."""
-  init = Decoder(config).init
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  tree = jax.eval_shape(init, jax.random.key(0), tokens)['params']
+
+  def init():
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Decoder(config).init(jax.random.key(0), tokens)
+
+  tree = jax.eval_shape(init)['params']
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 

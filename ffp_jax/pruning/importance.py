@@ -1,11 +1,13 @@
 """Scores the importance of each attention group and FFN channel."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ffp_jax.models.decoder import Masks
+from ffp_jax.models import functional
+from ffp_jax.models.decoder import Masks, ModelConfig
 
 
 def square_sum(activations: jax.Array) -> jax.Array:
@@ -39,6 +41,12 @@ def input_norms(
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
   total, _ = jax.lax.scan(add, zeros, tokens_WxBxT)
   return jax.tree.map(lambda x: jnp.sqrt(x / tokens_WxBxT.size), total)
+
+
+def make_measure(model: ModelConfig) -> Callable:
+  """Returns the jitted (params, tokens [W,B,T]) -> `input_norms` of a model."""
+  captured = functional.make_capture(model, square_sum)
+  return jax.jit(functools.partial(input_norms, captured))
 
 
 def wanda(

@@ -21,6 +21,7 @@ import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
 from ffp_jax.pruning import calibration
+from ffp_jax.runtime import linear_algebra
 from ffp_jax.runtime.sharding import constrain
 
 
@@ -47,8 +48,8 @@ def refit_basis(
   identity = jnp.eye(len(gram_IxI))
   gram = gram_IxI[order_I][:, order_I]
   ridge = strength * jnp.trace(gram) / len(gram)
-  lower = jnp.linalg.cholesky(gram + ridge * identity)
-  inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+  lower = linear_algebra.cholesky(gram + ridge * identity)
+  inverse = linear_algebra.invert_lower(lower)
   weight = jnp.matmul(
     lower.T, weight_IxD[order_I], precision=jax.lax.Precision.HIGHEST
   )
@@ -64,12 +65,13 @@ def refit_basis(
   static_argnames=('config', 'strength'),
   donate_argnames='stream_WxBxTxD',
 )
-def _refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
+def refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   """Refits both sublayers of a layer.
 
   Args:
     params: of the layer.
-    stream_WxBxTxD: the residual stream before the layer.
+    stream_WxBxTxD: the residual stream before the layer; its memory is given to
+      the one behind it.
     ranks: of the units, (attention [K], ffn [F]).
     config: `ModelConfig` of the dense decoder.
     strength: of the ridge.
@@ -119,7 +121,7 @@ def refit_model(
   layers = []
   for i in range(config.layers):
     layer, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
-    refits, stream = _refit_layer(
+    refits, stream = refit_layer(
       layer, stream, ranks, config=config, strength=float(strength)
     )
     layers.append(refits)

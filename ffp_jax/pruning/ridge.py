@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffp_jax.runtime import linear_algebra
+
 _MAX_TRIES = 9  # of a factorisation, each with ten times the strength
 
 
@@ -55,10 +57,8 @@ def ridge_regression(
   def solve(carry):
     tries, strength, _ = carry
     ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    lower = jnp.linalg.cholesky(
-      kept + jnp.diag(ridge_I), symmetrize_input=False
-    )
-    change = jax.scipy.linalg.cho_solve((lower, True), residual)
+    lower = linear_algebra.cholesky(kept + jnp.diag(ridge_I))
+    change = linear_algebra.cholesky_solve(lower, residual)
     return tries + 1, strength * 10.0, change
 
   start = (0, jnp.float32(strength), jnp.full_like(residual, jnp.nan))

@@ -28,7 +28,12 @@ def memory_needed(function: Any, *args: Any, **kwargs: Any) -> Memory:
     *args, **kwargs: its arguments: arrays, or `jax.ShapeDtypeStruct`s with
       shardings.
   """
-  stats = function.lower(*args, **kwargs).compile().memory_analysis()
+  return memory_of(function.lower(*args, **kwargs).compile())
+
+
+def memory_of(compiled: Any) -> Memory:
+  """Returns the memory of a compiled function."""
+  stats = compiled.memory_analysis()
   return Memory(
     stats.argument_size_in_bytes,
     stats.temp_size_in_bytes,

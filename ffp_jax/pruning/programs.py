@@ -1,0 +1,360 @@
+"""The programs of a run: the jitted functions that it calls, and their shapes.
+
+No weights and no devices are needed, and nothing is computed.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ffp_jax import config as config_lib
+from ffp_jax.evaluation import scoring
+from ffp_jax.evaluation.loss import make_nll
+from ffp_jax.models import adapters, families
+from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.pruning import (
+  allocation,
+  calibration,
+  flops,
+  importance,
+  masks,
+  recovery,
+  refit,
+  search,
+)
+from ffp_jax.pruning.sublayers import find_sublayers
+from ffp_jax.runtime import sharding
+
+_RANK = 8  # of LoRA, where the config has none
+
+
+class Program(NamedTuple):
+  """A jitted function, and the abstract arguments that a run calls it with."""
+
+  name: str
+  function: Any
+  arguments: tuple
+  keywords: dict
+  flops: flops.Flops
+  parts: int  # devices that the FLOPs are shared by; the others repeat them
+  reads: int  # bytes of weights that a device multiplies by, in all passes
+  beside: int  # bytes on a device besides: its own, less arguments that share
+  in_run: bool  # whether the run calls it, or only would with other settings
+
+
+def list_programs(
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  dtype: jnp.dtype,
+  mesh: Mesh,
+) -> list[Program]:
+  """Returns the programs of a run that take time, in the order of the run.
+
+  Args:
+    config: of the run.
+    model: of the dense decoder.
+    dtype: of the weights.
+    mesh: of the devices.
+  """
+  params = abstract_params(model, dtype, mesh)
+  programs = [
+    _importance(config, model, params, mesh),
+    _scoring('dense scoring', config.text.context, model, params, mesh),
+  ]
+  if config_lib.refits(config):
+    programs.append(_refit_layer(config, model, params, mesh))
+  programs.append(search_step(config, model, dtype, mesh))
+  scored, scored_params, beside = _scoring_model(config, model, dtype, mesh)
+  programs.append(
+    _scoring(
+      're-scoring', config.search.context, scored, scored_params, mesh, beside
+    )
+  )
+  if config.calibration.enabled:
+    programs.append(_calibrate_layer(config, model, params, mesh))
+  for rank in 0, config.recovery.rank or _RANK:
+    programs.append(_recovery_step(config, model, params, rank, mesh))
+  return programs
+
+
+def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict:
+  """Returns the decoder's parameters as shapes with their shardings."""
+  return _place(families.param_shapes(model, dtype), mesh)
+
+
+def local_bytes(tree: Any) -> int:
+  """Returns the bytes that a device holds of some abstract arrays."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    x = jax.typeof(x) if np.isscalar(x) else x
+    where = getattr(x, 'sharding', None)
+    shape = where.shard_shape(x.shape) if where else x.shape
+    total += int(np.prod(shape)) * x.dtype.itemsize
+  return total
+
+
+def _place(shapes: dict, mesh: Mesh) -> dict:
+  """Returns shapes of parameters with their shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.param_shardings(shapes, mesh),
+  )
+
+
+def _tokens(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _float() -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def _keep(model: ModelConfig) -> Masks:
+  """Returns the shapes of the masks of all layers."""
+  return jax.eval_shape(
+    lambda: masks.ones(model.layers, model.groups, model.ffn)
+  )
+
+
+def _output_projections(params: dict) -> tuple:
+  """Returns what refit and calibration change."""
+  stack = params['stack']
+  return stack['attention']['out'], stack['ffn']['down']
+
+
+def _reads(params: dict, mesh: Mesh, passes: int) -> int:
+  """Returns the bytes of weights that a device reads in some passes.
+
+  What `fsdp` splits is gathered first, so that a device multiplies by all of
+  it.
+  """
+  return passes * local_bytes(params) * mesh.shape['fsdp']
+
+
+def _parts(mesh: Mesh, rows: int = 0) -> int:
+  """Returns how many devices share the FLOPs of a program.
+
+  Args:
+    mesh: of the devices.
+    rows: that the axis `candidates` splits; without any it idles.
+  """
+  size = mesh.shape['candidates']
+  return mesh.size // (1 if rows and rows % size == 0 else size)
+
+
+def _importance(config, model, params, mesh) -> Program:
+  text = config.text
+  return Program(
+    name='importance',
+    function=importance.make_measure(model),
+    arguments=(params, _tokens(text.calibration_windows, 1, text.context)),
+    keywords={},
+    flops=flops.importance(config, model),
+    parts=_parts(mesh),
+    reads=_reads(params['stack'], mesh, text.calibration_windows),
+    beside=0,
+    in_run=True,
+  )
+
+
+def _scoring(name, context, model, params, mesh, beside=0) -> Program:
+  """Returns the loss of a window of masked candidates or the dense model."""
+  return Program(
+    name=name,
+    function=scoring.make_mean_nll(model),
+    arguments=(params, _tokens(1, context), _tokens(2), _keep(model)),
+    keywords={},
+    flops=flops.scoring(model, context),
+    parts=_parts(mesh),
+    reads=_reads(params, mesh, 1),
+    beside=beside,
+    in_run=True,
+  )
+
+
+def _streams(windows, config, model, params, mesh) -> jax.ShapeDtypeStruct:
+  """Returns the residual streams [W,B,T,D], split as the decoder has them."""
+  shape = windows, 1, config.text.context, model.width
+  spec = sharding.partition_spec(
+    shape, (None, 'batch', None, 'embed'), mesh.shape
+  )
+  dtype = params['embed']['table'].dtype
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _first_layer(params: dict, keep: Masks) -> tuple[dict, Masks]:
+  """Returns the parameters and the masks of one layer."""
+
+  def first(x):
+    where = x.sharding
+    if where is not None:
+      where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
+
+  return jax.tree.map(first, (params['stack'], keep))
+
+
+def _refit_layer(config, model, params, mesh) -> Program:
+  """Returns the refit of the last layer: all others are there already."""
+  windows = config.text.calibration_windows
+  layer, keep = _first_layer(params, _keep(model))
+  ranks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), keep)
+  dtype = params['embed']['table'].dtype
+  refitted = abstract_params(_as_refit(model), dtype, mesh)['stack']
+  new = [refitted[name]['refit'] for name in ('attention', 'ffn')]
+  return Program(
+    name='refit, a layer',
+    function=refit.refit_layer,
+    arguments=(layer, _streams(windows, config, model, params, mesh), ranks),
+    keywords={'config': model, 'strength': float(config.search.refit)},
+    flops=flops.refit_layer(config, model),
+    parts=_parts(mesh),
+    reads=_reads(layer, mesh, windows),
+    beside=local_bytes((params, new, _output_projections(params))),
+    in_run=True,
+  )
+
+
+def _as_refit(model: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(model, refit=True)
+
+
+def _scoring_model(config, model, dtype, mesh) -> tuple[ModelConfig, dict, int]:
+  """Returns the decoder that scores candidates.
+
+  Returns:
+    (config, params, bytes beside: of the dense output projections, if these are
+    others).
+  """
+  if not config_lib.refits(config):
+    return model, abstract_params(model, dtype, mesh), 0
+  scored = _as_refit(model)
+  params = abstract_params(scored, dtype, mesh)
+  return scored, params, local_bytes(_output_projections(params))
+
+
+def search_step(
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  dtype: jnp.dtype,
+  mesh: Mesh,
+) -> Program:
+  """Returns a step of the stage with the most rows; see `list_programs`."""
+  c = config.search
+  scored, params, beside = _scoring_model(config, model, dtype, mesh)
+  sublayers = find_sublayers(
+    model,
+    round_heads=config.budget.round_heads,
+    round_ffn=config.budget.round_ffn,
+  )
+  net, optim = search.make_policy(config, sublayers)
+  nll = make_nll(scored, remat=c.remat)
+  block = c.block or 1
+
+  def others():
+    rank = masks.rank_all(masks.ones(model.layers, model.groups, model.ffn))
+    return (
+      search.initial_state(config, sublayers),
+      allocation.make_target(sublayers, config.budget.sparsity),
+      allocation.to_device(sublayers, rank),
+    )
+
+  state, target, device_sublayers = jax.eval_shape(others)
+  tokens = _tokens(max(c.rows), c.context)
+  parts = _parts(mesh, c.candidates)
+  turns = -(-c.candidates // (mesh.shape['candidates'] * block))
+  return Program(
+    name='search step',
+    function=search.make_step(net, optim, nll, config, block),
+    arguments=(state, params, tokens, _float(), target, device_sublayers),
+    keywords={},
+    flops=flops.search_step(config, scored),
+    parts=parts,
+    reads=_reads(params, mesh, flops.search_passes(config) * turns),
+    beside=beside,
+    in_run=True,
+  )
+
+
+def _calibrate_layer(config, model, params, mesh) -> Program:
+  """Returns the calibration of the last layer: all others are there already."""
+  text = config.text
+  windows = config.calibration.windows or text.calibration_windows
+  fit, check = (
+    _streams(n, config, model, params, mesh)
+    for n in (windows, text.validation_windows)
+  )
+  # ty: ignore[invalid-argument-type]
+  streams = calibration.Streams(fit, check)
+  layer, keep = _first_layer(params, _keep(model))
+  return Program(
+    name='calibration, a layer',
+    function=calibration.calibrate_layer,
+    arguments=(layer, streams, keep),
+    keywords={
+      'config': model,
+      'strengths': tuple(config.calibration.strengths),
+    },
+    flops=flops.calibrate_layer(config, model),
+    parts=_parts(mesh),
+    reads=_reads(layer, mesh, windows + text.validation_windows),
+    beside=local_bytes((params, _output_projections(params))),
+    in_run=True,
+  )
+
+
+def _recovery_step(config, model, params, rank, mesh) -> Program:
+  """Returns a training step of recovery.
+
+  Beside it lies the best state so far. The dense model and the trained one
+  share what calibration and training don't change.
+
+  Args:
+    config: of the run.
+    model: of the dense decoder.
+    params: of it.
+    rank: of the low-rank updates, 0 to train every weight.
+    mesh: of the devices.
+  """
+  settings = config.recovery
+  if rank:
+    trained, frozen = _place(adapters.factor_shapes(model, rank), mesh), params
+    beside = local_bytes((trained, _output_projections(params)))
+    beside -= local_bytes(params)
+  else:
+    trained, frozen = abstract_params(model, jnp.float32, mesh), {}
+    beside = local_bytes(trained)
+  optim = recovery.optimizer()
+  moments = optax.tree_utils.tree_map_params(
+    optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
+  )
+  tokens = _tokens(settings.accumulate, settings.rows, config.text.context)
+  passes = 1 + (3 if settings.remat else 2)  # of the dense model, of the pruned
+  return Program(
+    name=f'recovery, rank {rank}' if rank else 'recovery, all',
+    function=recovery.make_step(
+      model,
+      optim,
+      recovery.schedule(peak=1.0, warmup=1, steps=2),
+      rank=rank,
+      cross_entropy=settings.cross_entropy,
+      remat=settings.remat,
+    ),
+    arguments=(
+      *(trained, moments, _tokens(), _float(), frozen, params, _keep(model)),
+      tokens,
+    ),
+    keywords={},
+    flops=flops.recovery_step(config, model, rank),
+    parts=_parts(mesh, settings.rows),
+    reads=_reads(params, mesh, passes * settings.accumulate),
+    beside=beside,
+    in_run=settings.tokens > 0 and rank == settings.rank,
+  )

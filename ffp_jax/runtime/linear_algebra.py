@@ -1,0 +1,181 @@
+"""Cholesky factors and triangular solves that compile quickly everywhere.
+
+On TPU, XLA unrolls both: a layer of a 7B model takes longer to compile than a
+pruning run takes. There, and only there, they are computed here, in loops over
+blocks that are compiled once, whatever the size. Elsewhere they are one call of
+a library.
+
+Shape letters: N rows of a matrix, B rows of a block, R right-hand sides.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 512  # rows and columns of a block
+
+
+def cholesky(a_NxN: jax.Array) -> jax.Array:
+  """Returns the lower Cholesky factor of a symmetric matrix, float32.
+
+  It holds values that are not finite if the matrix is not positive definite.
+
+  Args:
+    a_NxN: the matrix; what is above its diagonal is not read.
+  """
+  return jax.lax.platform_dependent(
+    a_NxN,
+    tpu=blocked_cholesky,
+    default=lambda a: jnp.linalg.cholesky(a, symmetrize_input=False),
+  )
+
+
+def cholesky_solve(lower_NxN: jax.Array, b_NxR: jax.Array) -> jax.Array:
+  """Returns A^-1 B, [N,R], of the matrix A = L L'.
+
+  Args:
+    lower_NxN: L, from `cholesky`.
+    b_NxR: B.
+  """
+  return jax.lax.platform_dependent(
+    lower_NxN,
+    b_NxR,
+    tpu=blocked_cholesky_solve,
+    default=lambda lower, b: jax.scipy.linalg.cho_solve((lower, True), b),
+  )
+
+
+def invert_lower(lower_NxN: jax.Array) -> jax.Array:
+  """Returns the inverse of a lower triangular matrix, [N,N]."""
+  return jax.lax.platform_dependent(
+    lower_NxN,
+    tpu=lambda lower: blocked_solve(lower, jnp.eye(len(lower))),
+    default=lambda lower: jax.scipy.linalg.solve_triangular(
+      lower, jnp.eye(len(lower)), lower=True
+    ),
+  )
+
+
+def blocked_cholesky(a_NxN: jax.Array) -> jax.Array:
+  """Computes `cholesky` by products of blocks, a column of blocks at a time.
+
+  The columns of the factor take the place of those of the matrix.
+  """
+  size = len(a_NxN)
+  a = _pad_to_blocks(a_NxN)
+  blocks = len(a) // _BLOCK
+  row_Nx1 = jnp.arange(len(a))[:, None]
+
+  def subtract_done(row, column, a):
+    def subtract(k, rest):
+      return rest - _product(_block(a, row, k), _block(a, column, k).T)
+
+    rest = jax.lax.fori_loop(0, column, subtract, _block(a, row, column))
+    return _put(a, rest, row, column)
+
+  def factorise_column(i, a):
+    a = jax.lax.fori_loop(i, blocks, lambda j, a: subtract_done(j, i, a), a)
+    lower = _factorise_block(_block(a, i, i))
+    rest_NxB = jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK, axis=1)
+    below_NxB = _product(rest_NxB, _invert_block(lower).T)
+    below_NxB = jnp.where(row_Nx1 < i * _BLOCK, 0.0, below_NxB)
+    return _put(_put(a, below_NxB, 0, i), lower, i, i)
+
+  return jax.lax.fori_loop(0, blocks, factorise_column, a)[:size, :size]
+
+
+def blocked_cholesky_solve(lower_NxN: jax.Array, b_NxR: jax.Array) -> jax.Array:
+  """Computes `cholesky_solve` by products of blocks."""
+  half = blocked_solve(lower_NxN, b_NxR)
+  return blocked_solve(lower_NxN, half, transposed=True)
+
+
+def blocked_solve(
+  lower_NxN: jax.Array, b_NxR: jax.Array, *, transposed: bool = False
+) -> jax.Array:
+  """Solves L X = B, or L'X = B, by products of blocks.
+
+  The rows of X take the place of those of B.
+
+  Args:
+    lower_NxN: L, lower triangular.
+    b_NxR: B.
+    transposed: whether to solve with L'.
+
+  Returns:
+    X [N,R].
+  """
+  size, count = b_NxR.shape
+  lower = _pad_to_blocks(lower_NxN)
+  blocks = len(lower) // _BLOCK
+  x = jnp.pad(b_NxR, ((0, len(lower) - size), (0, 0)))
+
+  def rows(x, i):
+    return jax.lax.dynamic_slice(x, (i * _BLOCK, 0), (_BLOCK, count))
+
+  def solve_rows(step, x):
+    i = blocks - 1 - step if transposed else step
+
+    def subtract(k, rest):
+      block = _block(lower, k, i).T if transposed else _block(lower, i, k)
+      return rest - _product(block, rows(x, k))
+
+    solved = (i + 1, blocks) if transposed else (0, i)
+    rest = jax.lax.fori_loop(*solved, subtract, rows(x, i))
+    inverse = _invert_block(_block(lower, i, i))
+    inverse = inverse.T if transposed else inverse
+    return _put(x, _product(inverse, rest), i, 0)
+
+  return jax.lax.fori_loop(0, blocks, solve_rows, x)[:size]
+
+
+def _factorise_block(a_BxB: jax.Array) -> jax.Array:
+  """Returns the lower Cholesky factor of a symmetric block."""
+  index = jnp.arange(len(a_BxB))
+
+  def factorise_row(i, carry):
+    rest, upper = carry
+    row = jnp.where(index < i, 0.0, rest[i] / jnp.sqrt(rest[i, i]))
+    return rest - row[:, None] * row, upper.at[i].set(row)
+
+  carry = a_BxB, jnp.zeros_like(a_BxB)
+  return jax.lax.fori_loop(0, len(a_BxB), factorise_row, carry)[1].T
+
+
+def _invert_block(lower_BxB: jax.Array) -> jax.Array:
+  """Returns the inverse of a lower triangular block."""
+  identity = jnp.eye(len(lower_BxB))
+
+  def invert_row(i, inverse):
+    # The rows of the inverse that are not known yet are zero.
+    known = jnp.sum(lower_BxB[i][:, None] * inverse, axis=0)
+    return inverse.at[i].set((identity[i] - known) / lower_BxB[i, i])
+
+  size = len(lower_BxB)
+  return jax.lax.fori_loop(0, size, invert_row, jnp.zeros_like(lower_BxB))
+
+
+def _block(x_NxN: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+  """Returns a block [B,B] of a matrix, by its number in each direction."""
+  start = row * _BLOCK, column * _BLOCK
+  return jax.lax.dynamic_slice(x_NxN, start, (_BLOCK, _BLOCK))
+
+
+def _put(
+  x: jax.Array, new: jax.Array, row: jax.Array | int, column: jax.Array | int
+) -> jax.Array:
+  """Returns a matrix with other values from a block on, right and down."""
+  return jax.lax.dynamic_update_slice(x, new, (row * _BLOCK, column * _BLOCK))
+
+
+def _pad_to_blocks(x_NxN: jax.Array) -> jax.Array:
+  """Pads a matrix with an identity to a multiple of the block."""
+  size = len(x_NxN)
+  more = -size % _BLOCK
+  padded = jnp.pad(x_NxN, ((0, more), (0, more)))
+  ones = jnp.where(jnp.arange(len(padded)) < size, 0.0, 1.0)
+  return padded + jnp.diag(ones) if more else padded
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  # At their default precision, accelerators round float32 products.
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

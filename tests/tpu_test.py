@@ -1,0 +1,143 @@
+"""Compiles for TPUs that are not here, by their own compiler."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import plan
+from ffp_jax.config import defaults
+from ffp_jax.models.decoder import ModelConfig
+from ffp_jax.pruning import compilation, programs
+from ffp_jax.runtime import sharding, topology
+
+_LLAMA = ModelConfig(
+  vocab=256,
+  width=128,
+  layers=3,
+  groups=4,
+  heads_per_group=2,
+  head_size=16,
+  ffn=256,
+)
+_MODELS = {
+  'llama': _LLAMA,
+  'qwen': dataclasses.replace(
+    _LLAMA, qkv_bias=True, qk_norm=True, tied=True, window=16
+  ),
+  'opt': dataclasses.replace(
+    _LLAMA,
+    heads_per_group=1,
+    norm='layer',
+    positions='learned',
+    max_positions=64,
+    position_offset=2,
+    activation='relu',
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    tied=True,
+  ),
+}
+
+
+def _config(**overrides):
+  config = defaults()
+  small = {
+    'text.context': 32,
+    'text.calibration_windows': 4,
+    'text.validation_windows': 2,
+    'search.context': 32,
+    'search.rows': (2, 2),
+    'recovery.tokens': 1024,
+  }
+  config.update_from_flattened_dict(small | overrides)
+  return config
+
+
+def _mesh(name, sizes):
+  return sharding.make_mesh(*sizes, devices=topology.find_devices(name))
+
+
+def _compile(sizes, *names, family='llama', name='v5e:2x2', **overrides):
+  """The programs of a run, by name; all or those named."""
+  mesh = _mesh(name, sizes)
+  listed = programs.list_programs(
+    _config(**overrides), _MODELS[family], jnp.dtype('bfloat16'), mesh
+  )
+  return {
+    x.name: compilation.compile_for_topology(x, mesh)
+    for x in listed
+    if not names or x.name in names
+  }
+
+
+def _axes(collective, sizes):
+  """The axes of the mesh over which devices exchange something."""
+  places = np.unravel_index(collective.groups, sizes)
+  return {
+    axis
+    for axis, place in zip(sharding.MESH_AXES, places, strict=True)
+    if np.any(place != place[:, :1])
+  }
+
+
+class ProgramsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    jax.config.update('jax_platforms', 'cpu')
+
+  @parameterized.parameters(
+    ('llama', (1, 2, 2)), ('qwen', (1, 4, 1)), ('opt', (1, 1, 4))
+  )
+  def test_every_program_compiles(self, family, sizes):
+    found = _compile(sizes, family=family)
+    self.assertLen(found, 8)
+    used = {sharding.MESH_AXES[i] for i in range(3) if sizes[i] > 1}
+    for name, x in found.items():
+      with self.subTest(name):
+        self.assertIsInstance(x, compilation.Compiled)
+        self.assertGreater(x.arguments, 0)
+        seen = [axis for c in x.collectives for axis in _axes(c, sizes)]
+        self.assertContainsSubset(seen, used)
+        self.assertNotEmpty(seen)
+    scored = found['dense scoring'].collectives
+    per_layer = [x for x in scored if x.loops]
+    self.assertNotEmpty(per_layer)
+    self.assertEqual({x.times for x in per_layer}, {_LLAMA.layers})
+
+  def test_another_chip(self):
+    found = _compile((1, 2, 2), 'search step', name='v5p:2x2x1')
+    self.assertIsInstance(found['search step'], compilation.Compiled)
+
+  def test_candidates_exchange_nothing_in_the_layers(self):
+    sizes = 4, 1, 1
+    wide = {'search.candidates': 4, 'search.rows': (4, 4)}
+    apart = _compile(sizes, 'search step', **wide)['search step']
+    self.assertEmpty([x for x in apart.collectives if x.loops])
+    # Nothing but rewards and gradients of priorities: a few bytes.
+    self.assertLess(sum(x.size for x in apart.collectives), 10_000)
+    sizes = 2, 1, 2
+    both = _compile(sizes, 'search step', **wide)['search step']
+    inside = [x for x in both.collectives if x.loops]
+    axes = collections.Counter(axis for x in inside for axis in _axes(x, sizes))
+    self.assertEqual(set(axes), {'tensor'})
+    self.assertLess(both.arguments, 0.7 * apart.arguments)
+
+  def test_what_does_not_fit_is_said(self):
+    model = dataclasses.replace(_LLAMA, vocab=2**21, width=8192)
+    mesh = _mesh('v5e:2x2', (4, 1, 1))
+    step = programs.search_step(_config(), model, jnp.dtype('bfloat16'), mesh)
+    found = compilation.compile_for_topology(step, mesh)
+    self.assertIsInstance(found, compilation.TooLarge)
+    self.assertRegex(found.message, r'RESOURCE_EXHAUSTED.*15\.75G')
+    text = plan.describe([found], 15.75, topology.CHIPS['v5e'])
+    self.assertIn('DOES NOT FIT in 15.75 GiB per device: search step', text)
+
+
+if __name__ == '__main__':
+  absltest.main()
