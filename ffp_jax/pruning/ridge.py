@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.runtime import linear_algebra
+from ffp_jax.runtime.sharding import constrain
 
 _MAX_TRIES = 9  # of a factorisation, each with ten times the strength
 
@@ -57,8 +58,11 @@ def ridge_regression(
   def solve(carry):
     tries, strength, _ = carry
     ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    lower = linear_algebra.cholesky(kept + jnp.diag(ridge_I))
-    change = linear_algebra.cholesky_solve(lower, residual)
+    # Whole on each device: the loops over its blocks would gather it for each.
+    whole = constrain(kept + jnp.diag(ridge_I), None, None)
+    lower = constrain(linear_algebra.cholesky(whole), None, None)
+    right = constrain(residual, None, 'ffn')
+    change = linear_algebra.cholesky_solve(lower, right)
     return tries + 1, strength * 10.0, change
 
   start = (0, jnp.float32(strength), jnp.full_like(residual, jnp.nan))

@@ -48,8 +48,9 @@ def find_collectives(hlo: str) -> list[Collective]:
   """Returns the collectives of a program.
 
   A loop's are executed as often as its counter says, those of a loop in a loop
-  as often as both say together. A loop that ends on a condition of its data
-  counts once, each branch of a conditional once. The bytes are those of an
+  as often as both say together. A counter whose start is computed is taken to
+  start at 0, and a loop whose end is computed counts once, as does each branch
+  of a conditional. The bytes are those of an
   exchange in which no device receives what it does not need: of n devices in a
   group, (n - 1) / n of what is gathered, twice that of what is reduced to all.
 
