@@ -1,4 +1,5 @@
 import itertools
+import json
 import pathlib
 import tempfile
 
@@ -110,6 +111,17 @@ class TokenFileTest(parameterized.TestCase):
     self.assertTrue(np.shares_memory(windows, mapped))
     self.assertEqual(windows.shape, (count // 64, 64))
     np.testing.assert_array_equal(windows[3], found[3 * 64 : 4 * 64])
+
+  def test_few_tokens_of_a_long_document(self):
+    path = self.folder / 'long.jsonl'
+    document = ' '.join(self.documents * 40)
+    path.write_text(json.dumps({'text': document}) + '\n')
+    (source,) = recovery_text.read_sources(
+      str(path), self.tokenizer, context=64, most=128, field=''
+    )
+    expected = tokenization.tokenize(self.folder, document).ids[:128]
+    np.testing.assert_array_equal(source.windows.reshape(-1), expected)
+    self.assertGreater(len(document), 128 * 16)
 
   def test_nothing_is_left_of_a_failure(self):
     def broken():

@@ -131,9 +131,10 @@ def read_sources(
     RequestError: a text can't be read, or the weights are invalid.
   """
   parts = mixture.parse(data)
+  # Few tokens may be the beginning of a long document.
+  limit = max(most * _TOKEN_BYTES, corpora.TEXT_BYTES)
   opened = [
-    corpora.open_source(x.source, field=field, limit=most * _TOKEN_BYTES)
-    for x in parts
+    corpora.open_source(x.source, field=field, limit=limit) for x in parts
   ]
   return [
     Source(
