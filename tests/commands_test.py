@@ -18,10 +18,12 @@ import sys
 import tempfile
 from unittest import mock
 
+import jax
 from absl import flags
 from absl.testing import absltest, parameterized
 
 from ffp_jax.baselines import settings
+from ffp_jax.runtime import cli
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -215,6 +217,34 @@ def _flat(keys):
     for name, value in keys.items()
     for rest in (_flat(value) if hasattr(value, 'items') else [''])
   }
+
+
+class LogTest(absltest.TestCase):
+  def test_names_what_took_long_to_compile(self):
+    compiled = '/jax/core/compile/backend_compile_duration'
+    with self.assertLogs('absl', 'INFO') as found:
+      cli.log_compilation(compiled, 12.34, fun_name='jit(search_step)')
+      cli.log_compilation(compiled, 0.5, fun_name='jit(other)')
+      cli.log_compilation('/jax/core/another_duration', 9.0)
+    (line,) = found.output
+    self.assertIn('compiled search_step in 12.3 s', line)
+
+  def test_jax_still_reports_compilation(self):
+    seen = []
+
+    def listen(event, seconds, **about):
+      seen.append((event, about.get('fun_name')))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    @jax.jit
+    def never_compiled_before(x):
+      return x + 1
+
+    never_compiled_before(1.0)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    name = 'jit(never_compiled_before)'
+    self.assertIn(('/jax/core/compile/backend_compile_duration', name), seen)
 
 
 if __name__ == '__main__':

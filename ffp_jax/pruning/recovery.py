@@ -206,7 +206,7 @@ def make_step(
     chunk=chunk,
   )
 
-  def step(
+  def recovery_step(
     trained, opt_state, step, rate_scale, frozen, dense, masks, tokens_AxBxT
   ):
     def add(total, tokens_BxT):
@@ -234,7 +234,7 @@ def make_step(
     trained, opt_state = constrain_params((trained, opt_state))
     return trained, opt_state, step + 1, metrics
 
-  return jax.jit(step, donate_argnums=(0, 1))
+  return jax.jit(recovery_step, donate_argnums=(0, 1))
 
 
 def steps(

@@ -154,7 +154,7 @@ def make_step(
   propose = functools.partial(policy.propose, net)
   weights = {name: config.policy[name] for name in _UPDATE_KEYS}
 
-  def step(
+  def search_step(
     state: SearchState,
     model_params: dict,
     tokens_BxT: jax.Array,
@@ -210,7 +210,7 @@ def make_step(
     new = SearchState(params, opt_state, state.key, state.step + 1, elites)
     return new, metrics
 
-  return jax.jit(step)
+  return jax.jit(search_step)
 
 
 def initial_state(config: ConfigDict, sublayers: Sublayers) -> SearchState:

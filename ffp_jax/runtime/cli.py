@@ -11,6 +11,8 @@ from ffp_jax import config as config_lib
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.runtime import signals, storage
 
+_COMPILED = '/jax/core/compile/backend_compile_duration'  # event of JAX
+
 _HELP_CONFIG = flags.DEFINE_boolean(
   'help_config', False, 'Print every key of --config with its value and stop.'
 )
@@ -99,8 +101,9 @@ def begin_command(module: str, workdir: str):
   """What a command that works in a directory and can go on does first.
 
   Signals end it in order; only this package is logged, as orbax and others
-  speak through absl too; and programs are kept beside the workdir, unless
-  JAX_COMPILATION_CACHE_DIR names another place.
+  speak through absl too; what takes long to compile is named there; and
+  programs are kept beside the workdir, unless JAX_COMPILATION_CACHE_DIR names
+  another place.
 
   Args:
     module: that was run.
@@ -118,12 +121,26 @@ def begin_command(module: str, workdir: str):
   # What has failed is raised; the threads that orbax leaves behind a failed
   # write only say that nobody waits for them.
   sys.unraisablehook = lambda x: logging.debug('%s', x.exc_value)
+  jax.monitoring.register_event_duration_secs_listener(log_compilation)
   path = storage.as_path(workdir)
   # ty: ignore[missing-attribute]
   if not jax.config.jax_compilation_cache_dir:
     cache = str(path.resolve().parent / '.compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
   return path, again
+
+
+def log_compilation(event: str, seconds: float, **about) -> None:
+  """Logs a program that took a second or more to compile, or to load.
+
+  Args:
+    event: of `jax.monitoring`.
+    seconds: that it took.
+    **about: its `fun_name`, the name of the jitted function.
+  """
+  if event == _COMPILED and seconds >= 1.0:
+    name = about.get('fun_name', '').removeprefix('jit(').removesuffix(')')
+    logging.info('compiled %s in %.1f s', name, seconds)
 
 
 @contextlib.contextmanager
