@@ -11,7 +11,7 @@ Shape letters: N rows of a matrix, B rows of a block, R right-hand sides.
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 512  # rows and columns of a block
+_BLOCK = 256  # rows and columns of a block
 
 
 def cholesky(a_NxN: jax.Array) -> jax.Array:
@@ -65,20 +65,15 @@ def blocked_cholesky(a_NxN: jax.Array) -> jax.Array:
   blocks = len(a) // _BLOCK
   row_Nx1 = jnp.arange(len(a))[:, None]
 
-  def subtract_done(row, column, a):
-    def subtract(k, rest):
-      return rest - _product(_block(a, row, k), _block(a, column, k).T)
-
-    rest = jax.lax.fori_loop(0, column, subtract, _block(a, row, column))
-    return _put(a, rest, row, column)
-
   def factorise_column(i, a):
-    a = jax.lax.fori_loop(i, blocks, lambda j, a: subtract_done(j, i, a), a)
-    lower = _factorise_block(_block(a, i, i))
-    rest_NxB = jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK, axis=1)
+    def subtract(k, rest):
+      return rest - _product(_column(a, k), _block(a, i, k).T)
+
+    rest_NxB = jax.lax.fori_loop(0, i, subtract, _column(a, i))
+    lower = _factorise_block(_block(rest_NxB, i, 0))
     below_NxB = _product(rest_NxB, _invert_block(lower).T)
     below_NxB = jnp.where(row_Nx1 < i * _BLOCK, 0.0, below_NxB)
-    return _put(_put(a, below_NxB, 0, i), lower, i, i)
+    return _put(a, _put(below_NxB, lower, i, 0), 0, i)
 
   return jax.lax.fori_loop(0, blocks, factorise_column, a)[:size, :size]
 
@@ -134,8 +129,11 @@ def _factorise_block(a_BxB: jax.Array) -> jax.Array:
 
   def factorise_row(i, carry):
     rest, upper = carry
-    row = jnp.where(index < i, 0.0, rest[i] / jnp.sqrt(rest[i, i]))
-    return rest - row[:, None] * row, upper.at[i].set(row)
+    row = jax.lax.dynamic_index_in_dim(rest, i, keepdims=False)
+    pivot = jax.lax.dynamic_index_in_dim(row, i, keepdims=False)
+    row = jnp.where(index < i, 0.0, row / jnp.sqrt(pivot))
+    upper = jax.lax.dynamic_update_index_in_dim(upper, row, i, axis=0)
+    return rest - row[:, None] * row, upper
 
   carry = a_BxB, jnp.zeros_like(a_BxB)
   return jax.lax.fori_loop(0, len(a_BxB), factorise_row, carry)[1].T
@@ -143,12 +141,15 @@ def _factorise_block(a_BxB: jax.Array) -> jax.Array:
 
 def _invert_block(lower_BxB: jax.Array) -> jax.Array:
   """Returns the inverse of a lower triangular block."""
-  identity = jnp.eye(len(lower_BxB))
+  index = jnp.arange(len(lower_BxB))
 
   def invert_row(i, inverse):
     # The rows of the inverse that are not known yet are zero.
-    known = jnp.sum(lower_BxB[i][:, None] * inverse, axis=0)
-    return inverse.at[i].set((identity[i] - known) / lower_BxB[i, i])
+    row = jax.lax.dynamic_index_in_dim(lower_BxB, i, keepdims=False)
+    pivot = jax.lax.dynamic_index_in_dim(row, i, keepdims=False)
+    known = jnp.sum(row[:, None] * inverse, axis=0)
+    new = (jnp.where(index == i, 1.0, 0.0) - known) / pivot
+    return jax.lax.dynamic_update_index_in_dim(inverse, new, i, axis=0)
 
   size = len(lower_BxB)
   return jax.lax.fori_loop(0, size, invert_row, jnp.zeros_like(lower_BxB))
@@ -158,6 +159,11 @@ def _block(x_NxN: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
   """Returns a block [B,B] of a matrix, by its number in each direction."""
   start = row * _BLOCK, column * _BLOCK
   return jax.lax.dynamic_slice(x_NxN, start, (_BLOCK, _BLOCK))
+
+
+def _column(x_NxN: jax.Array, column: jax.Array) -> jax.Array:
+  """Returns a column of blocks [N,B] of a matrix, by its number."""
+  return jax.lax.dynamic_slice_in_dim(x_NxN, column * _BLOCK, _BLOCK, axis=1)
 
 
 def _put(
