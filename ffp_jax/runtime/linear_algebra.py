@@ -11,6 +11,8 @@ Shape letters: N rows of a matrix, B rows of a block, R right-hand sides.
 import jax
 import jax.numpy as jnp
 
+from ffp_jax.runtime.sharding import constrain
+
 _BLOCK = 256  # rows and columns of a block
 
 
@@ -20,7 +22,7 @@ def cholesky(a_NxN: jax.Array) -> jax.Array:
   It holds values that are not finite if the matrix is not positive definite.
 
   Args:
-    a_NxN: the matrix; what is above its diagonal is not read.
+    a_NxN: the matrix.
   """
   return jax.lax.platform_dependent(
     a_NxN,
@@ -61,7 +63,9 @@ def blocked_cholesky(a_NxN: jax.Array) -> jax.Array:
   The columns of the factor take the place of those of the matrix.
   """
   size = len(a_NxN)
-  a = _pad_to_blocks(a_NxN)
+  # On a mesh each device does all of it: a loop over the blocks of a split
+  # matrix would gather the whole of it at every step.
+  a = constrain(_pad_to_blocks(a_NxN), None, None)
   blocks = len(a) // _BLOCK
   row_Nx1 = jnp.arange(len(a))[:, None]
 
@@ -89,7 +93,7 @@ def blocked_solve(
 ) -> jax.Array:
   """Solves L X = B, or L'X = B, by products of blocks.
 
-  The rows of X take the place of those of B.
+  The rows of X take the place of those of B. A mesh may split the columns.
 
   Args:
     lower_NxN: L, lower triangular.
@@ -100,9 +104,10 @@ def blocked_solve(
     X [N,R].
   """
   size, count = b_NxR.shape
-  lower = _pad_to_blocks(lower_NxN)
+  lower = constrain(_pad_to_blocks(lower_NxN), None, None)
   blocks = len(lower) // _BLOCK
   x = jnp.pad(b_NxR, ((0, len(lower) - size), (0, 0)))
+  x = constrain(x, None, 'embed')
 
   def rows(x, i):
     return jax.lax.dynamic_slice(x, (i * _BLOCK, 0), (_BLOCK, count))
@@ -120,7 +125,8 @@ def blocked_solve(
     inverse = inverse.T if transposed else inverse
     return _put(x, _product(inverse, rest), i, 0)
 
-  return jax.lax.fori_loop(0, blocks, solve_rows, x)[:size]
+  x = jax.lax.fori_loop(0, blocks, solve_rows, x)
+  return constrain(x, None, 'embed')[:size]
 
 
 def _factorise_block(a_BxB: jax.Array) -> jax.Array:
