@@ -50,9 +50,7 @@ def refit_basis(
   ridge = strength * jnp.trace(gram) / len(gram)
   lower = linear_algebra.cholesky(gram + ridge * identity)
   inverse = linear_algebra.invert_lower(lower)
-  weight = jnp.matmul(
-    lower.T, weight_IxD[order_I], precision=jax.lax.Precision.HIGHEST
-  )
+  weight = linear_algebra.product(lower.T, weight_IxD[order_I])
   valid = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(inverse))
   return (
     jnp.where(valid, inverse.T[rank_I][:, rank_I], identity),

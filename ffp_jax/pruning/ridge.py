@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.runtime import linear_algebra
-from ffp_jax.runtime.sharding import constrain
 
 _MAX_TRIES = 9  # of a factorisation, each with ten times the strength
 
@@ -48,7 +47,8 @@ def ridge_regression(
   mask_Ix1 = mask_I[:, None]
   kept = moments.gram_IxI * mask_Ix1 * mask_I
   kept_weight = weight_IxD * mask_Ix1
-  residual = (moments.cross_IxD - moments.gram_IxI @ kept_weight) * mask_Ix1
+  predicted = linear_algebra.product(moments.gram_IxI, kept_weight)
+  residual = (moments.cross_IxD - predicted) * mask_Ix1
   mean = jnp.trace(kept) / jnp.maximum(jnp.sum(mask_I), 1.0)
 
   def failed(carry):
@@ -58,11 +58,8 @@ def ridge_regression(
   def solve(carry):
     tries, strength, _ = carry
     ridge_I = jnp.where(mask_I > 0, strength * mean + 1e-30, 1.0)
-    # Whole on each device: the loops over its blocks would gather it for each.
-    whole = constrain(kept + jnp.diag(ridge_I), None, None)
-    lower = constrain(linear_algebra.cholesky(whole), None, None)
-    right = constrain(residual, None, 'ffn')
-    change = linear_algebra.cholesky_solve(lower, right)
+    lower = linear_algebra.cholesky(kept + jnp.diag(ridge_I))
+    change = linear_algebra.cholesky_solve(lower, residual)
     return tries + 1, strength * 10.0, change
 
   start = (0, jnp.float32(strength), jnp.full_like(residual, jnp.nan))
@@ -72,8 +69,8 @@ def ridge_regression(
 
 def squared_error(moments: Moments, weight_IxD: jax.Array) -> jax.Array:
   """Returns |X W - Y|^2, less the constant |Y|^2; scalar."""
-  fitted = moments.gram_IxI @ weight_IxD - 2.0 * moments.cross_IxD
-  return jnp.sum(weight_IxD * fitted)
+  fitted = linear_algebra.product(moments.gram_IxI, weight_IxD)
+  return jnp.sum(weight_IxD * (fitted - 2.0 * moments.cross_IxD))
 
 
 def select_strength(
@@ -125,12 +122,7 @@ def upper_gram(x_NxI: jax.Array, bands: int = 4) -> jax.Array:
   rows = []
   for band in np.array_split(np.arange(size), min(bands, size)):
     start, end = band[0], band[-1] + 1
-    # At their default precision, accelerators round float32 products.
-    product = jnp.matmul(
-      x_NxI[:, start:end].T,
-      x_NxI[:, start:],
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    product = linear_algebra.product(x_NxI[:, start:end].T, x_NxI[:, start:])
     rows.append(jnp.pad(product, ((0, 0), (start, 0))))
   return jnp.concatenate(rows)
 

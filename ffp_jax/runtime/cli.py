@@ -130,17 +130,17 @@ def begin_command(module: str, workdir: str):
   return path, again
 
 
-def log_compilation(event: str, seconds: float, **about) -> None:
+def log_compilation(event: str, duration_secs: float, **about) -> None:
   """Logs a program that took a second or more to compile, or to load.
 
   Args:
     event: of `jax.monitoring`.
-    seconds: that it took.
+    duration_secs: that it took.
     **about: its `fun_name`, the name of the jitted function.
   """
-  if event == _COMPILED and seconds >= 1.0:
+  if event == _COMPILED and duration_secs >= 1.0:
     name = about.get('fun_name', '').removeprefix('jit(').removesuffix(')')
-    logging.info('compiled %s in %.1f s', name, seconds)
+    logging.info('compiled %s in %.1f s', name, duration_secs)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ Shape letters: N rows of a matrix, B rows of a block, R right-hand sides.
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 512  # rows and columns of a block
+from ffp_jax.runtime.sharding import constrain
+
+_BLOCK = 256  # rows and columns of a block
 
 
 def cholesky(a_NxN: jax.Array) -> jax.Array:
@@ -20,7 +22,7 @@ def cholesky(a_NxN: jax.Array) -> jax.Array:
   It holds values that are not finite if the matrix is not positive definite.
 
   Args:
-    a_NxN: the matrix; what is above its diagonal is not read.
+    a_NxN: the matrix.
   """
   return jax.lax.platform_dependent(
     a_NxN,
@@ -55,30 +57,32 @@ def invert_lower(lower_NxN: jax.Array) -> jax.Array:
   )
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Multiplies float32 matrices, which accelerators round by default."""
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def blocked_cholesky(a_NxN: jax.Array) -> jax.Array:
   """Computes `cholesky` by products of blocks, a column of blocks at a time.
 
   The columns of the factor take the place of those of the matrix.
   """
   size = len(a_NxN)
-  a = _pad_to_blocks(a_NxN)
+  # On a mesh each device does all of it: a loop over the blocks of a split
+  # matrix would gather the whole of it at every step.
+  a = constrain(_pad_to_blocks(a_NxN), None, None)
   blocks = len(a) // _BLOCK
   row_Nx1 = jnp.arange(len(a))[:, None]
 
-  def subtract_done(row, column, a):
-    def subtract(k, rest):
-      return rest - _product(_block(a, row, k), _block(a, column, k).T)
-
-    rest = jax.lax.fori_loop(0, column, subtract, _block(a, row, column))
-    return _put(a, rest, row, column)
-
   def factorise_column(i, a):
-    a = jax.lax.fori_loop(i, blocks, lambda j, a: subtract_done(j, i, a), a)
-    lower = _factorise_block(_block(a, i, i))
-    rest_NxB = jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK, axis=1)
-    below_NxB = _product(rest_NxB, _invert_block(lower).T)
+    def subtract(k, rest):
+      return rest - product(_column(a, k), _block(a, i, k).T)
+
+    rest_NxB = jax.lax.fori_loop(0, i, subtract, _column(a, i))
+    lower = _factorise_block(_block(rest_NxB, i, 0))
+    below_NxB = product(rest_NxB, _invert_block(lower).T)
     below_NxB = jnp.where(row_Nx1 < i * _BLOCK, 0.0, below_NxB)
-    return _put(_put(a, below_NxB, 0, i), lower, i, i)
+    return _put(a, _put(below_NxB, lower, i, 0), 0, i)
 
   return jax.lax.fori_loop(0, blocks, factorise_column, a)[:size, :size]
 
@@ -94,7 +98,7 @@ def blocked_solve(
 ) -> jax.Array:
   """Solves L X = B, or L'X = B, by products of blocks.
 
-  The rows of X take the place of those of B.
+  The rows of X take the place of those of B. A mesh may split the columns.
 
   Args:
     lower_NxN: L, lower triangular.
@@ -105,9 +109,10 @@ def blocked_solve(
     X [N,R].
   """
   size, count = b_NxR.shape
-  lower = _pad_to_blocks(lower_NxN)
+  lower = constrain(_pad_to_blocks(lower_NxN), None, None)
   blocks = len(lower) // _BLOCK
   x = jnp.pad(b_NxR, ((0, len(lower) - size), (0, 0)))
+  x = constrain(x, None, 'embed')
 
   def rows(x, i):
     return jax.lax.dynamic_slice(x, (i * _BLOCK, 0), (_BLOCK, count))
@@ -117,15 +122,16 @@ def blocked_solve(
 
     def subtract(k, rest):
       block = _block(lower, k, i).T if transposed else _block(lower, i, k)
-      return rest - _product(block, rows(x, k))
+      return rest - product(block, rows(x, k))
 
     solved = (i + 1, blocks) if transposed else (0, i)
     rest = jax.lax.fori_loop(*solved, subtract, rows(x, i))
     inverse = _invert_block(_block(lower, i, i))
     inverse = inverse.T if transposed else inverse
-    return _put(x, _product(inverse, rest), i, 0)
+    return _put(x, product(inverse, rest), i, 0)
 
-  return jax.lax.fori_loop(0, blocks, solve_rows, x)[:size]
+  x = jax.lax.fori_loop(0, blocks, solve_rows, x)
+  return constrain(x, None, 'embed')[:size]
 
 
 def _factorise_block(a_BxB: jax.Array) -> jax.Array:
@@ -134,8 +140,11 @@ def _factorise_block(a_BxB: jax.Array) -> jax.Array:
 
   def factorise_row(i, carry):
     rest, upper = carry
-    row = jnp.where(index < i, 0.0, rest[i] / jnp.sqrt(rest[i, i]))
-    return rest - row[:, None] * row, upper.at[i].set(row)
+    row = jax.lax.dynamic_index_in_dim(rest, i, keepdims=False)
+    pivot = jax.lax.dynamic_index_in_dim(row, i, keepdims=False)
+    row = jnp.where(index < i, 0.0, row / jnp.sqrt(pivot))
+    upper = jax.lax.dynamic_update_index_in_dim(upper, row, i, axis=0)
+    return rest - row[:, None] * row, upper
 
   carry = a_BxB, jnp.zeros_like(a_BxB)
   return jax.lax.fori_loop(0, len(a_BxB), factorise_row, carry)[1].T
@@ -143,21 +152,31 @@ def _factorise_block(a_BxB: jax.Array) -> jax.Array:
 
 def _invert_block(lower_BxB: jax.Array) -> jax.Array:
   """Returns the inverse of a lower triangular block."""
-  identity = jnp.eye(len(lower_BxB))
+  index = jnp.arange(len(lower_BxB))
 
   def invert_row(i, inverse):
     # The rows of the inverse that are not known yet are zero.
-    known = jnp.sum(lower_BxB[i][:, None] * inverse, axis=0)
-    return inverse.at[i].set((identity[i] - known) / lower_BxB[i, i])
+    row = jax.lax.dynamic_index_in_dim(lower_BxB, i, keepdims=False)
+    pivot = jax.lax.dynamic_index_in_dim(row, i, keepdims=False)
+    known = jnp.sum(row[:, None] * inverse, axis=0)
+    new = (jnp.where(index == i, 1.0, 0.0) - known) / pivot
+    return jax.lax.dynamic_update_index_in_dim(inverse, new, i, axis=0)
 
   size = len(lower_BxB)
   return jax.lax.fori_loop(0, size, invert_row, jnp.zeros_like(lower_BxB))
 
 
-def _block(x_NxN: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+def _block(
+  x_NxN: jax.Array, row: jax.Array, column: jax.Array | int
+) -> jax.Array:
   """Returns a block [B,B] of a matrix, by its number in each direction."""
   start = row * _BLOCK, column * _BLOCK
   return jax.lax.dynamic_slice(x_NxN, start, (_BLOCK, _BLOCK))
+
+
+def _column(x_NxN: jax.Array, column: jax.Array) -> jax.Array:
+  """Returns a column of blocks [N,B] of a matrix, by its number."""
+  return jax.lax.dynamic_slice_in_dim(x_NxN, column * _BLOCK, _BLOCK, axis=1)
 
 
 def _put(
@@ -174,8 +193,3 @@ def _pad_to_blocks(x_NxN: jax.Array) -> jax.Array:
   padded = jnp.pad(x_NxN, ((0, more), (0, more)))
   ones = jnp.where(jnp.arange(len(padded)) < size, 0.0, 1.0)
   return padded + jnp.diag(ones) if more else padded
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-  # At their default precision, accelerators round float32 products.
-  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
