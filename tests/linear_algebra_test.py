@@ -82,7 +82,7 @@ class BlockedTest(parameterized.TestCase):
     )
 
   def _assert_near(self, ours, lapack):
-    self.assertLess(ours, 4 * lapack + 2e-7)
+    self.assertLess(ours, 4 * lapack + 1e-8)
 
   @parameterized.parameters(*_SIZES)
   def test_close_to_float64(self, size):
