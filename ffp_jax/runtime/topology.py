@@ -4,7 +4,7 @@ The devices come from the TPU's own compiler, in the package libtpu, which needs
 no TPU to compile.
 """
 
-import importlib.util
+import importlib
 import math
 import os
 import re
@@ -89,8 +89,10 @@ def find_devices(name: str) -> list[jax.Device]:
   options = dict(chip.options)
   if count == 1:  # otherwise hosts have four
     options['chips_per_host_bounds'] = (1, 1, 1)
-  if importlib.util.find_spec('libtpu') is None:
-    raise NoCompiler('libtpu')
+  try:
+    importlib.import_module('libtpu')
+  except ImportError as error:
+    raise NoCompiler(str(error)) from error
   try:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=name, **options
