@@ -10,7 +10,7 @@ if ! [ -d "$libtpu" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps --target "$libtpu" 'libtpu==0.0.42.*'
 fi
-export PYTHONPATH=$libtpu
+export PYTHONPATH=$libtpu${PYTHONPATH:+:$PYTHONPATH}
 
 run() {
   .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
