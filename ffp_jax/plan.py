@@ -128,9 +128,8 @@ def describe_meshes(
     if isinstance(x, TooLarge):
       rows.append((math.inf, f'{name:12}{x.message}'))
       continue
-    exchanged = sum(c.size * c.times for c in x.collectives) / 1e9
     row = (
-      f'{name:12}{x.total / _GIB:8.2f}{exchanged:14.3g}'
+      f'{name:12}{x.total / _GIB:8.2f}{x.received / 1e9:14.3g}'
       f'{_at_best(x, chip, None):>17}{x.seconds:11.1f} s'
     )
     if x.total > chip.hbm_gib * _GIB:

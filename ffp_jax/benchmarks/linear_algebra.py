@@ -1,7 +1,7 @@
 """Measures the Cholesky factor and the solves in blocks beside the library's.
 
     python -m ffp_jax.benchmarks.linear_algebra --sizes=1536,4096
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 \\
+    JAX_PLATFORMS=cpu \\
       python -m ffp_jax.benchmarks.linear_algebra --topology=v5e:2x2 \\
       --sizes=4096,11008,28672
 
@@ -24,14 +24,10 @@ from ffp_jax.runtime import cli, device_memory, linear_algebra, topology
 _OUTPUTS = 4096  # right-hand sides, the width of a 7B model
 
 
-def _invert(lower_NxN: jax.Array) -> jax.Array:
-  return linear_algebra.blocked_solve(lower_NxN, jnp.eye(len(lower_NxN)))
-
-
 _BLOCKED = {
   'cholesky': linear_algebra.blocked_cholesky,
   'solve': linear_algebra.blocked_cholesky_solve,
-  'invert': _invert,
+  'invert': linear_algebra.blocked_inverse,
 }
 # On anything but a TPU.
 _LIBRARY = {

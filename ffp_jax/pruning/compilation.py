@@ -26,6 +26,11 @@ class Compiled(NamedTuple):
   total: int  # bytes, with results and with what lies beside; see `Program`
   collectives: list[collectives.Collective]
 
+  @property
+  def received(self) -> int:
+    """Bytes that the device receives in all collectives."""
+    return sum(x.size * x.times for x in self.collectives)
+
 
 class TooLarge(NamedTuple):
   """A program that the compiler refuses because it can't fit."""
@@ -98,11 +103,10 @@ def bounds(compiled: Compiled, chip: topology.Chip) -> dict[str, float]:
   program = compiled.program
   total, full = program.flops
   operations = total + (_FULL_PRECISION_PASSES - 1) * full
-  exchanged = sum(x.size * x.times for x in compiled.collectives)
   return {
     'FLOPs': operations / program.parts / (chip.tflops * 1e12),
     'memory': program.reads / (chip.hbm_gb * 1e9),
-    'links': exchanged / (chip.ici_gb * 1e9),
+    'links': compiled.received / (chip.ici_gb * 1e9),
   }
 
 

@@ -1,9 +1,9 @@
 """Recovery: trains the pruned model to predict what the dense model predicts.
 
-The loss is the KL divergence of the next-token distributions of the masked
-model and the dense model on the same text, less a share that the cross-entropy
-of the text has. Either every kept weight is trained,
-or low-rank updates of the weights (LoRA, arXiv 2106.09685) while the weights
+The loss is a weighted mean of the KL divergence of the next-token distributions
+of the masked model and the dense model on the same text, and of the masked
+model's cross-entropy of that text. Either every kept weight is trained, or
+low-rank updates of the weights (LoRA, arXiv 2106.09685) while the weights
 themselves stay shared with the dense model. Removed units have no gradient, and
 so stay as they are, bit for bit.
 """

@@ -50,7 +50,7 @@ def invert_lower(lower_NxN: jax.Array) -> jax.Array:
   """Returns the inverse of a lower triangular matrix, [N,N]."""
   return jax.lax.platform_dependent(
     lower_NxN,
-    tpu=lambda lower: blocked_solve(lower, jnp.eye(len(lower))),
+    tpu=blocked_inverse,
     default=lambda lower: jax.scipy.linalg.solve_triangular(
       lower, jnp.eye(len(lower)), lower=True
     ),
@@ -91,6 +91,11 @@ def blocked_cholesky_solve(lower_NxN: jax.Array, b_NxR: jax.Array) -> jax.Array:
   """Computes `cholesky_solve` by products of blocks."""
   half = blocked_solve(lower_NxN, b_NxR)
   return blocked_solve(lower_NxN, half, transposed=True)
+
+
+def blocked_inverse(lower_NxN: jax.Array) -> jax.Array:
+  """Computes `invert_lower` by products of blocks."""
+  return blocked_solve(lower_NxN, jnp.eye(len(lower_NxN)))
 
 
 def blocked_solve(
