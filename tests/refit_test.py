@@ -1,9 +1,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from ffp_jax.models import removed
 from ffp_jax.models.decoder import Masks
 from ffp_jax.models.functional import make_apply, make_capture
 from ffp_jax.pruning import masks
@@ -19,7 +21,8 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-_BASIS = jax.jit(refit_lib.refit_basis)
+_FACTORS = jax.jit(refit_lib.refit_factors)
+_REMOVED = jax.jit(removed.removed_output)
 _STRENGTH = 0.1
 _NAMES = 'llama_grouped', 'mistral_short_window', 'opt_post_norm_projected'
 
@@ -33,38 +36,114 @@ def _refit(x, w, kept, ridge):
   return x[:, kept] @ (w[kept] + change)
 
 
-class BasisTest(parameterized.TestCase):
+def _factors(seed, *, units=7, size=1, strength=0.1):
+  """Random inputs [N,I], weights [I,D], ranks [U], and the factors of them."""
+  source = np.random.default_rng(seed)
+  mix = source.standard_normal((units * size, units * size))
+  x = source.standard_normal((60, units * size)) @ mix
+  w = source.standard_normal((units * size, 5))
+  rank = source.permutation(units)
+  refit = _FACTORS(np.float32(x.T @ x), np.float32(w), np.int32(rank), strength)
+  return x, w, rank, refit
+
+
+class FactorsTest(parameterized.TestCase):
   @parameterized.product(seed=(0, 1, 2), strength=(0.01, 0.3), size=(1, 2, 3))
   def test_a_mask_leaves_what_a_regression_does(self, seed, strength, size):
-    source = np.random.default_rng(seed)
-    units = 7
-    mix = source.standard_normal((units * size, units * size))
-    x = source.standard_normal((60, units * size)) @ mix
-    w = source.standard_normal((units * size, 5))
-    rank = source.permutation(units)
-    gram = x.T @ x
-    refit, weight = map(
-      np.asarray,
-      _BASIS(np.float32(gram), np.float32(w), np.int32(rank), strength),
-    )
-    ridge = strength * np.trace(gram) / len(gram)
+    x, w, rank, refit = _factors(seed, size=size, strength=strength)
+    ridge = strength * np.sum(x**2) / x.shape[1]
     atol = 2e-3 * np.abs(x @ w).max()
-    for count in range(units + 1):
+
+    def refitted(x, mask):
+      return (x @ w) - _REMOVED(np.float32(x)[None], mask, refit)[0]
+
+    fresh = np.random.default_rng(seed).standard_normal(x.shape)
+    for count in range(len(rank) + 1):
+      mask = np.float32(rank < count)
       kept = np.repeat(rank < count, size)
-      ours = x @ refit * kept @ weight
+      ours = refitted(x, mask)
       np.testing.assert_allclose(ours, _refit(x, w, kept, ridge), atol=atol)
       # Removed inputs have no part in it, whatever they are.
-      fresh = source.standard_normal(x.shape)
       np.testing.assert_allclose(
-        (x * kept + fresh * ~kept) @ refit * kept @ weight, ours, atol=atol
+        refitted(x * kept + fresh * ~kept, mask), ours, atol=atol
       )
 
   def test_a_matrix_that_cannot_be_factorised_changes_nothing(self):
     gram = np.array([[1.0, 2.0], [2.0, 1.0]], np.float32)  # indefinite
     weight = np.eye(2, 3, dtype=np.float32)
-    refit, new = _BASIS(gram, weight, np.arange(2), 0.0)
-    np.testing.assert_array_equal(refit, np.eye(2))
-    np.testing.assert_array_equal(new, weight)
+    refit = _FACTORS(gram, weight, np.array([1, 0]), 0.0)
+    x = np.float32([[[3.0, 5.0]]])
+    for mask in ([1.0, 0.0], [0.0, 1.0], [0.0, 0.0]):
+      taken = _REMOVED(x, np.float32(mask), refit)
+      np.testing.assert_array_equal(taken, x * (1 - np.array(mask)) @ weight)
+
+  @parameterized.parameters(1, 2)
+  def test_gradient_is_that_of_the_products(self, size):
+    x, _, rank, refit = _factors(3, units=24, size=size)
+    mask = np.where(rank < 17, 1.0, 0.0) + np.where(rank == 17, 0.3, 0.0)
+    aim = np.random.default_rng(0).standard_normal((60, 5))
+    basis, weight, _ = refit
+    flat_basis = np.concatenate([*basis], axis=1)[:, : x.shape[1]]
+    flat_weight = np.concatenate([*weight])[: x.shape[1]]
+
+    def plainly(x, mask):
+      left = jnp.repeat(1.0 - mask[refit.order_U], size)
+      return jnp.sum((x @ flat_basis * left) @ flat_weight * aim)
+
+    def ours(x, mask):
+      return jnp.sum(removed.removed_output(x[None], mask, refit)[0] * aim)
+
+    arguments = np.float32(x), np.float32(mask)
+    values = [
+      jax.value_and_grad(f, (0, 1))(*arguments) for f in (plainly, ours)
+    ]
+    (value, (dx, dmask)), (found, (found_dx, found_dmask)) = values
+    np.testing.assert_allclose(found, value, rtol=1e-4)
+    np.testing.assert_allclose(found_dx, dx, atol=1e-4 * np.abs(dx).max())
+    gone = rank >= 17
+    atol = 1e-4 * np.abs(dmask).max()
+    np.testing.assert_allclose(found_dmask[gone], dmask[gone], atol=atol)
+    # Of blocks that keep all of their units nothing is computed.
+    np.testing.assert_array_equal(found_dmask[rank < 15], 0.0)
+
+  def test_masks_mapped_over_share_their_blocks(self):
+    x, _, rank, refit = _factors(5, units=24)
+    masks = np.float32([rank < 17, rank < 12, rank < 24])
+    x = np.float32(x)[None]
+
+    def value(mask, refit):
+      return jnp.sum(jnp.sin(removed.removed_output(x, mask, refit)))
+
+    measure = jax.value_and_grad(value)
+    found, gradients = jax.jit(jax.vmap(measure, (0, None)))(masks, refit)
+    for i, mask in enumerate(masks):
+      alone, gradient = measure(mask, refit)
+      np.testing.assert_allclose(found[i], alone, rtol=1e-4)
+      gone = (mask == 0) | (rank == 23)
+      np.testing.assert_allclose(
+        gradients[i, gone], gradient[gone], rtol=1e-3, atol=1e-3
+      )
+    # Four blocks of three units are kept by all.
+    poisoned = refit._replace(basis_CxIxJ=refit.basis_CxIxJ.at[:4].set(np.nan))
+    again = jax.jit(jax.vmap(value, (0, None)))(masks, poisoned)
+    np.testing.assert_allclose(again, found, rtol=1e-4)
+
+  def test_blocks_that_keep_all_are_skipped(self):
+    x, _, rank, refit = _factors(4, units=24)
+    mask = np.float32(rank < 17)
+    poisoned = refit._replace(
+      basis_CxIxJ=refit.basis_CxIxJ.at[:5].set(np.nan),
+      weight_CxJxD=refit.weight_CxJxD.at[:5].set(np.nan),
+    )
+    x = np.float32(x)[None]
+    np.testing.assert_array_equal(
+      _REMOVED(x, mask, poisoned), _REMOVED(x, mask, refit)
+    )
+    # The last unit has a gradient where nothing is removed, too.
+    found = jax.grad(lambda m: jnp.sum(_REMOVED(x, m, refit)))(
+      np.ones_like(mask)
+    )
+    self.assertGreater(np.abs(found[rank == 23]).min(), 0.0)
 
 
 @functools.cache
@@ -105,8 +184,10 @@ class RefittingTest(parameterized.TestCase):
     w = np.asarray(pair.params['stack']['ffn']['down'][0], np.float64)
     ridge = _STRENGTH * np.sum(x**2) / config.ffn
     stack = params['stack']['ffn']
+    refit = removed.Refit(*(stack[f'refit_{y}'][0] for y in removed.FACTORS))
     kept = np.asarray(rank.ffn[0]) < config.ffn // 2
-    ours = x @ stack['refit'][0] * kept @ stack['down'][0]
+    taken = _REMOVED(np.float32(x)[None], np.float32(kept), refit)[0]
+    ours = x @ w - taken
     theirs = _refit(x, w, kept, ridge)
     np.testing.assert_allclose(ours, theirs, atol=3e-3 * np.abs(x @ w).max())
     # And it comes closer to the whole output than the cut alone.

@@ -38,7 +38,7 @@ class ModelConfig:
   ffn_bias: bool = False
   window: int | None = None  # tokens of sliding-window attention
   tied: bool = False  # whether the head is the embedding table
-  refit: bool = False  # whether layers have a refit matrix, see refit.py
+  refit: bool = False  # whether masks refit what they keep, see removed.py
   adapter_rank: int = 0  # of the low-rank updates, see adapters.py; 0 for none
   embed_width: int | None = None  # None if embeddings are not projected
   kept_groups: tuple[int, ...] | None = None

@@ -183,14 +183,22 @@ FAMILIES = {
 
 @functools.cache
 def param_shapes(config: ModelConfig, dtype: Any) -> dict:
-  """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s."""
+  """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s.
+
+  The order of units in a refit stays int32.
+  """
 
   def init():
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Decoder(config).init(jax.random.key(0), tokens)
 
   tree = jax.eval_shape(init)['params']
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+  def with_dtype(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(x.shape, dtype if floating else x.dtype)
+
+  return jax.tree.map(with_dtype, tree)
 
 
 def param_count(config: ModelConfig) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.models import rope
+from ffp_jax.models import removed, rope
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.runtime.sharding import constrain
 
@@ -170,6 +170,43 @@ def _multiply(module, name, x):
   return y.reshape(*x.shape[:-1], -1)
 
 
+def _declare_refit(module, inputs, units):
+  """Declares the factors of a sublayer, if the config has them."""
+  if not module.config.refit:
+    return
+  shapes = removed.refit_shapes(inputs, units, module.config.width)
+  inits = WEIGHT_INIT, WEIGHT_INIT, _init_order
+  for name, shape, init in zip(removed.FACTORS, shapes, inits, strict=True):
+    leaf = f'refit_{name}'
+    setattr(module, leaf, module.param(leaf, init, shape))
+
+
+def _init_order(key, shape):
+  """Returns the units in the order that they have."""
+  del key
+  return jnp.arange(*shape, dtype=jnp.int32)
+
+
+def _project(module, name, inputs, mask_U):
+  """Applies an output projection to the units of a mask: [B,T,D].
+
+  Args:
+    module: the sublayer.
+    name: of the projection.
+    inputs: [B,T,...]; those of a unit lie side by side.
+    mask_U: 1 keeps a unit; None keeps all.
+  """
+  x = inputs.reshape(*inputs.shape[:2], -1)
+  if mask_U is None:
+    return _multiply(module, name, x)
+  if module.config.refit:
+    factors = (getattr(module, f'refit_{y}') for y in removed.FACTORS)
+    refit = removed.Refit(*factors)
+    return _multiply(module, name, x) - removed.removed_output(x, mask_U, refit)
+  mask = jnp.repeat(mask_U, x.shape[-1] // len(mask_U)).astype(x.dtype)
+  return _multiply(module, name, x * mask)
+
+
 def _capture(module, activations):
   """Sows the statistic of activations under 'captured', if there is one."""
   if module.capture is not None:
@@ -204,8 +241,7 @@ class Attention(nn.Module):
       setattr(self, f'{name}_norm', scale)
     self.out = self.param('out', WEIGHT_INIT, (K, G, H, D))
     _declare_adapter(self, 'out', (K, G, H), (D,))
-    if c.refit:
-      self.refit = self.param('refit', WEIGHT_INIT, (K * G * H, K * G * H))
+    _declare_refit(self, K * G * H, K)
     if c.out_bias:
       self.out_bias = self.param('out_bias', _BIAS_INIT, (D,))
 
@@ -287,12 +323,7 @@ class Attention(nn.Module):
     self, inputs: jax.Array, mask_K: jax.Array | None = None
   ) -> jax.Array:
     """Maps the inputs of `out`, [B,T,K,G,H], to [B,T,D]."""
-    if self.config.refit:
-      flat = inputs.reshape(*inputs.shape[:2], -1) @ self.refit
-      inputs = flat.reshape(inputs.shape)
-    if mask_K is not None:
-      inputs = inputs * mask_K[:, None, None].astype(inputs.dtype)
-    y = _multiply(self, 'out', inputs.reshape(*inputs.shape[:2], -1))
+    y = _project(self, 'out', inputs, mask_K)
     return y + self.out_bias if self.config.out_bias else y
 
 
@@ -313,8 +344,7 @@ class Ffn(nn.Module):
         setattr(self, f'{name}_bias', bias)
     self.down = self.param('down', WEIGHT_INIT, (F, c.width))
     _declare_adapter(self, 'down', (F,), (c.width,))
-    if c.refit:
-      self.refit = self.param('refit', WEIGHT_INIT, (F, F))
+    _declare_refit(self, F, F)
     if c.ffn_bias:
       self.down_bias = self.param('down_bias', _BIAS_INIT, (c.width,))
 
@@ -338,9 +368,5 @@ class Ffn(nn.Module):
     self, inputs: jax.Array, mask_F: jax.Array | None = None
   ) -> jax.Array:
     """Maps the inputs of `down`, [B,T,F], to [B,T,D]."""
-    if self.config.refit:
-      inputs = inputs @ self.refit
-    if mask_F is not None:
-      inputs = inputs * mask_F.astype(inputs.dtype)
-    y = _multiply(self, 'down', inputs)
+    y = _project(self, 'down', inputs, mask_F)
     return y + self.down_bias if self.config.ffn_bias else y

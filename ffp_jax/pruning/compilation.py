@@ -27,7 +27,7 @@ class Compiled(NamedTuple):
   collectives: list[collectives.Collective]
 
   @property
-  def received(self) -> int:
+  def received(self) -> float:
     """Bytes that the device receives in all collectives."""
     return sum(x.size * x.times for x in self.collectives)
 
@@ -63,7 +63,7 @@ def compile_for_topology(
     memory.arguments,
     memory.temporary,
     memory.total + program.beside,
-    collectives.find_collectives(compiled.as_text()),
+    collectives.find_collectives(compiled.as_text(), program.taken),
   )
 
 

@@ -1,8 +1,10 @@
 """FLOPs of the programs of a run, on all devices together, from shapes alone.
 
-What masks remove is computed and thrown away, and so is counted.
+What masks remove is computed and thrown away, and so is counted. A refit counts
+with the share of its blocks that a sparsity uses.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ffp_jax.models import families
+from ffp_jax.models import families, removed
 from ffp_jax.models.decoder import ModelConfig
 
 
@@ -21,18 +23,24 @@ class Flops(NamedTuple):
   full: float = 0.0  # of them, in float32 at full precision
 
 
-def forward_flops(model: ModelConfig, context: int) -> tuple[int, int]:
+def forward_flops(
+  model: ModelConfig, context: int, sparsity: float = 0.0
+) -> tuple[float, float]:
   """Returns the FLOPs that a forward pass takes for each token.
 
   Args:
     model: of the decoder, dense or sliced.
     context: tokens that attention looks at; those that it masks count too.
+    sparsity: of the masks; of those of a refit model alone the FLOPs depend.
 
   Returns:
     (FLOPs of the products with the weights, of those of attention).
   """
-  shapes = families.param_shapes(model, jnp.float32)
-  products = _size(shapes)
+  plain = dataclasses.replace(model, refit=False)
+  products = _size(families.param_shapes(plain, jnp.float32))
+  if model.refit:
+    factors = _size(families.param_shapes(model, jnp.float32)) - products
+    products += removed.used_share(sparsity) * factors
   if not model.tied:  # the embedding is looked up, not multiplied
     products -= model.vocab * (model.embed_width or model.width)
   groups = sum(model.widths(i)[0] for i in range(model.layers))
@@ -40,7 +48,7 @@ def forward_flops(model: ModelConfig, context: int) -> tuple[int, int]:
   return 2 * products, 4 * heads * context
 
 
-def _layers_flops(model: ModelConfig, context: int) -> int:
+def _layers_flops(model: ModelConfig, context: int) -> float:
   """Returns those of `forward_flops` that all layers take together."""
   stack = families.param_shapes(model, jnp.float32)['stack']
   return 2 * _size(stack) + forward_flops(model, context)[1]
@@ -51,9 +59,9 @@ def _size(shapes) -> int:
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
 
 
-def scoring(model: ModelConfig, context: int) -> Flops:
+def scoring(model: ModelConfig, context: int, sparsity: float) -> Flops:
   """Returns the FLOPs of the loss of one window of text."""
-  return Flops(context * sum(forward_flops(model, context)))
+  return Flops(context * sum(forward_flops(model, context, sparsity)))
 
 
 def importance(config: ml_collections.ConfigDict, model: ModelConfig) -> Flops:
@@ -75,7 +83,8 @@ def search_step(config: ml_collections.ConfigDict, model: ModelConfig) -> Flops:
     model: of the decoder that scores candidates, refit or not.
   """
   c = config.search
-  forward = max(c.rows) * c.context * sum(forward_flops(model, c.context))
+  token = sum(forward_flops(model, c.context, config.budget.sparsity))
+  forward = max(c.rows) * c.context * token
   return Flops(forward * c.candidates * search_passes(config))
 
 

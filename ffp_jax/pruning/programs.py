@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ffp_jax import config as config_lib
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import make_nll
-from ffp_jax.models import adapters, families
+from ffp_jax.models import adapters, families, removed
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.pruning import (
   allocation,
@@ -46,6 +46,7 @@ class Program(NamedTuple):
   reads: int  # bytes of weights that a device multiplies by, in all passes
   beside: int  # bytes on a device besides: its own, less arguments that share
   in_run: bool  # whether the run calls it, or only would with other settings
+  taken: float = 1.0  # share of the executions of conditionals that do work
 
 
 def list_programs(
@@ -70,12 +71,13 @@ def list_programs(
   if config_lib.refits(config):
     programs.append(_refit_layer(config, model, params, mesh))
   programs.append(search_step(config, model, dtype, mesh))
-  scored, scored_params, beside = _scoring_model(config, model, dtype, mesh)
-  programs.append(
-    _scoring(
-      're-scoring', config.search.context, scored, scored_params, mesh, beside
-    )
+  scored = _scored(config, model)
+  again = _scoring(
+    're-scoring',
+    *(config.search.context, scored, abstract_params(scored, dtype, mesh)),
+    *(mesh, config.budget.sparsity),
   )
+  programs.append(again)
   if config.calibration.enabled:
     programs.append(_calibrate_layer(config, model, params, mesh))
   for rank in 0, config.recovery.rank or _RANK:
@@ -129,13 +131,22 @@ def _output_projections(params: dict) -> tuple:
   return stack['attention']['out'], stack['ffn']['down']
 
 
-def _reads(params: dict, mesh: Mesh, passes: int) -> int:
+def _reads(params: dict, mesh: Mesh, passes: int, sparsity: float = 0.0) -> int:
   """Returns the bytes of weights that a device reads in some passes.
 
   What `fsdp` splits is gathered first, so that a device multiplies by all of
   it.
+
+  Args:
+    params: on all devices.
+    mesh: of the devices.
+    passes: number of them.
+    sparsity: of the masks, on which a refit model's depend.
   """
-  return passes * local_bytes(params) * mesh.shape['fsdp']
+  factors = local_bytes(removed.find_factors(params))
+  used = removed.used_share(sparsity) * factors
+  total = local_bytes(params) - factors + int(used)
+  return passes * total * mesh.shape['fsdp']
 
 
 def _parts(mesh: Mesh, rows: int = 0) -> int:
@@ -164,18 +175,19 @@ def _importance(config, model, params, mesh) -> Program:
   )
 
 
-def _scoring(name, context, model, params, mesh, beside=0) -> Program:
+def _scoring(name, context, model, params, mesh, sparsity=0.0) -> Program:
   """Returns the loss of a window of masked candidates or the dense model."""
   return Program(
     name=name,
     function=scoring.make_mean_nll(model),
     arguments=(params, _tokens(1, context), _tokens(2), _keep(model)),
     keywords={},
-    flops=flops.scoring(model, context),
+    flops=flops.scoring(model, context, sparsity),
     parts=_parts(mesh),
-    reads=_reads(params, mesh, 1),
-    beside=beside,
+    reads=_reads(params, mesh, 1, sparsity),
+    beside=0,
     in_run=True,
+    taken=removed.used_share(sparsity),
   )
 
 
@@ -207,8 +219,8 @@ def _refit_layer(config, model, params, mesh) -> Program:
   layer, keep = _first_layer(params, _keep(model))
   ranks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), keep)
   dtype = params['embed']['table'].dtype
-  refitted = abstract_params(_as_refit(model), dtype, mesh)['stack']
-  new = [refitted[name]['refit'] for name in ('attention', 'ffn')]
+  scored = abstract_params(_scored(config, model), dtype, mesh)
+  new = removed.find_factors(scored)
   return Program(
     name='refit, a layer',
     function=refit.refit_layer,
@@ -217,27 +229,14 @@ def _refit_layer(config, model, params, mesh) -> Program:
     flops=flops.refit_layer(config, model),
     parts=_parts(mesh),
     reads=_reads(layer, mesh, windows),
-    beside=local_bytes((params, new, _output_projections(params))),
+    beside=local_bytes((params, new)),
     in_run=True,
   )
 
 
-def _as_refit(model: ModelConfig) -> ModelConfig:
-  return dataclasses.replace(model, refit=True)
-
-
-def _scoring_model(config, model, dtype, mesh) -> tuple[ModelConfig, dict, int]:
-  """Returns the decoder that scores candidates.
-
-  Returns:
-    (config, params, bytes beside: of the dense output projections, if these are
-    others).
-  """
-  if not config_lib.refits(config):
-    return model, abstract_params(model, dtype, mesh), 0
-  scored = _as_refit(model)
-  params = abstract_params(scored, dtype, mesh)
-  return scored, params, local_bytes(_output_projections(params))
+def _scored(config, model: ModelConfig) -> ModelConfig:
+  """Returns the decoder that scores candidates."""
+  return dataclasses.replace(model, refit=config_lib.refits(config))
 
 
 def search_step(
@@ -248,7 +247,8 @@ def search_step(
 ) -> Program:
   """Returns a step of the stage with the most rows; see `list_programs`."""
   c = config.search
-  scored, params, beside = _scoring_model(config, model, dtype, mesh)
+  scored = _scored(config, model)
+  params = abstract_params(scored, dtype, mesh)
   sublayers = find_sublayers(
     model,
     round_heads=config.budget.round_heads,
@@ -270,6 +270,7 @@ def search_step(
   tokens = _tokens(max(c.rows), c.context)
   parts = _parts(mesh, c.candidates)
   turns = -(-c.candidates // (mesh.shape['candidates'] * block))
+  passes, sparsity = flops.search_passes(config) * turns, config.budget.sparsity
   return Program(
     name='search step',
     function=search.make_step(net, optim, nll, config, block),
@@ -277,9 +278,10 @@ def search_step(
     keywords={},
     flops=flops.search_step(config, scored),
     parts=parts,
-    reads=_reads(params, mesh, flops.search_passes(config) * turns),
-    beside=beside,
+    reads=_reads(params, mesh, passes, sparsity),
+    beside=0,
     in_run=True,
+    taken=removed.used_share(sparsity),
   )
 
 

@@ -6,10 +6,11 @@ weights, G = H'H their Gram matrix, and G + lambda = L L',
   H W = (H L'^-1) (L'W).
 
 Column i of H L'^-1 depends on the units up to i alone, and all columns are
-orthonormal under G + lambda. A mask of the first n columns therefore leaves
-what the ridge regression of H W on the first n units, shrunk to W, predicts.
-One Cholesky factor per sublayer, known before the search, serves every count;
-the masks stay masks, and their gradient is that of the refit model.
+orthonormal under G + lambda. The first n columns therefore leave what the ridge
+regression of H W on the first n units, shrunk to W, predicts: H W less what the
+other columns, of the removed units, give (`models/removed.py`). One Cholesky
+factor per sublayer, known before the search, serves every count; the masks stay
+masks, and their gradient is that of the refit model.
 """
 
 import dataclasses
@@ -20,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
+from ffp_jax.models.removed import FACTORS, Refit, to_blocks
 from ffp_jax.pruning import calibration
-from ffp_jax.runtime import linear_algebra
-from ffp_jax.runtime.sharding import constrain
+from ffp_jax.runtime import linear_algebra, sharding
 
 
-def refit_basis(
+def refit_factors(
   gram_IxI: jax.Array, weight_IxD: jax.Array, rank_U: jax.Array, strength: float
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the refit's change of basis, and the weights in that basis.
+) -> Refit:
+  """Returns the change of basis, and the weights in that basis.
 
   I inputs, D outputs, U units.
 
@@ -39,8 +40,8 @@ def refit_basis(
     strength: of the ridge, as a share of the mean diagonal of the Gram matrix.
 
   Returns:
-    (matrix [I,I] to multiply the inputs by, weights [I,D]), whose product is W.
-    If the factorisation fails, the identity and W: masks then do not refit.
+    L'^-1 and L'W, in blocks. If the factorisation fails, the identity and W:
+    masks then do not refit.
   """
   size = len(gram_IxI) // len(rank_U)
   rank_I = (rank_U[:, None] * size + jnp.arange(size)).reshape(-1)
@@ -50,11 +51,12 @@ def refit_basis(
   ridge = strength * jnp.trace(gram) / len(gram)
   lower = linear_algebra.cholesky(gram + ridge * identity)
   inverse = linear_algebra.invert_lower(lower)
-  weight = linear_algebra.product(lower.T, weight_IxD[order_I])
+  ordered = weight_IxD[order_I]
   valid = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(inverse))
-  return (
-    jnp.where(valid, inverse.T[rank_I][:, rank_I], identity),
-    jnp.where(valid, weight[rank_I], weight_IxD),
+  return to_blocks(
+    jnp.where(valid, inverse.T, identity)[rank_I],
+    jnp.where(valid, linear_algebra.product(lower.T, ordered), ordered),
+    jnp.argsort(rank_U),
   )
 
 
@@ -75,24 +77,38 @@ def refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
     strength: of the ridge.
 
   Returns:
-    ((output projection, change of basis) of attention and FFN, the residual
+    (new parameters of attention and FFN by the sublayer's name, the residual
     stream behind the layer).
   """
   layer = Layer(config, config.groups, config.ffn)
-  refits = []
+  refits = {}
   for rank_U, sublayer in zip(ranks, calibration.SUBLAYERS, strict=True):
     weight = sublayer.weight(params)
     inputs, gram = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
-    basis, weight = refit_basis(gram, weight, rank_U, strength)
-    projection = sublayer.with_weight(params, weight)[sublayer.name][
-      sublayer.projection
-    ]
-    basis = constrain(basis, 'embed', 'ffn').astype(projection.dtype)
-    refits.append((projection, basis))
+    factors = refit_factors(gram, weight, rank_U, strength)
+    dtype = params[sublayer.name][sublayer.projection].dtype
+    refits[sublayer.name] = {
+      f'refit_{name}': x.astype(dtype) if name != 'order' else x
+      for name, x in zip(FACTORS, factors, strict=True)
+    }
     stream_WxBxTxD = sublayer.apply_output(
       layer, params, stream_WxBxTxD, inputs, None
     )
-  return refits, stream_WxBxTxD
+  return sharding.constrain_params(refits), stream_WxBxTxD
+
+
+@functools.partial(jax.jit, static_argnames='layers')
+def _allocate(layer, *, layers):
+  """Returns zeros for what all layers have, stacked."""
+  return sharding.constrain_params(
+    jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), layer)
+  )
+
+
+@functools.partial(jax.jit, donate_argnames='stacked')
+def _put(stacked, layer, i):
+  """Writes the parameters of layer i; what is stacked gives its memory."""
+  return jax.tree.map(lambda x, new: x.at[i].set(new), stacked, layer)
 
 
 def refit_model(
@@ -116,18 +132,14 @@ def refit_model(
     (config, params). Without masks the function is that of the dense decoder.
   """
   stream = calibration.embed_windows(params, tokens_WxBxT, config=config)
-  layers = []
+  stacked: dict = {}
   for i in range(config.layers):
     layer, ranks = jax.tree.map(lambda x, i=i: x[i], (params['stack'], rank))
     refits, stream = refit_layer(
       layer, stream, ranks, config=config, strength=float(strength)
     )
-    layers.append(refits)
+    stacked = stacked or _allocate(refits, layers=config.layers)
+    stacked = _put(stacked, refits, i)
   stack = params['stack']
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  for sublayer, (weight, basis) in zip(
-    calibration.SUBLAYERS, stacked, strict=True
-  ):
-    new = {sublayer.projection: weight, 'refit': basis}
-    stack = {**stack, sublayer.name: {**stack[sublayer.name], **new}}
+  stack = stack | {name: stack[name] | new for name, new in stacked.items()}
   return dataclasses.replace(config, refit=True), {**params, 'stack': stack}

@@ -39,29 +39,30 @@ class Collective(NamedTuple):
   kind: str  # one of KINDS
   result: str  # type and shape on one device, such as bf16[1,128]
   size: int  # bytes that a device receives each time, at the least
-  times: int  # how often it is executed
+  times: float  # how often it is executed
   groups: np.ndarray  # [groups, devices of each], indices in the mesh, flat
   loops: int  # number of loops that it is in
 
 
-def find_collectives(hlo: str) -> list[Collective]:
+def find_collectives(hlo: str, taken: float = 1.0) -> list[Collective]:
   """Returns the collectives of a program.
 
   A loop's are executed as often as its counter says, those of a loop in a loop
   as often as both say together. A counter whose start is computed is taken to
-  start at 0, and a loop whose end is computed counts once, as does each branch
-  of a conditional. The bytes are those of an
-  exchange in which no device receives what it does not need: of n devices in a
-  group, (n - 1) / n of what is gathered, twice that of what is reduced to all.
+  start at 0, and a loop whose end is computed counts once. The bytes are those
+  of an exchange in which no device receives what it does not need: of n devices
+  in a group, (n - 1) / n of what is gathered, twice that of what is reduced to
+  all.
 
   Args:
     hlo: text of a compiled program for one of its devices, optimised.
+    taken: how often each branch of a conditional is executed, as a share.
 
   Raises:
     ValueError: the groups of a collective are in an unknown form.
   """
   computations, entry = _split(hlo)
-  return list(_walk(computations, entry, 1, 0, set()))
+  return list(_walk(computations, entry, 1, 0, set(), taken))
 
 
 def _split(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -81,7 +82,9 @@ def _split(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
   return computations, entry
 
 
-def _walk(computations, name, times, loops, seen) -> Iterator[Collective]:
+def _walk(
+  computations, name, times, loops, seen, taken
+) -> Iterator[Collective]:
   """Yields the collectives of a computation and of those that it calls.
 
   Args:
@@ -91,6 +94,7 @@ def _walk(computations, name, times, loops, seen) -> Iterator[Collective]:
     loops: number of loops around it.
     seen: channels of the collectives that run beside other work, which are
       written once in each piece of that work.
+    taken: see `find_collectives`.
   """
   own = computations[name]
   for x in own.values():
@@ -103,11 +107,13 @@ def _walk(computations, name, times, loops, seen) -> Iterator[Collective]:
       continue
     for role, callee, callees in _CALLED.findall(x.line):
       for called in re.findall(r'[\w.-]+', callee or callees):
+        count, depth, known = times, loops, seen
         if role == 'body':
-          count = times * _trips(computations, own, x)
-          yield from _walk(computations, called, count, loops + 1, set(seen))
-        else:
-          yield from _walk(computations, called, times, loops, seen)
+          count *= _trips(computations, own, x)
+          depth, known = loops + 1, set(seen)
+        elif x.opcode == 'conditional':
+          count *= taken
+        yield from _walk(computations, called, count, depth, known, taken)
 
 
 def _kind(opcode: str) -> str | None:
