@@ -1,7 +1,7 @@
 """Measures a model, dense or pruned: perplexity, or scores in tasks.
 
 python -m ffp_jax.evaluate --model=DIR --data=wikitext2:test --context=2048
-python -m ffp_jax.evaluate --model=DIR --tasks=hellaswag,piqa
+python -m ffp_jax.evaluate --model=DIR --tasks=builtin --limit=500
 """
 
 import json
@@ -76,8 +76,7 @@ def evaluate_tasks(
 
   Args:
     model: name, as `find_model` takes it.
-    names: of the tasks.
-    fewshot, limit: see `harness.load_tasks` and `harness.score_tasks`.
+    names, fewshot, limit: see `harness.load_tasks` and `harness.score_tasks`.
     context: tokens per request at most; None for the model's own positions.
     batch_tokens: about as many tokens are computed together.
     dtype: see `load_model`.
@@ -232,7 +231,9 @@ if __name__ == '__main__':
     'auto: float32 on CPU, bfloat16 elsewhere.',
   )
   flags.DEFINE_list(
-    'tasks', [], 'Tasks of lm_eval or their .yaml files, instead of a text.'
+    'tasks',
+    [],
+    'Tasks instead of a text: builtin, or of lm_eval, or their .yaml files.',
   )
   flags.DEFINE_integer(
     'fewshot', None, "Number of examples in a prompt; the task's own if unset."

@@ -21,7 +21,7 @@ from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 
 from ffp_jax.errors import RequestError
-from ffp_jax.evaluation import batches, likelihood
+from ffp_jax.evaluation import batches, builtin_tasks, likelihood
 from ffp_jax.models import decoding
 from ffp_jax.models.decoder import ModelConfig
 
@@ -40,7 +40,8 @@ def load_tasks(
   """Loads tasks with their examples.
 
   Args:
-    names: of tasks, groups or tags, or paths of .yaml files.
+    names: of tasks, groups or tags, of `builtin_tasks`, or paths of .yaml
+      files.
     tokenizer: transformers tokenizer of the model to evaluate.
     fewshot: examples in each prompt, for tasks that allow it; None for the
       tasks' own number.
@@ -54,9 +55,16 @@ def load_tasks(
   random.seed(_SEED)
   np.random.seed(_NUMPY_SEED)
   # The harness's own tasks are thousands of files, which take long to index.
-  index_own = not all(name.endswith('.yaml') for name in names)
+  index_own = False
+  specs: list = []
+  for name in names:
+    if builtin_tasks.is_builtin(name):
+      specs += builtin_tasks.load(name)
+    else:
+      specs.append(name)
+      index_own |= not name.endswith('.yaml')
   try:
-    loaded = lm_eval.tasks.TaskManager(include_defaults=index_own).load(names)
+    loaded = lm_eval.tasks.TaskManager(include_defaults=index_own).load(specs)
   except Exception as error:  # of many kinds: files, formats, the network
     raise RequestError(
       f'tasks: cannot load {",".join(names)} '
@@ -83,7 +91,7 @@ def score_tasks(
 
   Returns:
     dict from each task and group to its metrics with standard errors,
-    `examples`, `fewshot` and `version`.
+    `examples`, `fewshot` and `version`, and to the mean of `builtin_tasks`.
   """
   # The harness would resample in forked processes, and JAX has threads.
   os.environ['DISABLE_MULTIPROC'] = '1'
@@ -96,7 +104,7 @@ def score_tasks(
       bootstrap_iters=_RESAMPLES,
     )
   counts = scores['n-samples']
-  return {
+  found: dict[str, dict] = {
     name: {
       key.removesuffix(',none').replace('_stderr,none', '_stderr'): value
       for key, value in figures.items()
@@ -109,6 +117,7 @@ def score_tasks(
     }
     for name, figures in scores['results'].items()
   }
+  return found | builtin_tasks.mean_accuracy(found)
 
 
 class JaxLM(TemplateLM):

@@ -2,6 +2,9 @@
 
 `pruning/refit.py` says what the factors are. Shape letters as in decoder.py,
 and I inputs of an output projection, U units, C blocks of J inputs.
+
+The mesh axis `tensor` splits I of the basis and D of the weight: of each block
+only its J inputs are summed over it, and what all blocks take is gathered once.
 """
 
 import math
@@ -129,13 +132,13 @@ def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
     i, used = block
 
     def add():
-      z_BxTxJ = constrain(x_BxTxI @ basis_CxIxJ[i], 'batch', None, 'ffn')
+      z_BxTxJ = constrain(x_BxTxI @ basis_CxIxJ[i], 'batch', None, None)
       y = jnp.matmul(
         z_BxTxJ * removed_CxJ[i],
         weight_CxJxD[i],
         preferred_element_type=jnp.float32,
       )
-      return y_BxTxD + y, z_BxTxJ
+      return constrain(y_BxTxD + y, 'batch', None, 'ffn'), z_BxTxJ
 
     zero = jnp.zeros((*rows, columns), x_BxTxI.dtype)
     return jax.lax.cond(used, add, lambda: (y_BxTxD, zero))
@@ -159,14 +162,14 @@ def _sum_blocks_backward(kept, gradient_BxTxD):
 
     def add():
       weight_DxJ = weight_CxJxD[i].T
-      dz_BxTxJ = constrain(gradient_BxTxD @ weight_DxJ, 'batch', None, 'ffn')
+      dz_BxTxJ = constrain(gradient_BxTxD @ weight_DxJ, 'batch', None, None)
       dx = jnp.matmul(
         dz_BxTxJ * removed_CxJ[i],
         basis_CxIxJ[i].T,
         preferred_element_type=jnp.float32,
       )
       dremoved_J = jnp.sum(dz_BxTxJ * z_CxBxTxJ[i], (0, 1))
-      return dx_BxTxI + dx, dremoved_J
+      return constrain(dx_BxTxI + dx, 'batch', None, 'ffn'), dremoved_J
 
     zero = jnp.zeros_like(removed_CxJ[0])
     return jax.lax.cond(used, add, lambda: (dx_BxTxI, zero))

@@ -202,7 +202,8 @@ def _project(module, name, inputs, mask_U):
   if module.config.refit:
     factors = (getattr(module, f'refit_{y}') for y in removed.FACTORS)
     refit = removed.Refit(*factors)
-    return _multiply(module, name, x) - removed.removed_output(x, mask_U, refit)
+    y = constrain(_multiply(module, name, x), 'batch', None, 'ffn')
+    return y - removed.removed_output(x, mask_U, refit)
   mask = jnp.repeat(mask_U, x.shape[-1] // len(mask_U)).astype(x.dtype)
   return _multiply(module, name, x * mask)
 

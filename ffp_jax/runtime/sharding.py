@@ -53,9 +53,9 @@ _PARAMS = {
   'attention/value_bias': ('groups', None),
   'attention/out': ('groups', 'heads', None, 'embed'),
   'attention/refit_basis': (None, 'ffn', 'embed'),
-  'attention/refit_weight': (None, 'ffn', 'embed'),
+  'attention/refit_weight': (None, 'embed', 'ffn'),
   'ffn/refit_basis': (None, 'ffn', 'embed'),
-  'ffn/refit_weight': (None, 'ffn', 'embed'),
+  'ffn/refit_weight': (None, 'embed', 'ffn'),
   'ffn/gate': ('embed', 'ffn'),
   'ffn/up': ('embed', 'ffn'),
   'ffn/gate_bias': ('ffn',),
@@ -217,6 +217,8 @@ def map_candidates(
   at_once = max(
     n for n in range(1, count + 1) if count % n == 0 and n <= block * parts
   )
+  if at_once == 1:  # which on CPU is quicker than a block of one
+    return jax.lax.map(f, xs)
   axis = 'candidates' if parts > 1 and at_once % parts == 0 else None
   map_block = jax.vmap(f, spmd_axis_name=axis)
   blocks = xs.reshape(count // at_once, at_once, *xs.shape[1:])

