@@ -7,6 +7,7 @@ The mesh axis `tensor` splits I of the basis and D of the weight: of each block
 only its J inputs are summed over it, and what all blocks take is gathered once.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -124,18 +125,28 @@ def _sum_blocks(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
   return _sum_blocks_forward(*operands)[0]
 
 
+def _gather_block(basis_CxIxJ, weight_CxJxD, i):
+  """Returns the factors of a block, as the mesh axis `tensor` alone splits."""
+  return (
+    constrain(basis_CxIxJ[i], 'ffn', None),
+    constrain(weight_CxJxD[i], None, 'ffn'),
+  )
+
+
 def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
   blocks, columns, width = weight_CxJxD.shape
+  gather_block = functools.partial(_gather_block, basis_CxIxJ, weight_CxJxD)
   rows = x_BxTxI.shape[:-1]
 
   def add_block(y_BxTxD, block):
     i, used = block
 
     def add():
-      z_BxTxJ = constrain(x_BxTxI @ basis_CxIxJ[i], 'batch', None, None)
+      basis_IxJ, weight_JxD = gather_block(i)
+      z_BxTxJ = constrain(x_BxTxI @ basis_IxJ, 'batch', None, None)
       y = jnp.matmul(
         z_BxTxJ * removed_CxJ[i],
-        weight_CxJxD[i],
+        weight_JxD,
         preferred_element_type=jnp.float32,
       )
       return constrain(y_BxTxD + y, 'batch', None, 'ffn'), z_BxTxJ
@@ -156,16 +167,17 @@ def _sum_blocks_backward(kept, gradient_BxTxD):
   z_CxBxTxJ, removed_CxJ, basis_CxIxJ, weight_CxJxD = kept
   blocks, inputs, _ = basis_CxIxJ.shape
   dtype = gradient_BxTxD.dtype
+  gather_block = functools.partial(_gather_block, basis_CxIxJ, weight_CxJxD)
 
   def add_block(dx_BxTxI, block):
     i, used = block
 
     def add():
-      weight_DxJ = weight_CxJxD[i].T
-      dz_BxTxJ = constrain(gradient_BxTxD @ weight_DxJ, 'batch', None, None)
+      basis_IxJ, weight_JxD = gather_block(i)
+      dz_BxTxJ = constrain(gradient_BxTxD @ weight_JxD.T, 'batch', None, None)
       dx = jnp.matmul(
         dz_BxTxJ * removed_CxJ[i],
-        basis_CxIxJ[i].T,
+        basis_IxJ.T,
         preferred_element_type=jnp.float32,
       )
       dremoved_J = jnp.sum(dz_BxTxJ * z_CxBxTxJ[i], (0, 1))
