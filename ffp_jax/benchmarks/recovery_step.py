@@ -4,9 +4,9 @@
 
 Both distil the dense model into one that has lost 30%, spread evenly, on the
 same random tokens in float32; rank 0 trains every weight, others adapters. The
-pruned model is masked, as recovery has it, or sliced. Each model has its own
+pruned model is masked, as recovery has it, or sliced. Each library has its own
 process, and the processes take turns, so that a drift of the machine's speed
-affects all alike. Prints medians, and the loss and the gradient's norm of the
+affects both alike. Prints medians, and the loss and the gradient's norm of the
 first step, which are to agree.
 
 A step's FLOPs are those of the dense model's forward pass and the pruned one's
@@ -144,10 +144,17 @@ def measure(
   )
   found = []
   for rank in ranks:
-    settings = [
-      dataclasses.replace(setting, rank=rank, sliced=x) for x in (False, True)
+    lines = [
+      row
+      for sliced in (False, True)
+      for row in _measure_pair(
+        model, dataclasses.replace(setting, rank=rank, sliced=sliced), repeats
+      )
     ]
-    found += _measure_rank(model, settings, repeats)
+    masked = {row['library']: row['seconds'] for row in lines[: len(_MODULES)]}
+    for row in lines:
+      row['x masked'] = masked[row['library']] / row['seconds']
+    found += lines
   return found
 
 
@@ -161,40 +168,37 @@ def _check_libraries(ranks):
     )
 
 
-def _measure_rank(model, settings, repeats):
-  """Returns the rows of the table of one rank, and measures the machine."""
+def _measure_pair(model, setting, repeats):
+  """Returns the rows of the table of one setting, and measures the machine.
+
+  No other models are in memory meanwhile: with little of it free, a step takes
+  much longer to get its own.
+  """
   matmuls = [(module,) for module in _MODULES.values()]
-  steps = [
-    (library, module, setting)
-    for setting in settings
-    for library, module in _MODULES.items()
-  ]
-  commands = [(module, setting.format()) for _, module, setting in steps]
-  answers = turns.take([*matmuls, *commands], repeats)
+  steps = [(module, setting.format()) for module in _MODULES.values()]
+  answers = turns.take([*matmuls, *steps], repeats)
   best = min(_median(x) for x in answers[: len(matmuls)])
   rate = recovery_setting.matmul_flops() / best
-  rows: dict[tuple[str, bool], dict] = {}
-  for (library, _, setting), answer in zip(
-    steps, answers[len(matmuls) :], strict=True
-  ):
-    seconds, flops = _median(answer), step_flops(model, setting)
-    rows[library, setting.sliced] = {
+  answers = dict(zip(_MODULES, answers[len(matmuls) :], strict=True))
+  flops = step_flops(model, setting)
+  rows = []
+  for library, answer in answers.items():
+    seconds = _median(answer)
+    row = {
       'rank': setting.rank,
       'student': 'sliced' if setting.sliced else 'masked',
       'library': library,
       'seconds': seconds,
       'tokens/s': setting.rows * setting.context / seconds,
+      'x PyTorch': _median(answers['PyTorch']) / seconds,
       'GFLOP': flops / 1e9,
       'of matmul rate': flops / seconds / rate,
       'matmul rate, GFLOP/s': rate / 1e9,
       'first KL': answer.turns[0]['kl'],
       'first gradient norm': answer.turns[0]['gradient_norm'],
-    } | answer.last
-  for (library, sliced), row in rows.items():
-    theirs, masked = rows['PyTorch', sliced], rows[library, False]
-    row['x PyTorch'] = theirs['seconds'] / row['seconds']
-    row['x masked'] = masked['seconds'] / row['seconds']
-  return [*rows.values()]
+    }
+    rows.append(row | answer.last)
+  return rows
 
 
 def _median(answers):
