@@ -177,6 +177,32 @@ class FindTest(parameterized.TestCase):
     (found,) = collectives.find_collectives(hlo)
     self.assertEqual(found.groups.tolist(), expected)
 
+  @parameterized.parameters(
+    'true_computation=%work, false_computation=%rest',
+    'branch_computations={%rest, %work}',
+  )
+  def test_a_branch_counts_as_often_as_it_is_taken(self, branches):
+    hlo = f"""
+%rest (a: f32[8]) -> f32[8] {{
+  ROOT %a = f32[8]{{0}} parameter(0)
+}}
+
+%work (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0}} parameter(0)
+  ROOT %r = f32[8]{{0}} all-reduce(%b), replica_groups={{{{0,1}}}}
+}}
+
+ENTRY %main (p: pred[], x: f32[8]) -> f32[8] {{
+  %p = pred[] parameter(0)
+  %x = f32[8]{{0}} parameter(1)
+  ROOT %y = f32[8]{{0}} conditional(%p, %x, %x), {branches}
+}}
+"""
+    (found,) = collectives.find_collectives(hlo, taken=0.25)
+    self.assertEqual((found.size, found.times, found.loops), (32, 0.25, 0))
+    (found,) = collectives.find_collectives(hlo)
+    self.assertEqual(found.times, 1)
+
   def test_an_unknown_form_is_no_group(self):
     hlo = 'ENTRY %m (a: f32[8]) -> f32[8] {\n  %r = f32[8]{0} all-reduce(%a)\n}'
     with self.assertRaisesRegex(ValueError, 'unknown form: %r = '):
