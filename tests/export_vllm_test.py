@@ -1,0 +1,132 @@
+"""Exports in vLLM, where `launch/vllm.sh` has made its environment.
+
+VLLM_PYTHON names the Python of another one.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import unittest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from ffp_jax import export
+from ffp_jax.checkpoints import model_config, weights
+from ffp_jax.export import formats
+from ffp_jax.models.decoder import Decoder
+from tests import testing, tiny_run
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_PYTHON = os.environ.get('VLLM_PYTHON', _ROOT / '.vllm/bin/python')
+_GROUPS, _FFN = (3, 2, 1), (47, 33, 18)
+# vLLM's kernels for CPU have heads of 32 at least.
+_GROUPED = {
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 32,
+  'max_position_embeddings': 256,
+}
+_OPT = {
+  'model_type': 'opt',
+  'hidden_size': 128,
+  'ffn_dim': 48,
+  'max_position_embeddings': 256,
+}
+_CASES = {
+  'llama': _GROUPED,
+  'llama_biased': _GROUPED | {'attention_bias': True, 'mlp_bias': True},
+  'mistral': _GROUPED | {'model_type': 'mistral', 'sliding_window': 40},
+  'qwen2': _GROUPED | {'model_type': 'qwen2', 'vocab_size': 304},
+  'qwen3': _GROUPED | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+  'opt': _OPT,
+  'opt_post_norm': _OPT
+  | {'do_layer_norm_before': False, 'word_embed_proj_dim': 64},
+}
+_DTYPES = {'float32': 2e-5, 'bfloat16': 0.15}  # mean difference
+_PROMPTS = (5, 40, 120)  # tokens
+_NEW_TOKENS = 40
+
+
+def _write(folder: pathlib.Path, name: str):
+  """Writes a model whose layers all differ, as ours and as the export."""
+  tiny_run.write_model(folder / 'dense', **_CASES[name])
+  config = model_config.read_model_config(folder / 'dense')
+  params = weights.load_params(folder / 'dense', config, np.float32)
+  masks = testing.masks_of(config, _GROUPS, _FFN)
+  small = export.slice_params(params, config, masks)
+  export.save(*small, folder / 'dense', folder / 'pruned')
+  formats.export(
+    str(folder / 'pruned'), 'hf', folder / 'hf', dtype=None, pre=None
+  )
+
+
+@unittest.skipUnless(pathlib.Path(_PYTHON).exists(), f'no vLLM at {_PYTHON}')
+class VllmTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    for name in _CASES:
+      _write(cls.root / name, name)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, 290, count).tolist() for count in _PROMPTS]
+    cls.jobs = [(name, dtype) for name in _CASES for dtype in _DTYPES]
+    lines = [
+      json.dumps(
+        {
+          'model': str(cls.root / name / 'hf'),
+          'dtype': dtype,
+          'prompts': prompts,
+          'new_tokens': _NEW_TOKENS,
+        }
+      )
+      for name, dtype in cls.jobs
+    ]
+    done = subprocess.run(
+      [_PYTHON, _ROOT / 'tests/vllm_log_probs.py'],
+      input='\n'.join(lines),
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=1200,
+    )
+    answers = map(json.loads, done.stdout.splitlines())
+    cls.answers = dict(zip(cls.jobs, answers, strict=True))
+
+  @parameterized.product(name=[*_CASES], dtype=[*_DTYPES])
+  def test_log_probs(self, name, dtype):
+    """Of prompts in one batch, then token by token from the paged cache."""
+    answers = self.answers[name, dtype]
+    self.assertNotIn('error', answers)
+    config = model_config.read_model_config(self.root / name / 'pruned')
+    params = weights.load_params(
+      self.root / name / 'pruned', config, np.float32
+    )
+    apply = jax.jit(Decoder(config).apply)
+    self.assertLen(answers, len(_PROMPTS))
+    for answer, prompt in zip(answers, _PROMPTS, strict=True):
+      tokens = jnp.asarray([answer['tokens']])
+      self.assertEqual(tokens.shape, (1, prompt + _NEW_TOKENS))
+      logits = apply({'params': params}, tokens)[0, :-1]
+      want = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1
+      )[:, 0]
+      self.assertGreater(want.std(), 0.3)
+      off = np.abs(np.array(answer['log_probs']) - want).mean()
+      self.assertLess(off, _DTYPES[dtype])
+      if dtype == 'float32':
+        new = slice(prompt - 1, None)
+        self.assertEqual(
+          logits.argmax(-1)[new].tolist(), answer['tokens'][prompt:]
+        )
+
+
+if __name__ == '__main__':
+  absltest.main()
