@@ -22,10 +22,7 @@ tokenizer = AutoTokenizer.from_pretrained(DIR)
 The code is `modeling_pruned.py` in this directory. transformers warns that
 common widths are read: it is harmless, the layers are narrowed thereafter.
 
-vLLM (untested): `vllm serve DIR --model-impl transformers
---trust-remote-code` should load it where every layer keeps all of its
-attention. Its transformers backend gives every layer the same number of
-heads, so where those differ, use the model with transformers or llama.cpp.
+vLLM from 0.32 on: `vllm serve DIR --trust-remote-code`.
 """,
   'hf_dense': """\
 Load it as the model that it was made from; it needs no code of its own. The
