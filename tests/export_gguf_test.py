@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import sentencepiece
 import tokenizers
+import transformers
 import xllamacpp
 from absl import logging
 from absl.testing import absltest, parameterized
@@ -129,14 +130,17 @@ class _LlamaCpp:
       out[token['id']] = token['logprob']
     return out
 
-  def tokens(self, text: str) -> list[int]:
+  def post(self, endpoint: str, **question) -> dict:
     request = urllib.request.Request(
-      f'{self._server.listening_address}/tokenize',
-      json.dumps({'content': text, 'add_special': True}).encode(),
+      f'{self._server.listening_address}/{endpoint}',
+      json.dumps(question).encode(),
       {'Content-Type': 'application/json'},
     )
     with urllib.request.urlopen(request) as answer:
-      return json.load(answer)['tokens']
+      return json.load(answer)
+
+  def tokens(self, text: str) -> list[int]:
+    return self.post('tokenize', content=text, add_special=True)['tokens']
 
 
 def _log_probs(directory: pathlib.Path) -> np.ndarray:
@@ -552,6 +556,34 @@ class TokenizerTest(_TestCase):
     self.assertEqual(template, 'plain')
     (note,) = self.notes
     self.assertIn('rag, tool_use', note)
+
+  def test_chat(self):
+    """llama.cpp's chat endpoints say what transformers' template says."""
+    model = self.pruned()
+    template = (
+      "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+      "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (model / 'chat_template.jinja').write_text(template)
+    messages = [
+      {'role': 'system', 'content': 'Be brief.'},
+      {'role': 'user', 'content': 'What is a tuple?'},
+    ]
+    runtime = _LlamaCpp(self.exported(model))
+    prompt = runtime.post('apply-template', messages=messages)['prompt']
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    self.assertEqual(
+      prompt,
+      tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+      ),
+    )
+    answer = runtime.post(
+      'v1/chat/completions', messages=messages, max_tokens=4
+    )
+    self.assertEqual(
+      answer['usage']['prompt_tokens'], len(tokenizer(prompt).input_ids)
+    )
 
   def test_unknown_cut_can_be_named(self):
     model = self.pruned()
