@@ -4,10 +4,8 @@ import subprocess
 import sys
 from unittest import mock
 
-import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export
 from ffp_jax.checkpoints import hub, model_config, weights
 from ffp_jax.export import formats
 from ffp_jax.runtime import storage
@@ -79,12 +77,7 @@ class RefusedTest(_TestCase):
 class FullDiskTest(_TestCase):
   @parameterized.parameters(*formats.FORMATS)
   def test_nothing_is_left(self, format):
-    config = model_config.read_model_config(self.dense)
-    params = weights.load_params(self.dense, config, np.float32)
-    masks = testing.masks_of(config, (2, 1, 1), (9, 8, 7))
-    model = self.folder() / 'pruned'
-    small = export.slice_params(params, config, masks)
-    export.save(*small, self.dense, model)
+    model = testing.write_pruned(self.dense, (2, 1, 1), (9, 8, 7))
     # A module cached under the limit would stay torn for good.
     self.enterContext(mock.patch.object(sys, 'dont_write_bytecode', True))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

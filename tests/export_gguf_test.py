@@ -171,12 +171,7 @@ class _TestCase(testing.CheckpointTestCase):
     """A pruned model directory; by default no two layers are alike."""
     folder = self.folder()
     tiny_run.write_model(folder / 'dense', **_GROUPED | changes)
-    config = model_config.read_model_config(folder / 'dense')
-    params = weights.load_params(folder / 'dense', config, np.float32)
-    masks = testing.masks_of(config, groups, ffn)
-    small = export.slice_params(params, config, masks)
-    export.save(*small, folder / 'dense', folder / 'pruned')
-    return folder / 'pruned'
+    return testing.write_pruned(folder / 'dense', groups, ffn)
 
   def exported(self, model: pathlib.Path, dtype=None, pre=None):
     path = self.folder() / 'model.gguf'
@@ -562,7 +557,7 @@ class TokenizerTest(_TestCase):
     model = self.pruned()
     template = (
       "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-      "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+      '{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}'
     )
     (model / 'chat_template.jinja').write_text(template)
     messages = [

@@ -10,7 +10,6 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export
 from ffp_jax.checkpoints import hub, model_config, weights
 from ffp_jax.export import formats
 from ffp_jax.models import families
@@ -22,17 +21,8 @@ _GROUPED = {
   'num_key_value_heads': 4,
   'head_dim': 6,  # 32 is no multiple of 6 heads
 }
-_OPT = {'model_type': 'opt', 'ffn_dim': 48, 'num_attention_heads': 4}
-_CASES = {
-  'llama': _GROUPED,
-  'llama_biased': _GROUPED | {'attention_bias': True, 'mlp_bias': True},
-  'mistral': _GROUPED | {'model_type': 'mistral', 'sliding_window': 3},
-  'qwen2': _GROUPED | {'model_type': 'qwen2', 'vocab_size': 304},
-  'qwen3': _GROUPED | {'model_type': 'qwen3', 'tie_word_embeddings': False},
-  'opt': _OPT,
-  'opt_post_norm': _OPT
-  | {'do_layer_norm_before': False, 'word_embed_proj_dim': 12},
-}
+_OPT = {'ffn_dim': 48, 'num_attention_heads': 4}
+_CASES = tiny_run.every_family(_GROUPED, _OPT, window=3)
 _GROUPS, _FFN = (3, 2, 1), (47, 33, 18)
 _HEADER = 20_000  # bytes
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
@@ -52,11 +42,7 @@ def _pruned(name) -> pathlib.Path:
   folder = pathlib.Path(_FOLDER.name) / name
   if not folder.exists():
     tiny_run.write_model(folder / 'dense', **_CASES[name])
-    config = model_config.read_model_config(folder / 'dense')
-    params = weights.load_params(folder / 'dense', config, np.float32)
-    masks = testing.masks_of(config, _GROUPS, _FFN)
-    small = export.slice_params(params, config, masks)
-    export.save(*small, folder / 'dense', folder / 'pruned')
+    testing.write_pruned(folder / 'dense', _GROUPS, _FFN)
   return folder / 'pruned'
 
 
@@ -292,13 +278,9 @@ class TiedTest(_TestCase):
     dense = self.dense(name, other_head=other_head)
     config = model_config.read_model_config(dense)
     self.assertEqual(config.tied, not other_head)
-    params = weights.load_params(dense, config, np.float32)
-    whole = (config.groups,) * 3, (config.ffn,) * 3
-    small = export.slice_params(
-      params, config, testing.masks_of(config, *whole)
+    pruned = testing.write_pruned(
+      dense, (config.groups,) * 3, (config.ffn,) * 3
     )
-    pruned = dense.with_name('pruned')
-    export.save(*small, dense, pruned)
     out = self.exported(pruned, format)
     want = _theirs(_load(dense))
     for folder in (pruned, out):

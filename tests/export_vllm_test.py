@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax import export
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.export import formats
 from ffp_jax.models.decoder import Decoder
@@ -32,21 +31,11 @@ _GROUPED = {
   'max_position_embeddings': 256,
 }
 _OPT = {
-  'model_type': 'opt',
   'hidden_size': 128,
   'ffn_dim': 48,
   'max_position_embeddings': 256,
 }
-_CASES = {
-  'llama': _GROUPED,
-  'llama_biased': _GROUPED | {'attention_bias': True, 'mlp_bias': True},
-  'mistral': _GROUPED | {'model_type': 'mistral', 'sliding_window': 40},
-  'qwen2': _GROUPED | {'model_type': 'qwen2', 'vocab_size': 304},
-  'qwen3': _GROUPED | {'model_type': 'qwen3', 'tie_word_embeddings': False},
-  'opt': _OPT,
-  'opt_post_norm': _OPT
-  | {'do_layer_norm_before': False, 'word_embed_proj_dim': 64},
-}
+_CASES = tiny_run.every_family(_GROUPED, _OPT, window=40)
 _DTYPES = {'float32': 2e-5, 'bfloat16': 0.15}  # mean difference
 _PROMPTS = (5, 40, 120)  # tokens
 _NEW_TOKENS = 40
@@ -55,14 +44,8 @@ _NEW_TOKENS = 40
 def _write(folder: pathlib.Path, name: str):
   """Writes a model whose layers all differ, as ours and as the export."""
   tiny_run.write_model(folder / 'dense', **_CASES[name])
-  config = model_config.read_model_config(folder / 'dense')
-  params = weights.load_params(folder / 'dense', config, np.float32)
-  masks = testing.masks_of(config, _GROUPS, _FFN)
-  small = export.slice_params(params, config, masks)
-  export.save(*small, folder / 'dense', folder / 'pruned')
-  formats.export(
-    str(folder / 'pruned'), 'hf', folder / 'hf', dtype=None, pre=None
-  )
+  pruned = testing.write_pruned(folder / 'dense', _GROUPS, _FFN)
+  formats.export(str(pruned), 'hf', folder / 'hf', dtype=None, pre=None)
 
 
 @unittest.skipUnless(pathlib.Path(_PYTHON).exists(), f'no vLLM at {_PYTHON}')

@@ -16,6 +16,7 @@ from absl.testing import parameterized
 
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError
+from ffp_jax.export import slicing
 from ffp_jax.models.decoder import Masks, ModelConfig
 
 # Every width differs from every other, so that no wrong axis goes unseen.
@@ -209,6 +210,24 @@ def masks_of(config: ModelConfig, groups, channels) -> Masks:
     return source.permuted(mask_LxU, axis=1).astype(np.float32)
 
   return Masks(half(config.groups, groups), half(config.ffn, channels))
+
+
+def write_pruned(dense: pathlib.Path, groups, channels) -> pathlib.Path:
+  """Prunes a model directory, at random.
+
+  Args:
+    dense: directory of the model.
+    groups, channels: to keep, [L] each.
+
+  Returns:
+    The directory of the pruned model, `pruned` beside the dense one.
+  """
+  config = model_config.read_model_config(dense)
+  params = weights.load_params(dense, config, np.float32)
+  keep = masks_of(config, groups, channels)
+  small = slicing.slice_params(params, config, keep)
+  slicing.save(*small, dense, dense.with_name('pruned'))
+  return dense.with_name('pruned')
 
 
 def blocks(model) -> list[dict[str, torch.nn.Linear]]:

@@ -43,6 +43,28 @@ HF_CONFIG = {
 }
 
 
+def every_family(grouped: dict, opt: dict, *, window: int) -> dict[str, dict]:
+  """Changes to HF_CONFIG for a model of every family, by a name.
+
+  Args:
+    grouped: changes for all but OPT, with grouped heads.
+    opt: changes for OPT.
+    window: tokens of Mistral's sliding window.
+  """
+  opt = opt | {'model_type': 'opt', 'num_key_value_heads': None}
+  narrow = opt.get('hidden_size', HF_CONFIG['hidden_size']) // 2
+  return {
+    'llama': grouped,
+    'llama_biased': grouped | {'attention_bias': True, 'mlp_bias': True},
+    'mistral': grouped | {'model_type': 'mistral', 'sliding_window': window},
+    'qwen2': grouped | {'model_type': 'qwen2', 'vocab_size': VOCAB + 4},
+    'qwen3': grouped | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+    'opt': opt,
+    'opt_post_norm': opt
+    | {'do_layer_norm_before': False, 'word_embed_proj_dim': narrow},
+  }
+
+
 def compile_quickly(on: bool):
   """Compiles without most optimisations, and the same code only once.
 
