@@ -49,7 +49,7 @@ def describe(
   """
   lines = [
     f'{"GiB per device":21}{"arguments":>9}{"temporary":>10}{"all":>7}'
-    f'{"FLOPs":>9}{"seconds at best":>17}{"compiled in":>13}'
+    f'{"FLOPs":>9}{"seconds at best":>17}{"calls":>7}{"compiled in":>13}'
   ]
   for x in found:
     if isinstance(x, TooLarge):
@@ -61,23 +61,41 @@ def describe(
     lines.append(
       f'{x.program.name:21}{arguments:9.2f}{temporary:10.2f}{total:7.2f}'
       f'{x.program.flops.total:9.2g}{_at_best(x, chip, tflops):>17}'
-      f'{x.seconds:11.1f} s'
+      f'{x.program.calls:7}{x.seconds:11.1f} s'
     )
   if chip:
     lines += ['', *_describe_collectives(found)]
-  return '\n'.join([*lines, '', _verdict(found, memory_gib)])
+  lines += ['', *_describe_run(found, chip, tflops)]
+  return '\n'.join([*lines, _verdict(found, memory_gib)])
+
+
+def _describe_run(found, chip, tflops) -> list[str]:
+  """Returns what all calls of the run take together, if known, as a line."""
+  called = [x for x in found if x.program.calls]
+  if not (chip or tflops) or any(isinstance(x, TooLarge) for x in called):
+    return []
+  seconds = sum(x.program.calls * _seconds(x, chip, tflops)[0] for x in called)
+  compiled = sum(x.seconds for x in called)
+  return [
+    f'the run computes for {seconds:.3g} s at best, '
+    f'and compiled here in {compiled:.0f} s'
+  ]
 
 
 def _at_best(x: Compiled, chip, tflops) -> str:
   """Returns the fewest seconds of a program, and what limits it, if known."""
+  if not (chip or tflops):
+    return ''
+  seconds, limit = _seconds(x, chip, tflops)
+  return f'{seconds:.3g} {limit}'.rstrip()
+
+
+def _seconds(x: Compiled, chip, tflops) -> tuple[float, str]:
+  """Returns the fewest seconds of a program, and what limits it."""
   if chip:
-    limit, seconds = max(
-      compilation.bounds(x, chip).items(), key=lambda item: item[1]
-    )
-    return f'{seconds:.3g} {limit}'
-  if tflops:
-    return f'{x.program.flops.total / x.program.parts / (tflops * 1e12):.3g}'
-  return ''
+    limit, seconds = compilation.longest_bound(x, chip)
+    return seconds, limit
+  return x.program.flops.total / x.program.parts / (tflops * 1e12), ''
 
 
 def _describe_collectives(found) -> list[str]:
@@ -100,7 +118,7 @@ def _describe_collectives(found) -> list[str]:
 
 def _verdict(found, memory_gib: float) -> str:
   """Returns whether all programs that the run calls fit."""
-  used = [x for x in found if x.program.in_run]
+  used = [x for x in found if x.program.calls]
   refused = [x for x in used if isinstance(x, TooLarge)]
   if refused:
     names = ', '.join(x.program.name for x in refused)
@@ -135,7 +153,7 @@ def describe_meshes(
     if x.total > chip.hbm_gib * _GIB:
       rows.append((math.inf, f'{row}  DOES NOT FIT'))
     else:
-      rows.append((max(compilation.bounds(x, chip).values()), row))
+      rows.append((compilation.longest_bound(x, chip)[1], row))
   header = (
     f'{"search step":12}{"GiB":>8}{"GB received":>14}{"seconds at best":>17}'
     f'{"compiled in":>13}'

@@ -72,7 +72,7 @@ def _named(*names):
       parts=2,
       reads=3 * 10**9,
       beside=0,
-      in_run=True,
+      calls=3,
     )
     for name in names
   ]
@@ -101,38 +101,54 @@ class PlanTest(parameterized.TestCase):
       listed = programs.list_programs(
         _config(**overrides), _MODEL, jnp.dtype('float32'), mesh
       )
-      return {x.name: x.in_run for x in listed}
+      return {x.name: x.calls for x in listed}
 
+    # With the defaults 16 reward windows, 24 of each held-out text, of five
+    # models and of two, then of the recovered one, and 8 for validation before
+    # recovery, in the middle and at its end.
     self.assertEqual(
       names(),
       {
-        'importance': True,
-        'dense scoring': True,
-        'refit, a layer': True,
-        'search step': True,
-        're-scoring': True,
-        'calibration, a layer': True,
-        'recovery, all': True,
-        'recovery, rank 8': False,
+        'importance': 1,
+        'scoring, a window': 16 + 5 * 24 + 4 * 24 + 3 * 8,
+        'refit, a layer': 4,
+        'search step': 24,
+        're-scoring, a row': 2 * 16,
+        'calibration, a layer': 2 * 4,
+        'recovery, all': 32_768 // 64,
+        'recovery, rank 8': 0,
       },
     )
     others = names(**{'search.refit': 0.0, 'recovery.rank': 4})
     self.assertNotIn('refit, a layer', others)
-    self.assertTrue(others['recovery, rank 4'])
-    self.assertFalse(others['recovery, all'])
-    plain = names(**{'calibration.enabled': False, 'recovery.tokens': 0})
+    self.assertEqual(others['recovery, rank 4'], 512)
+    self.assertEqual(others['recovery, all'], 0)
+    plain = names(
+      **{
+        'calibration.enabled': False,
+        'recovery.tokens': 0,
+        'search.context': 32,
+        'text.other': '',
+      }
+    )
     self.assertNotIn('calibration, a layer', plain)
     self.assertNotIn('refit, a layer', plain)
-    self.assertFalse(plain['recovery, all'])
+    self.assertEqual(plain['recovery, all'], 0)
+    self.assertEqual(plain['scoring, a window'], 16 + 3 * 24)
+    self.assertEqual(plain['re-scoring, a row'], 2 * 2 * 16)
 
   def test_the_verdict_names_the_largest_program_of_the_run(self):
     small, large, other = (
       compilation.Compiled(program, 1.0, 2**28, 2**28, n * 2**30, [])
       for program, n in zip(_named('a', 'b', 'c'), (1, 2, 9), strict=True)
     )
-    other = other._replace(program=other.program._replace(in_run=False))
+    other = other._replace(program=other.program._replace(calls=0))
     text = plan.describe([small, large, other], 4.0, tflops=1e-3)
     self.assertIn('fits in 4 GiB per device; the largest program is b', text)
+    # Three calls each, of 6 TFLOP on two devices of 1 GFLOP/s.
+    self.assertIn(
+      'computes for 1.8e+04 s at best, and compiled here in 2', text
+    )
     self.assertIn('DOES NOT FIT', plan.describe([small, large], 1.5))
 
   def test_seconds_are_those_of_what_takes_longest(self):

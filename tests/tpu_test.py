@@ -9,7 +9,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from ffp_jax import plan
+from ffp_jax.benchmarks import tpu_plans
 from ffp_jax.config import defaults
+from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import compilation, programs
 from ffp_jax.runtime import sharding, topology
@@ -105,7 +107,7 @@ class ProgramsTest(parameterized.TestCase):
         seen = [axis for c in x.collectives for axis in _axes(c, sizes)]
         self.assertContainsSubset(seen, used)
         self.assertNotEmpty(seen)
-    scored = found['dense scoring'].collectives
+    scored = found['scoring, a window'].collectives
     per_layer = [x for x in scored if x.loops]
     self.assertNotEmpty(per_layer)
     self.assertEqual({x.times for x in per_layer}, {_LLAMA.layers})
@@ -143,6 +145,50 @@ class ProgramsTest(parameterized.TestCase):
     self.assertRegex(found.message, r'RESOURCE_EXHAUSTED.*15\.75G')
     text = plan.describe([found], 15.75, topology.CHIPS['v5e'])
     self.assertIn('DOES NOT FIT in 15.75 GiB per device: search step', text)
+
+
+class TablesTest(parameterized.TestCase):
+  """The rows of benchmarks/tpu_plans.py."""
+
+  def setUp(self):
+    super().setUp()
+    jax.config.update('jax_platforms', 'cpu')
+
+  def test_models_have_their_published_sizes(self):
+    billions = {
+      'llama-2-7b': 6.74,
+      'llama-2-13b': 13.02,
+      'llama-2-70b': 68.98,
+      'llama-3.1-8b': 8.03,
+      'mistral-7b': 7.24,
+      'opt-66b': 65.72,
+    }
+    counted = {
+      name: round(families.param_count(model) / 1e9, 2)
+      for name, model in tpu_plans.MODELS.items()
+    }
+    self.assertEqual(counted, billions)
+
+  @parameterized.parameters(
+    ('v5e:4x4', (1, 2, 8)), ('v5e:2x2', (1, 1, 4)), ('v5p:2x2x4', (1, 2, 8))
+  )
+  def test_meshes(self, where, expected):
+    self.assertEqual(tpu_plans.make_mesh(where).devices.shape, expected)
+
+  def test_rows(self):
+    wide = dataclasses.replace(_LLAMA, vocab=2**21, width=8192)
+    models = {'tiny': _LLAMA, 'wide': wide}
+    with absltest.mock.patch.object(tpu_plans, 'MODELS', models):
+      (row,) = tpu_plans.measure('tiny', 'v5e:2x2', _config(), whole=False)
+      (big,) = tpu_plans.measure('wide', 'v5e:1x1', _config(), whole=False)
+    step = _compile((1, 1, 4), 'search step')['search step']
+    self.assertEqual(row['gib'], round(step.total / 2**30, 2))
+    self.assertEqual(row['gb_received'], round(step.received / 1e9, 2))
+    self.assertEqual((row['calls'], row['mesh']), (24, [1, 1, 4]))
+    self.assertIn('RESOURCE_EXHAUSTED', big['refused'])
+    first, second = tpu_plans.table([row, big]).splitlines()[2:]
+    self.assertIn('| tiny | v5e:2x2 | 1 x 1 x 4 | search step |', first)
+    self.assertIn('| does not fit | 15.75 |', second)
 
 
 if __name__ == '__main__':

@@ -110,6 +110,11 @@ def bounds(compiled: Compiled, chip: topology.Chip) -> dict[str, float]:
   }
 
 
+def longest_bound(compiled: Compiled, chip: topology.Chip) -> tuple[str, float]:
+  """Returns the longest of `bounds`: what limits a program, and its seconds."""
+  return max(bounds(compiled, chip).items(), key=lambda item: item[1])
+
+
 def list_meshes(
   config: ml_collections.ConfigDict, model: ModelConfig, devices: int
 ) -> list[tuple[int, int, int]]:

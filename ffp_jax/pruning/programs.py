@@ -45,7 +45,7 @@ class Program(NamedTuple):
   parts: int  # devices that the FLOPs are shared by; the others repeat them
   reads: int  # bytes of weights that a device multiplies by, in all passes
   beside: int  # bytes on a device besides: its own, less arguments that share
-  in_run: bool  # whether the run calls it, or only would with other settings
+  calls: int  # of the run; 0 where it would only with other settings
   taken: float = 1.0  # share of the executions of conditionals that do work
 
 
@@ -66,16 +66,22 @@ def list_programs(
   params = abstract_params(model, dtype, mesh)
   programs = [
     _importance(config, model, params, mesh),
-    _scoring('dense scoring', config.text.context, model, params, mesh),
+    _scoring(
+      'scoring, a window',
+      *(config.text.context, model, params, mesh),
+      calls=_windows_scored(config),
+    ),
   ]
   if config_lib.refits(config):
     programs.append(_refit_layer(config, model, params, mesh))
   programs.append(search_step(config, model, dtype, mesh))
   scored = _scored(config, model)
+  rows = config.text.reward_windows * config.text.context
   again = _scoring(
-    're-scoring',
+    're-scoring, a row',
     *(config.search.context, scored, abstract_params(scored, dtype, mesh)),
     *(mesh, config.budget.sparsity),
+    calls=(1 + config.search.finalists) * (rows // config.search.context),
   )
   programs.append(again)
   if config.calibration.enabled:
@@ -83,6 +89,26 @@ def list_programs(
   for rank in 0, config.recovery.rank or _RANK:
     programs.append(_recovery_step(config, model, params, rank, mesh))
   return programs
+
+
+def _windows_scored(config) -> int:
+  """Returns how many windows of text a run scores models of dense shape on.
+
+  They are the reward text, for the dense loss; the held-out text and that of
+  another kind, for the reported figures; and validation in recovery.
+  """
+  text, settings = config.text, config.recovery
+  models = 5 if config.calibration.enabled else 3
+  models += 2 if text.other else 0
+  validations = 0
+  if settings.tokens:
+    models += 2 if text.other else 1
+    validations = 1 + -(-settings.tokens // settings.every)
+  return (
+    text.reward_windows
+    + models * text.heldout_windows
+    + validations * text.validation_windows
+  )
 
 
 def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict:
@@ -171,11 +197,13 @@ def _importance(config, model, params, mesh) -> Program:
     parts=_parts(mesh),
     reads=_reads(params['stack'], mesh, text.calibration_windows),
     beside=0,
-    in_run=True,
+    calls=1,
   )
 
 
-def _scoring(name, context, model, params, mesh, sparsity=0.0) -> Program:
+def _scoring(
+  name, context, model, params, mesh, sparsity=0.0, *, calls
+) -> Program:
   """Returns the loss of a window of masked candidates or the dense model."""
   return Program(
     name=name,
@@ -186,7 +214,7 @@ def _scoring(name, context, model, params, mesh, sparsity=0.0) -> Program:
     parts=_parts(mesh),
     reads=_reads(params, mesh, 1, sparsity),
     beside=0,
-    in_run=True,
+    calls=calls,
     taken=removed.used_share(sparsity),
   )
 
@@ -230,7 +258,7 @@ def _refit_layer(config, model, params, mesh) -> Program:
     parts=_parts(mesh),
     reads=_reads(layer, mesh, windows),
     beside=local_bytes((params, new)),
-    in_run=True,
+    calls=model.layers,
   )
 
 
@@ -280,7 +308,7 @@ def search_step(
     parts=parts,
     reads=_reads(params, mesh, passes, sparsity),
     beside=0,
-    in_run=True,
+    calls=sum(c.steps),
     taken=removed.used_share(sparsity),
   )
 
@@ -308,7 +336,7 @@ def _calibrate_layer(config, model, params, mesh) -> Program:
     parts=_parts(mesh),
     reads=_reads(layer, mesh, windows + text.validation_windows),
     beside=local_bytes((params, _output_projections(params))),
-    in_run=True,
+    calls=2 * model.layers,
   )
 
 
@@ -338,6 +366,7 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
     optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
   )
   tokens = _tokens(settings.accumulate, settings.rows, config.text.context)
+  calls = settings.tokens // config_lib.recovery_batch(config)
   passes = 1 + (3 if settings.remat else 2)  # of the dense model, of the pruned
   return Program(
     name=f'recovery, rank {rank}' if rank else 'recovery, all',
@@ -358,5 +387,5 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
     parts=_parts(mesh, settings.rows),
     reads=_reads(params, mesh, passes * settings.accumulate),
     beside=beside,
-    in_run=settings.tokens > 0 and rank == settings.rank,
+    calls=calls if rank == settings.rank else 0,
   )
