@@ -205,12 +205,14 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
   optim = recovery.optimizer()
   step_fn = _compile_once(
     recovery.make_step(
-      job.model,
+      recovery.make_loss(
+        job.model,
+        rank=rank,
+        cross_entropy=settings.cross_entropy,
+        remat=settings.remat,
+      ),
       optim,
       recovery.schedule(peak=peak, warmup=total // 10, steps=total),
-      rank=rank,
-      cross_entropy=settings.cross_entropy,
-      remat=settings.remat,
     )
   )
   scorer = scoring.Scorer(dataclasses.replace(job.model, adapter_rank=rank))

@@ -75,9 +75,10 @@ def _setting(model=_MODEL, dense=None, dtype=jnp.float32) -> _Setting:
 
 @functools.cache
 def _step_fn(model, rank, remat=False):
-  return recovery.make_step(
-    model, _OPTIM, _RATE, rank=rank, cross_entropy=0.0, remat=remat, chunk=8
+  loss_fn = recovery.make_loss(
+    model, rank=rank, cross_entropy=0.0, remat=remat, chunk=8
   )
+  return recovery.make_step(loss_fn, _OPTIM, _RATE)
 
 
 def _trained(setting, rank, batches, remat=False):

@@ -43,16 +43,16 @@ def make_step(setting: Setting) -> Callable[[], dict]:
   optim = recovery.optimizer(
     max_norm=recovery_setting.MAX_NORM, decays=recovery_setting.DECAYS
   )
-  step_fn = recovery.make_step(
+  loss_fn = recovery.make_loss(
     model,
-    optim,
-    optax.constant_schedule(recovery_setting.RATE),
     rank=setting.rank,
     cross_entropy=0.0,
     remat=False,
     chunk=_CHUNK,
     student=student,
   )
+  rate = optax.constant_schedule(recovery_setting.RATE)
+  step_fn = recovery.make_step(loss_fn, optim, rate)
   masks, scale = None if setting.sliced else keep, jnp.float32(1.0)
   # Committed to a device as the step's outputs are, or it compiles twice.
   state = jax.device_put(

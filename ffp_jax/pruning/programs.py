@@ -371,12 +371,14 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
   return Program(
     name=f'recovery, rank {rank}' if rank else 'recovery, all',
     function=recovery.make_step(
-      model,
+      recovery.make_loss(
+        model,
+        rank=rank,
+        cross_entropy=settings.cross_entropy,
+        remat=settings.remat,
+      ),
       optim,
       recovery.schedule(peak=1.0, warmup=1, steps=2),
-      rank=rank,
-      cross_entropy=settings.cross_entropy,
-      remat=settings.remat,
     ),
     arguments=(
       *(trained, moments, _tokens(), _float(), frozen, params, _keep(model)),

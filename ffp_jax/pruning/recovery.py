@@ -115,22 +115,31 @@ def start(trained: dict, optim: optax.GradientTransformation) -> RecoveryState:
   )
 
 
-def _make_loss(
+def make_loss(
   model: ModelConfig,
-  student: ModelConfig,
   *,
   rank: int,
   cross_entropy: float,
   remat: bool,
-  chunk: int,
+  chunk: int = 512,
+  student: ModelConfig | None = None,
 ) -> Callable:
-  """Returns the loss of a micro-batch.
+  """Returns the loss of recovery for `make_step`.
 
-  That is (trained, frozen, dense params, Masks, tokens [B,T]) -> (mean loss,
-  mean divergence); see `distillation_loss`.
+  Args:
+    model: of the dense decoder.
+    rank: as in `begin`.
+    cross_entropy: see `distillation_loss`.
+    remat: whether to recompute activations in the backward pass.
+    chunk: see `distillation_loss`.
+    student: of the pruned decoder if it is sliced and takes no masks.
+
+  Returns:
+    (trained, frozen, dense params, Masks, tokens [B,T]) -> (mean loss, the
+    divergence in it as `kl`), in nats.
   """
+  student = dataclasses.replace(student or model, adapter_rank=rank)
   dense_decoder = Decoder(model)
-  student = dataclasses.replace(student, adapter_rank=rank)
   decoder = Decoder(student, remat=remat)
 
   def unembed(params, stream):
@@ -162,72 +171,53 @@ def _make_loss(
         chunk=chunk,
       )
 
-    return mean_over_rows(mean_losses, tokens_BxT)
+    loss, divergence = mean_over_rows(mean_losses, tokens_BxT)
+    return loss, {'kl': divergence}
 
   return loss_fn
 
 
 def make_step(
-  model: ModelConfig,
+  loss_fn: Callable,
   optim: optax.GradientTransformation,
   rate: optax.Schedule,
-  *,
-  rank: int,
-  cross_entropy: float,
-  remat: bool,
-  chunk: int = 512,
-  student: ModelConfig | None = None,
 ) -> Callable:
   """Returns the jitted training step.
 
   Args:
-    model: of the dense decoder.
+    loss_fn: (trained, *others, tokens [B,T]) -> (loss, metrics), the means
+      over the rows.
     optim: from `optimizer`.
     rate: from `schedule`.
-    rank: as in `begin`.
-    cross_entropy: see `distillation_loss`.
-    remat: whether to recompute activations in the backward pass.
-    chunk: see `distillation_loss`.
-    student: of the pruned decoder if it is sliced and takes no masks.
 
   Returns:
-    (trained, opt_state, step, rate_scale, frozen, dense params, Masks, tokens
-    [A,B,T]) -> (trained, opt_state, step, metrics); the buffers of the first
-    two arguments are donated. The gradient is the mean over A micro-batches,
-    computed in turn, whose rows are split over the mesh. The metrics are the
-    `loss` and the divergence `kl` in nats, `gradient_norm` and `rate`.
+    (trained, opt_state, step, rate_scale, *others, tokens [A,B,T]) ->
+    (trained, opt_state, step, metrics); the buffers of the first two arguments
+    are donated. The gradient is the mean over A micro-batches, computed in
+    turn. To the metrics it adds `loss`, `gradient_norm` and `rate`.
   """
-  loss_fn = _make_loss(
-    model,
-    student or model,
-    rank=rank,
-    cross_entropy=cross_entropy,
-    remat=remat,
-    chunk=chunk,
-  )
 
-  def recovery_step(
-    trained, opt_state, step, rate_scale, frozen, dense, masks, tokens_AxBxT
-  ):
+  def recovery_step(trained, opt_state, step, rate_scale, *others):
+    *others, tokens_AxBxT = others
+
     def add(total, tokens_BxT):
       new = jax.value_and_grad(loss_fn, has_aux=True)(
-        trained, frozen, dense, masks, tokens_BxT
+        trained, *others, tokens_BxT
       )
       losses, gradient = jax.tree.map(jnp.add, total, new)
       return (losses, constrain_params(gradient)), None
 
-    zeros = jnp.float32(0.0), jnp.float32(0.0)
-    zero = zeros, jax.tree.map(jnp.zeros_like, trained)
+    losses = jax.eval_shape(loss_fn, trained, *others, tokens_AxBxT[0])
+    zero = jax.tree.map(jnp.zeros_like, (losses, trained))
     total, _ = jax.lax.scan(add, zero, tokens_AxBxT)
-    (loss, divergence), gradient = jax.tree.map(
+    (loss, metrics), gradient = jax.tree.map(
       lambda x: x / len(tokens_AxBxT), total
     )
     change, opt_state = optim.update(gradient, opt_state)
     step_rate = rate(step) * rate_scale
     trained = jax.tree.map(lambda x, u: x - step_rate * u, trained, change)
-    metrics = {
+    metrics = metrics | {
       'loss': loss,
-      'kl': divergence,
       'gradient_norm': optax.tree.norm(gradient),
       'rate': step_rate,
     }
