@@ -170,7 +170,10 @@ class TablesTest(parameterized.TestCase):
     self.assertEqual(counted, billions)
 
   @parameterized.parameters(
-    ('v5e:4x4', (1, 2, 8)), ('v5e:2x2', (1, 1, 4)), ('v5p:2x2x4', (1, 2, 8))
+    ('v5e:4x4', (1, 2, 8)),
+    ('v6e:4x4', (1, 2, 8)),
+    ('v5e:2x2', (1, 1, 4)),
+    ('v5p:2x2x4', (1, 2, 8)),
   )
   def test_meshes(self, where, expected):
     self.assertEqual(tpu_plans.make_mesh(where).devices.shape, expected)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import (
   AxisType,
   Mesh,
@@ -116,12 +116,12 @@ def make_mesh(
     raise RequestError(
       f'{given}: cannot be made of the {len(devices)} device(s) here'
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices[:used],
+  # An axis may take parts of the rows of a slice of TPUs, such as 8 of 4 x 4,
+  # which `jax.make_mesh` refuses on most.
+  placed = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices[:used], allow_split_physical_axes=True
   )
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(
