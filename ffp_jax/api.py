@@ -112,19 +112,8 @@ def prune_model(
   job = jobs.make_job(config, model, model.file_dtype, sublayers, tokens)
   text_to_train = recover.prepare(config, job)
   metrics, recovery = [], []
-
-  def follow(steps):
-    last = first, {}
-    for last in steps:
-      metrics.append(last[1])
-      if on_step:
-        on_step(last[1])
-    return last
-
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-    # The mesh of the run may be another than the model was loaded on.
-    places = sharding.param_shardings(model.params)
-    params = jax.device_put(model.params, places)
+    params = _place(model.params)
     first = search.initial_state(config, sublayers)
     scorer = scoring.Scorer(model.config)
     found = prune.prune(
@@ -133,19 +122,15 @@ def prune_model(
       params,
       first,
       scorer,
-      follow=follow,
+      follow=_collect_steps(first, metrics, on_step),
       timed=lambda stage: contextlib.nullcontext(),
     )
     results = stages.evaluate(config, job, params, found, scorer)
     best, keep = found.params['searched'], found.keep['searched']
     if text_to_train:
+      follow = stages.collect(recovery)
       best = stages.recover(
-        config,
-        job,
-        params,
-        (best, keep),
-        text_to_train,
-        stages.collect(recovery),
+        config, job, params, (best, keep), text_to_train, follow
       ).params
       stages.measure(results, job, scorer, best, keep, 'recovered')
     small = slicing.slice_model(model, best, keep)
@@ -156,6 +141,31 @@ def prune_model(
     metrics,
     recovery,
   )
+
+
+def _place(params: dict) -> dict:
+  """Returns parameters on the mesh, which may not be that of their loading."""
+  return jax.device_put(params, sharding.param_shardings(params))
+
+
+def _collect_steps(first, metrics: list[dict], on_step):
+  """Returns what `prune.prune` takes as `follow` in memory.
+
+  Args:
+    first: where the search begins.
+    metrics: gets those of every step.
+    on_step: called with them, if given.
+  """
+
+  def follow(steps):
+    last = first, {}
+    for last in steps:
+      metrics.append(last[1])
+      if on_step:
+        on_step(last[1])
+    return last
+
+  return follow
 
 
 def recover_model(
@@ -194,9 +204,7 @@ def recover_model(
   job = jobs.make_job(config, dense, pruned.file_dtype, sublayers, ids)
   recovery_text, metrics = recover.prepare(config, job), []
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-    params = jax.device_put(
-      dense.params, sharding.param_shardings(dense.params)
-    )
+    params = _place(dense.params)
     found = stages.recover(
       config,
       job,

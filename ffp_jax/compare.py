@@ -125,7 +125,6 @@ def run_missing(
   if not missing:
     return
   model = load()
-
   dense = {
     split: model.loss(model.params, windows, job.dense)
     for split, windows in job.text._asdict().items()
@@ -139,21 +138,12 @@ def run_missing(
     'units': job.sublayers.units,
   }
   device_sublayers = stages.rank_units(job, model.params)
-
-  @functools.cache
-  def refit_params(strength):
-    text = job.text.calibration[:, None]
-    rank = device_sublayers.rank
-    return refit_lib.refit_model(
-      model.params, job.model, rank, text, strength=strength
-    )[1]
-
+  refit_params = _make_refit(job, model, device_sublayers)
   for name, sparsity in missing:
     cell = settings.cell_config(config, seed, sparsity, name)
     problem = problem_of(cell, job, model, device_sublayers, refit_params)
     start = time.perf_counter()
-    allocate = baselines.allocator(name, cell)
-    trace = trace_incumbents(allocate, problem, seed)
+    trace = trace_incumbents(baselines.allocator(name, cell), problem, seed)
     results['runs'].append(
       {
         'method': name,
@@ -166,6 +156,21 @@ def run_missing(
     )
     files.write_json('compare.json', results)
     logging.info('%s', method_comparison.run_line(results['runs'][-1]))
+
+
+def _make_refit(
+  job: jobs.PruningJob, model: SharedModel, device_sublayers: DeviceSublayers
+) -> Callable[[float], dict]:
+  """Returns ridge strength -> parameters of `refit.refit_model`, kept."""
+
+  @functools.cache
+  def refit_params(strength):
+    text, rank = job.text.calibration[:, None], device_sublayers.rank
+    return refit_lib.refit_model(
+      model.params, job.model, rank, text, strength=strength
+    )[1]
+
+  return refit_params
 
 
 def problem_of(

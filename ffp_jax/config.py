@@ -268,12 +268,6 @@ def _validate_recovery(config):
 
 def _validate_search(config):
   search = config.search
-  if not all(isinstance(n, int) and n >= 0 for n in search.steps):
-    raise RequestError('search.steps: each must be an integer, 0 or more')
-  if not all(isinstance(n, int) for n in search.rows):
-    raise RequestError('search.rows: each must be an integer')
-  if not all(0.0 <= share <= 1.0 for share in search.sparsity_shares):
-    raise RequestError('search.sparsity_shares: each must be from 0 to 1')
   others = [k for k in ('flops', 'kv_cache', 'latency') if config.budget[k]]
   if search.repair == 'cut' and others:
     raise RequestError(
@@ -298,12 +292,23 @@ def _validate_search(config):
       f'search.context: {search.context} does not divide text.context '
       f'{config.text.context}'
     )
-  lengths = {
+  _validate_curriculum(config)
+
+
+def _validate_curriculum(config):
+  search = config.search
+  if not all(isinstance(n, int) and n >= 0 for n in search.steps):
+    raise RequestError('search.steps: each must be an integer, 0 or more')
+  if not all(isinstance(n, int) for n in search.rows):
+    raise RequestError('search.rows: each must be an integer')
+  if not all(0.0 <= share <= 1.0 for share in search.sparsity_shares):
+    raise RequestError('search.sparsity_shares: each must be from 0 to 1')
+  stages = {
     len(search.sparsity_shares),
     len(search.steps),
     len(search.rows),
   }
-  if lengths != {len(search.steps)} or not search.steps:
+  if len(stages) > 1 or not search.steps:
     raise RequestError(
       'search.sparsity_shares, search.steps and search.rows need one '
       'entry a stage each'

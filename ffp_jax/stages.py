@@ -199,22 +199,9 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
     params, job.model, keep, rank=rank, seed=config.seed
   )
   del params, pruned  # makes room
-  per_step = settings.rows * settings.accumulate
-  total = len(text.order) // per_step
-  peak = settings.learning_rate or (_LORA_RATE if rank else _FULL_RATE)
+  total = len(text.order) // (settings.rows * settings.accumulate)
   optim = recovery.optimizer()
-  step_fn = _compile_once(
-    recovery.make_step(
-      recovery.make_loss(
-        job.model,
-        rank=rank,
-        cross_entropy=settings.cross_entropy,
-        remat=settings.remat,
-      ),
-      optim,
-      recovery.schedule(peak=peak, warmup=total // 10, steps=total),
-    )
-  )
+  step_fn = _make_recovery_step(config, job.model, optim, total)
   scorer = scoring.Scorer(dataclasses.replace(job.model, adapter_rank=rank))
   dtype = dense['embed']['table'].dtype
 
@@ -243,6 +230,20 @@ def recover(config, job, dense, pruned, text, follow) -> Recovered:
     lambda x: x.astype(job.dtype).astype(dtype), recovered
   )
   return Recovered(recovered, keep, losses)
+
+
+def _make_recovery_step(config, model, optim, total: int):
+  """Returns the configured training step; `total` is the number of steps."""
+  settings, rank = config.recovery, config.recovery.rank
+  loss_fn = recovery.make_loss(
+    model,
+    rank=rank,
+    cross_entropy=settings.cross_entropy,
+    remat=settings.remat,
+  )
+  peak = settings.learning_rate or (_LORA_RATE if rank else _FULL_RATE)
+  rate = recovery.schedule(peak=peak, warmup=total // 10, steps=total)
+  return _compile_once(recovery.make_step(loss_fn, optim, rate))
 
 
 def collect(metrics: list[dict], on_step=None):

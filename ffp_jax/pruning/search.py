@@ -167,21 +167,12 @@ def make_step(
     priority_NxS, noise_NxS = policy.sample(
       key, proposal, c.candidates, antithetic=c.antithetic
     )
-
-    def score_one(priority_S):
-      return score_candidate(
-        priority_S,
-        target,
-        device_sublayers,
-        lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
-        dense_nll,
-        min_ratio=c.min_ratio,
-        window=c.window if config.policy.pathwise_weight else None,
-        repair=c.repair,
-      )
-
-    reward_N, gradient_NxS = map_candidates(
-      score_one, priority_NxS, block=block
+    reward_N, gradient_NxS = _score_candidates(
+      priority_NxS,
+      lambda masks: jnp.mean(nll(model_params, tokens_BxT, masks)),
+      *(dense_nll, target, device_sublayers),
+      config=config,
+      block=block,
     )
     batch = policy.Batch(
       priority_NxS,
@@ -211,6 +202,41 @@ def make_step(
     return new, metrics
 
   return jax.jit(search_step)
+
+
+def _score_candidates(
+  priority_NxS: jax.Array,
+  loss: Callable,
+  dense_nll: jax.Array,
+  target: Target,
+  device_sublayers: DeviceSublayers,
+  *,
+  config: ConfigDict,
+  block: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the rewards [N] of candidates, and their gradients [N,S].
+
+  Args:
+    priority_NxS: the candidates.
+    loss: `Masks` -> mean loss.
+    dense_nll, target, device_sublayers: see `score_candidate`.
+    config, block: see `make_step`.
+  """
+  c = config.search
+
+  def score_one(priority_S):
+    return score_candidate(
+      priority_S,
+      target,
+      device_sublayers,
+      loss,
+      dense_nll,
+      min_ratio=c.min_ratio,
+      window=c.window if config.policy.pathwise_weight else None,
+      repair=c.repair,
+    )
+
+  return map_candidates(score_one, priority_NxS, block=block)
 
 
 def initial_state(config: ConfigDict, sublayers: Sublayers) -> SearchState:
