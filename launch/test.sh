@@ -21,9 +21,16 @@ if [ $# -gt 0 ]; then
   exit
 fi
 # In three parts, as a process that has compiled for all of the tests dies of
-# the memory maps that its programs hold.
-files=(tests/*_test.py)
-third=$(((${#files[@]} + 2) / 3))
-for ((i = 0; i < ${#files[@]}; i += third)); do
-  run "${files[@]:i:third}"
+# the memory maps that its programs hold. A file stays with one process, so that
+# the largest, which take longest, begin first.
+files=()
+while read -r file; do
+  files+=("$file")
+done < <(ls -S tests/*_test.py)
+for part in 0 1 2; do
+  these=()
+  for ((i = part; i < ${#files[@]}; i += 3)); do
+    these+=("${files[i]}")
+  done
+  run --no-loadscope-reorder "${these[@]}"
 done
