@@ -24,7 +24,7 @@ from ffp_jax import config as config_lib
 from ffp_jax import errors
 from ffp_jax.checkpoints import hub, model_config
 from ffp_jax.models import families
-from ffp_jax.pruning import compilation
+from ffp_jax.pruning import abstract, compilation
 from ffp_jax.pruning import programs as programs_lib
 from ffp_jax.pruning.compilation import Compiled, TooLarge
 from ffp_jax.runtime import cli, collectives, sharding, topology
@@ -261,8 +261,8 @@ def _search_mesh(config, model, dtype, devices, chip) -> str:
 def _describe_model(config, model, dtype, mesh) -> str:
   """Returns the lines above the table of programs."""
   sizes = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
-  params = programs_lib.abstract_params(model, dtype, mesh)
-  weights = programs_lib.local_bytes(params) / _GIB
+  params = abstract.params(model, dtype, mesh)
+  weights = abstract.local_bytes(params) / _GIB
   return '\n'.join(
     [
       f'parameters           {families.param_count(model) / 1e9:.2f} billion',

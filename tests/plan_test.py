@@ -14,7 +14,7 @@ from ffp_jax import plan
 from ffp_jax.config import defaults
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import compilation, flops, programs
+from ffp_jax.pruning import abstract, compilation, flops, programs
 from ffp_jax.pruning.programs import Program
 from ffp_jax.runtime import collectives, device_memory, sharding, topology
 from tests import tiny_run
@@ -50,7 +50,7 @@ def _config(**overrides):
 def _weights(sizes, dtype=jnp.float32):
   """Bytes of the weights on each device."""
   mesh = sharding.make_mesh(*sizes)
-  return programs.local_bytes(programs.abstract_params(_MODEL, dtype, mesh))
+  return abstract.local_bytes(abstract.params(_MODEL, dtype, mesh))
 
 
 def _search(**overrides):

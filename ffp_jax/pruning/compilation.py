@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from ffp_jax.models.decoder import ModelConfig
-from ffp_jax.pruning import programs as programs_lib
+from ffp_jax.pruning import abstract
 from ffp_jax.pruning.programs import Program
 from ffp_jax.runtime import collectives, device_memory, topology
 
@@ -83,7 +83,7 @@ def compile_for_cpu(
   start = time.perf_counter()
   memory = device_memory.memory_of(_compile(widened, mesh))
   seconds = time.perf_counter() - start
-  arguments = programs_lib.local_bytes(program.arguments)
+  arguments = abstract.local_bytes(program.arguments)
   total = arguments + memory.temporary + memory.output + program.beside
   return Compiled(program, seconds, arguments, memory.temporary, total, [])
 

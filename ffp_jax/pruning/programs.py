@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ffp_jax import config as config_lib
 from ffp_jax.evaluation import scoring
 from ffp_jax.evaluation.loss import make_nll
-from ffp_jax.models import adapters, families, removed
-from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.models import adapters, removed
+from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import (
+  abstract,
   allocation,
   calibration,
   flops,
@@ -29,7 +29,6 @@ from ffp_jax.pruning import (
   search,
 )
 from ffp_jax.pruning.sublayers import find_sublayers
-from ffp_jax.runtime import sharding
 
 _RANK = 8  # of LoRA, where the config has none
 
@@ -63,7 +62,7 @@ def list_programs(
     dtype: of the weights.
     mesh: of the devices.
   """
-  params = abstract_params(model, dtype, mesh)
+  params = abstract.params(model, dtype, mesh)
   programs = [
     _importance(config, model, params, mesh),
     _scoring(
@@ -79,7 +78,7 @@ def list_programs(
   rows = config.text.reward_windows * config.text.context
   again = _scoring(
     're-scoring, a row',
-    *(config.search.context, scored, abstract_params(scored, dtype, mesh)),
+    *(config.search.context, scored, abstract.params(scored, dtype, mesh)),
     *(mesh, config.budget.sparsity),
     calls=(1 + config.search.finalists) * (rows // config.search.context),
   )
@@ -111,46 +110,6 @@ def _windows_scored(config) -> int:
   )
 
 
-def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict:
-  """Returns the decoder's parameters as shapes with their shardings."""
-  return _place(families.param_shapes(model, dtype), mesh)
-
-
-def local_bytes(tree: Any) -> int:
-  """Returns the bytes that a device holds of some abstract arrays."""
-  total = 0
-  for x in jax.tree.leaves(tree):
-    x = jax.typeof(x) if np.isscalar(x) else x
-    where = getattr(x, 'sharding', None)
-    shape = where.shard_shape(x.shape) if where else x.shape
-    total += int(np.prod(shape)) * x.dtype.itemsize
-  return total
-
-
-def _place(shapes: dict, mesh: Mesh) -> dict:
-  """Returns shapes of parameters with their shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.param_shardings(shapes, mesh),
-  )
-
-
-def _tokens(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _float() -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((), jnp.float32)
-
-
-def _keep(model: ModelConfig) -> Masks:
-  """Returns the shapes of the masks of all layers."""
-  return jax.eval_shape(
-    lambda: masks.ones(model.layers, model.groups, model.ffn)
-  )
-
-
 def _output_projections(params: dict) -> tuple:
   """Returns what refit and calibration change."""
   stack = params['stack']
@@ -169,9 +128,9 @@ def _reads(params: dict, mesh: Mesh, passes: int, sparsity: float = 0.0) -> int:
     passes: number of them.
     sparsity: of the masks, on which a refit model's depend.
   """
-  factors = local_bytes(removed.find_factors(params))
+  factors = abstract.local_bytes(removed.find_factors(params))
   used = removed.used_share(sparsity) * factors
-  total = local_bytes(params) - factors + int(used)
+  total = abstract.local_bytes(params) - factors + int(used)
   return passes * total * mesh.shape['fsdp']
 
 
@@ -191,7 +150,10 @@ def _importance(config, model, params, mesh) -> Program:
   return Program(
     name='importance',
     function=importance.make_measure(model),
-    arguments=(params, _tokens(text.calibration_windows, 1, text.context)),
+    arguments=(
+      params,
+      abstract.tokens(text.calibration_windows, 1, text.context),
+    ),
     keywords={},
     flops=flops.importance(config, model),
     parts=_parts(mesh),
@@ -208,7 +170,12 @@ def _scoring(
   return Program(
     name=name,
     function=scoring.make_mean_nll(model),
-    arguments=(params, _tokens(1, context), _tokens(2), _keep(model)),
+    arguments=(
+      params,
+      abstract.tokens(1, context),
+      abstract.tokens(2),
+      abstract.keep(model),
+    ),
     keywords={},
     flops=flops.scoring(model, context, sparsity),
     parts=_parts(mesh),
@@ -219,45 +186,27 @@ def _scoring(
   )
 
 
-def _streams(windows, config, model, params, mesh) -> jax.ShapeDtypeStruct:
-  """Returns the residual streams [W,B,T,D], split as the decoder has them."""
-  shape = windows, 1, config.text.context, model.width
-  spec = sharding.partition_spec(
-    shape, (None, 'batch', None, 'embed'), mesh.shape
-  )
-  dtype = params['embed']['table'].dtype
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-
-def _first_layer(params: dict, keep: Masks) -> tuple[dict, Masks]:
-  """Returns the parameters and the masks of one layer."""
-
-  def first(x):
-    where = x.sharding
-    if where is not None:
-      where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
-
-  return jax.tree.map(first, (params['stack'], keep))
-
-
 def _refit_layer(config, model, params, mesh) -> Program:
   """Returns the refit of the last layer: all others are there already."""
   windows = config.text.calibration_windows
-  layer, keep = _first_layer(params, _keep(model))
+  layer, keep = abstract.first_layer(params, abstract.keep(model))
   ranks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), keep)
   dtype = params['embed']['table'].dtype
-  scored = abstract_params(_scored(config, model), dtype, mesh)
+  scored = abstract.params(_scored(config, model), dtype, mesh)
   new = removed.find_factors(scored)
   return Program(
     name='refit, a layer',
     function=refit.refit_layer,
-    arguments=(layer, _streams(windows, config, model, params, mesh), ranks),
+    arguments=(
+      layer,
+      abstract.streams(windows, config, model, params, mesh),
+      ranks,
+    ),
     keywords={'config': model, 'strength': float(config.search.refit)},
     flops=flops.refit_layer(config, model),
     parts=_parts(mesh),
     reads=_reads(layer, mesh, windows),
-    beside=local_bytes((params, new)),
+    beside=abstract.local_bytes((params, new)),
     calls=model.layers,
   )
 
@@ -276,7 +225,7 @@ def search_step(
   """Returns a step of the stage with the most rows; see `list_programs`."""
   c = config.search
   scored = _scored(config, model)
-  params = abstract_params(scored, dtype, mesh)
+  params = abstract.params(scored, dtype, mesh)
   sublayers = find_sublayers(
     model,
     round_heads=config.budget.round_heads,
@@ -295,14 +244,21 @@ def search_step(
     )
 
   state, target, device_sublayers = jax.eval_shape(others)
-  tokens = _tokens(max(c.rows), c.context)
+  tokens = abstract.tokens(max(c.rows), c.context)
   parts = _parts(mesh, c.candidates)
   turns = -(-c.candidates // (mesh.shape['candidates'] * block))
   passes, sparsity = flops.search_passes(config) * turns, config.budget.sparsity
   return Program(
     name='search step',
     function=search.make_step(net, optim, nll, config, block),
-    arguments=(state, params, tokens, _float(), target, device_sublayers),
+    arguments=(
+      state,
+      params,
+      tokens,
+      abstract.scalar(),
+      target,
+      device_sublayers,
+    ),
     keywords={},
     flops=flops.search_step(config, scored),
     parts=parts,
@@ -318,12 +274,12 @@ def _calibrate_layer(config, model, params, mesh) -> Program:
   text = config.text
   windows = config.calibration.windows or text.calibration_windows
   fit, check = (
-    _streams(n, config, model, params, mesh)
+    abstract.streams(n, config, model, params, mesh)
     for n in (windows, text.validation_windows)
   )
   # ty: ignore[invalid-argument-type]
   streams = calibration.Streams(fit, check)
-  layer, keep = _first_layer(params, _keep(model))
+  layer, keep = abstract.first_layer(params, abstract.keep(model))
   return Program(
     name='calibration, a layer',
     function=calibration.calibrate_layer,
@@ -335,7 +291,7 @@ def _calibrate_layer(config, model, params, mesh) -> Program:
     flops=flops.calibrate_layer(config, model),
     parts=_parts(mesh),
     reads=_reads(layer, mesh, windows + text.validation_windows),
-    beside=local_bytes((params, _output_projections(params))),
+    beside=abstract.local_bytes((params, _output_projections(params))),
     calls=2 * model.layers,
   )
 
@@ -355,17 +311,22 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
   """
   settings = config.recovery
   if rank:
-    trained, frozen = _place(adapters.factor_shapes(model, rank), mesh), params
-    beside = local_bytes((trained, _output_projections(params)))
-    beside -= local_bytes(params)
+    trained, frozen = (
+      abstract.place(adapters.factor_shapes(model, rank), mesh),
+      params,
+    )
+    beside = abstract.local_bytes((trained, _output_projections(params)))
+    beside -= abstract.local_bytes(params)
   else:
-    trained, frozen = abstract_params(model, jnp.float32, mesh), {}
-    beside = local_bytes(trained)
+    trained, frozen = abstract.params(model, jnp.float32, mesh), {}
+    beside = abstract.local_bytes(trained)
   optim = recovery.optimizer()
   moments = optax.tree_utils.tree_map_params(
     optim, lambda _, x: x, jax.eval_shape(optim.init, trained), trained
   )
-  tokens = _tokens(settings.accumulate, settings.rows, config.text.context)
+  tokens = abstract.tokens(
+    settings.accumulate, settings.rows, config.text.context
+  )
   calls = settings.tokens // config_lib.recovery_batch(config)
   passes = 1 + (3 if settings.remat else 2)  # of the dense model, of the pruned
   return Program(
@@ -381,7 +342,15 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
       recovery.schedule(peak=1.0, warmup=1, steps=2),
     ),
     arguments=(
-      *(trained, moments, _tokens(), _float(), frozen, params, _keep(model)),
+      *(
+        trained,
+        moments,
+        abstract.tokens(),
+        abstract.scalar(),
+        frozen,
+        params,
+        abstract.keep(model),
+      ),
       tokens,
     ),
     keywords={},
