@@ -12,8 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ffp_jax.models.attention import Attention, Past
 from ffp_jax.models.config import ModelConfig
-from ffp_jax.models.sublayers import WEIGHT_INIT, Attention, Ffn, Norm, Past
+from ffp_jax.models.ffn import Ffn
+from ffp_jax.models.linear import WEIGHT_INIT
+from ffp_jax.models.norms import Norm
 from ffp_jax.runtime.sharding import constrain
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.errors import RequestError
+from ffp_jax.models.attention import Past
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.decoder import Cache, Decoder, Masks
-from ffp_jax.models.sublayers import Past
 
 
 def unroll_layers(config: ModelConfig) -> ModelConfig:

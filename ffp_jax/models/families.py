@@ -18,8 +18,8 @@ import numpy as np
 from ffp_jax.models import rope, tensor_names
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.decoder import Decoder
+from ffp_jax.models.ffn import ACTIVATIONS
 from ffp_jax.models.json_fields import Fields
-from ffp_jax.models.sublayers import ACTIVATIONS
 from ffp_jax.models.tensor_names import Tensor
 
 EMBED = tensor_names.EMBED
