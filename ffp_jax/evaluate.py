@@ -86,7 +86,7 @@ def evaluate_tasks(
     and seconds.
   """
   try:
-    from ffp_jax.evaluation import harness
+    from ffp_jax.evaluation import harness, harness_model
   except ImportError as error:
     raise RequestError(
       f'--tasks needs lm_eval ({error}): pip install "lm_eval>=0.4.13,<0.5"'
@@ -101,7 +101,7 @@ def evaluate_tasks(
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     params = load_model(files, dtype).params
     start = time.perf_counter()
-    asked = harness.JaxLM(
+    asked = harness_model.JaxLM(
       params,
       config,
       tokenizer,

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from ffp_jax import evaluate, export
 from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError
-from ffp_jax.evaluation import harness
+from ffp_jax.evaluation import harness, harness_model
 from ffp_jax.text import tokenization
 from tests import testing, tiny_run
 
@@ -126,11 +126,11 @@ def _tokenizer():
 
 
 @functools.cache
-def _ours(batch_tokens=200) -> harness.JaxLM:
+def _ours(batch_tokens=200) -> harness_model.JaxLM:
   directory = _folder() / 'model'
   config = model_config.read_model_config(directory)
   params = weights.load_params(directory, config, np.float32)
-  return harness.JaxLM(
+  return harness_model.JaxLM(
     params,
     config,
     _tokenizer(),
@@ -267,7 +267,7 @@ class JaxLMTest(parameterized.TestCase):
     masks = testing.random_masks(config)
     params = weights.load_params(_folder() / 'model', config, np.float32)
     small, config = export.slice_params(params, config, masks)
-    pruned = harness.JaxLM(
+    pruned = harness_model.JaxLM(
       small, config, _tokenizer(), max_length=_LENGTH, batch_tokens=200
     )
     requests = _instances('loglikelihood', [('the', ' way'), ('of', ' all')])
@@ -332,7 +332,9 @@ class EvaluateTest(absltest.TestCase):
     path.write_text(json.dumps({'eos_token_id': [5, 7]}))
     self.addCleanup(path.unlink)
     eos = _tokenizer().eos_token_id
-    with mock.patch.object(harness, 'JaxLM', wraps=harness.JaxLM) as made:
+    with mock.patch.object(
+      harness_model, 'JaxLM', wraps=harness_model.JaxLM
+    ) as made:
       self.evaluated(limit=1)
     self.assertEqual(made.call_args.kwargs['ends'], {5, 7, eos})
 

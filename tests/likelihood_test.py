@@ -6,7 +6,7 @@ import torch
 from absl.testing import absltest, parameterized
 
 from ffp_jax import export
-from ffp_jax.evaluation import harness, likelihood
+from ffp_jax.evaluation import harness_model, likelihood
 from tests import testing, tiny_run
 
 _MOST = 20  # tokens of an input; one context is longer
@@ -75,7 +75,7 @@ def _plain(model, requests) -> list[tuple[float, bool]]:
 
 def _answers(config, params, requests, tokens=_TOKENS):
   tokenizer = types.SimpleNamespace(eos_token_id=0)  # requests are token ids
-  model = harness.JaxLM(
+  model = harness_model.JaxLM(
     params, config, tokenizer, max_length=_MOST, batch_tokens=tokens
   )
   return model._loglikelihood_tokens(requests, disable_tqdm=True)
