@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
+from ffp_jax.benchmarks import train_small
 from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.config import defaults
@@ -155,18 +155,7 @@ def inputs(folder: pathlib.Path, topics: int = 2, **changes) -> dict:
 
 def write_tokenizer(directory: pathlib.Path):
   """Byte-level BPE of VOCAB tokens."""
-  level = tokenizers.pre_tokenizers.ByteLevel
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = level(add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=VOCAB, initial_alphabet=level.alphabet(), show_progress=False
-  )
-  tokenizer.train_from_iterator([text()], trainer)
-  tokenizer.save(str(directory / 'tokenizer.json'))
-  (directory / 'tokenizer_config.json').write_text(
-    json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'})
-  )
+  train_small.train_tokenizer([text()], VOCAB, directory)
 
 
 # Settings of a recovery of eight steps, with two checkpoints on the way.

@@ -13,6 +13,7 @@ learnt can be lost.
 import functools
 import json
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +59,13 @@ FAMILIES = {
 }
 
 
-def train_tokenizer(text: str, vocab: int, directory: pathlib.Path) -> None:
-  """Writes a byte-level BPE tokenizer of a text.
+def train_tokenizer(
+  texts: Iterable[str], vocab: int, directory: pathlib.Path
+) -> None:
+  """Writes a byte-level BPE tokenizer of some texts.
 
   Args:
-    text: to train on.
+    texts: to train on.
     vocab: number of its tokens.
     directory: to write to.
   """
@@ -73,7 +76,7 @@ def train_tokenizer(text: str, vocab: int, directory: pathlib.Path) -> None:
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=vocab, initial_alphabet=level.alphabet(), show_progress=False
   )
-  tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+  tokenizer.train_from_iterator(texts, trainer)
   tokenizer.save(str(directory / 'tokenizer.json'))
   (directory / 'tokenizer_config.json').write_text(
     json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'})
@@ -159,7 +162,8 @@ def make_model(
   text = corpora.read_text(data)
   with storage.staged(out) as stage:
     stage.mkdir()
-    train_tokenizer(text.content, _VOCAB, stage)
+    lines = text.content.splitlines(keepends=True)
+    train_tokenizer(lines, _VOCAB, stage)
     (stage / 'config.json').write_text(json.dumps(FAMILIES[family], indent=2))
     model = model_config.read_model_config(stage)
     ids = tokenization.tokenize(stage, text.content).ids
