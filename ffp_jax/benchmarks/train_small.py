@@ -37,6 +37,9 @@ _CONTEXT = 256  # tokens per window
 _ROWS = 8  # windows per step
 _VALIDATION = 16  # windows that no step sees
 _RATE = 2e-3
+_POST_NORM_RATE = (
+  5e-4  # at the other it learns no more than how often words are
+)
 _SIZES = {
   'vocab_size': _VOCAB,
   'hidden_size': 256,
@@ -104,6 +107,7 @@ def train(
     [source], [check], seed=seed, windows=total * _ROWS
   )
   nll, optim = make_nll(model), recovery.optimizer()
+  peak = _RATE if model.pre_norm else _POST_NORM_RATE
 
   def loss_fn(params, tokens_BxT):
     return jnp.mean(nll(params, tokens_BxT)), {}
@@ -111,7 +115,7 @@ def train(
   step_fn = recovery.make_step(
     loss_fn,
     optim,
-    recovery.schedule(peak=_RATE, warmup=total // 10, steps=total),
+    recovery.schedule(peak=peak, warmup=total // 10, steps=total),
   )
   keep: Masks = masks.ones(model.layers, model.groups, model.ffn)
   scorer = Scorer(model)
