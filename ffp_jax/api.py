@@ -156,14 +156,11 @@ def _collect_steps(first, metrics: list[dict], on_step):
     metrics: gets those of every step.
     on_step: called with them, if given.
   """
+  collect = stages.collect(metrics, on_step)
 
   def follow(steps):
-    last = first, {}
-    for last in steps:
-      metrics.append(last[1])
-      if on_step:
-        on_step(last[1])
-    return last
+    last = collect(first, lambda _: steps)
+    return last, metrics[-1] if metrics else {}
 
   return follow
 

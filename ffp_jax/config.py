@@ -303,12 +303,12 @@ def _validate_curriculum(config):
     raise RequestError('search.rows: each must be an integer')
   if not all(0.0 <= share <= 1.0 for share in search.sparsity_shares):
     raise RequestError('search.sparsity_shares: each must be from 0 to 1')
-  stages = {
+  lengths = {
     len(search.sparsity_shares),
     len(search.steps),
     len(search.rows),
   }
-  if len(stages) > 1 or not search.steps:
+  if len(lengths) > 1 or not search.steps:
     raise RequestError(
       'search.sparsity_shares, search.steps and search.rows need one '
       'entry a stage each'

@@ -74,7 +74,7 @@ def _describe_run(found, chip, tflops) -> list[str]:
   called = [x for x in found if x.program.calls]
   if not (chip or tflops) or any(isinstance(x, TooLarge) for x in called):
     return []
-  seconds = sum(x.program.calls * _seconds(x, chip, tflops)[0] for x in called)
+  seconds = sum(x.program.calls * _longest(x, chip, tflops)[1] for x in called)
   compiled = sum(x.seconds for x in called)
   return [
     f'the run computes for {seconds:.3g} s at best, '
@@ -86,16 +86,15 @@ def _at_best(x: Compiled, chip, tflops) -> str:
   """Returns the fewest seconds of a program, and what limits it, if known."""
   if not (chip or tflops):
     return ''
-  seconds, limit = _seconds(x, chip, tflops)
+  limit, seconds = _longest(x, chip, tflops)
   return f'{seconds:.3g} {limit}'.rstrip()
 
 
-def _seconds(x: Compiled, chip, tflops) -> tuple[float, str]:
-  """Returns the fewest seconds of a program, and what limits it."""
+def _longest(x: Compiled, chip, tflops) -> tuple[str, float]:
+  """Returns what limits a program, if known, and its fewest seconds."""
   if chip:
-    limit, seconds = compilation.longest_bound(x, chip)
-    return seconds, limit
-  return x.program.flops.total / x.program.parts / (tflops * 1e12), ''
+    return compilation.longest_bound(x, chip)
+  return '', x.program.flops.total / x.program.parts / (tflops * 1e12)
 
 
 def _describe_collectives(found) -> list[str]:

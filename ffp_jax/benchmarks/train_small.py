@@ -26,8 +26,8 @@ from ffp_jax.checkpoints import model_config, weights
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation.loss import make_nll
 from ffp_jax.evaluation.scoring import Scorer
-from ffp_jax.models.decoder import Decoder, Masks, ModelConfig
-from ffp_jax.pruning import masks, recovery
+from ffp_jax.models.decoder import Decoder, ModelConfig
+from ffp_jax.pruning import recovery
 from ffp_jax.runtime import cli, storage
 from ffp_jax.text import corpora, recovery_text, tokenization
 from ffp_jax.text.windows import windows
@@ -37,9 +37,8 @@ _CONTEXT = 256  # tokens per window
 _ROWS = 8  # windows per step
 _VALIDATION = 16  # windows that no step sees
 _RATE = 2e-3
-_POST_NORM_RATE = (
-  5e-4  # at the other it learns no more than how often words are
-)
+# At the other rate it learns no more than how often each token is.
+_POST_NORM_RATE = 5e-4
 _SIZES = {
   'vocab_size': _VOCAB,
   'hidden_size': 256,
@@ -88,7 +87,7 @@ def train_tokenizer(
 
 def train(
   model: ModelConfig, windows_WxT: np.ndarray, *, tokens: int, seed: int
-) -> dict:
+) -> tuple[dict, float]:
   """Trains a model from scratch.
 
   Args:
@@ -98,7 +97,7 @@ def train(
     seed: of weights and order.
 
   Returns:
-    The parameters with the lowest validation loss.
+    (the parameters with the lowest validation loss, that loss in nats).
   """
   total = tokens // (_ROWS * _CONTEXT)
   check = windows_WxT[-_VALIDATION:]
@@ -117,7 +116,6 @@ def train(
     optim,
     recovery.schedule(peak=peak, warmup=total // 10, steps=total),
   )
-  keep: Masks = masks.ones(model.layers, model.groups, model.ffn)
   scorer = Scorer(model)
   init = jax.jit(Decoder(model).init)
   first = init(jax.random.key(seed), jnp.asarray(check[:1, :8]))['params']
@@ -127,14 +125,15 @@ def train(
       state,
       step_fn,
       lambda step: recovery_text.batch(text, step, micro_batches=1, rows=_ROWS),
-      lambda params: scorer(params, check, keep, label='validation'),
+      lambda params: scorer(params, check, label='validation'),
       optim,
       total=total,
       every=max(1, total // 10),
     )
 
   follow = stages.collect([], _log_validation)
-  return follow(recovery.start(first, optim), steps_from).best
+  state = follow(recovery.start(first, optim), steps_from)
+  return state.best, float(state.best_loss)
 
 
 def _log_validation(metrics: dict) -> None:
@@ -177,10 +176,9 @@ def make_model(
         f'--data: {text.name} has {len(ids)} tokens; give a longer text'
       )
     logging.info('%s tokens of text', f'{len(ids):,}')
-    params = train(model, cut, tokens=tokens, seed=seed)
+    params, loss = train(model, cut, tokens=tokens, seed=seed)
     weights.save_params(params, stage, model, family.split('_')[0])
-  keep: Masks = masks.ones(model.layers, model.groups, model.ffn)
-  return float(np.exp(Scorer(model)(params, cut[-_VALIDATION:], keep)))
+  return float(np.exp(loss))
 
 
 def main(argv: list[str]) -> None:

@@ -311,10 +311,8 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
   """
   settings = config.recovery
   if rank:
-    trained, frozen = (
-      abstract.place(adapters.factor_shapes(model, rank), mesh),
-      params,
-    )
+    trained = abstract.place(adapters.factor_shapes(model, rank), mesh)
+    frozen = params
     beside = abstract.local_bytes((trained, _output_projections(params)))
     beside -= abstract.local_bytes(params)
   else:
@@ -342,15 +340,13 @@ def _recovery_step(config, model, params, rank, mesh) -> Program:
       recovery.schedule(peak=1.0, warmup=1, steps=2),
     ),
     arguments=(
-      *(
-        trained,
-        moments,
-        abstract.tokens(),
-        abstract.scalar(),
-        frozen,
-        params,
-        abstract.keep(model),
-      ),
+      trained,
+      moments,
+      abstract.tokens(),
+      abstract.scalar(),
+      frozen,
+      params,
+      abstract.keep(model),
       tokens,
     ),
     keywords={},
