@@ -15,6 +15,7 @@ from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.pruning import compilation, programs
 from ffp_jax.runtime import sharding, topology
+from ffp_jax.runtime.compiling import BRIEFLY
 
 _LLAMA = ModelConfig(
   vocab=256,
@@ -111,6 +112,23 @@ class ProgramsTest(parameterized.TestCase):
     per_layer = [x for x in scored if x.loops]
     self.assertNotEmpty(per_layer)
     self.assertEqual({x.times for x in per_layer}, {_LLAMA.layers})
+
+  def test_what_runs_for_seconds_is_compiled_briefly(self):
+    mesh = _mesh('v5e:2x2', (1, 1, 4))
+    listed = programs.list_programs(
+      _config(), _LLAMA, jnp.dtype('bfloat16'), mesh
+    )
+
+    def compiled(program, **options):
+      with jax.set_mesh(mesh):
+        lowered = program.function.lower(*program.arguments, **program.keywords)
+        return lowered.compile(**options).as_text()
+
+    for program in listed:
+      with self.subTest(program.name):
+        text = compiled(program, compiler_options=BRIEFLY)
+        trained = program.name.startswith('recovery')
+        self.assertEqual(compiled(program) == text, not trained)
 
   def test_another_chip(self):
     found = _compile((1, 2, 2), 'search step', name='v5p:2x2x1')

@@ -12,6 +12,7 @@ from ffp_jax.evaluation import protocols
 from ffp_jax.evaluation.loss import token_nll
 from ffp_jax.models.decoder import Masks, ModelConfig
 from ffp_jax.models.functional import make_apply
+from ffp_jax.runtime.compiling import BRIEFLY
 
 
 def make_mean_nll(config: ModelConfig) -> Callable:
@@ -32,7 +33,7 @@ def make_mean_nll(config: ModelConfig) -> Callable:
     inside = (position >= span_2[0]) & (position < span_2[1])
     return jnp.mean(losses, where=inside)
 
-  return jax.jit(mean_nll)
+  return jax.jit(mean_nll, compiler_options=BRIEFLY)
 
 
 class Scorer:

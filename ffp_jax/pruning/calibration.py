@@ -15,6 +15,7 @@ import numpy as np
 
 from ffp_jax.models.decoder import Decoder, Layer, Masks, ModelConfig
 from ffp_jax.pruning import ridge
+from ffp_jax.runtime.compiling import BRIEFLY
 
 
 class Sublayer(NamedTuple):
@@ -158,7 +159,10 @@ def _embed(params, tokens_WxBxT, *, config):
 
 
 @functools.partial(
-  jax.jit, static_argnames=('config', 'strengths'), donate_argnames='streams'
+  jax.jit,
+  static_argnames=('config', 'strengths'),
+  donate_argnames='streams',
+  compiler_options=BRIEFLY,
 )
 def calibrate_layer(
   params: dict,

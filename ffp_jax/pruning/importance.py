@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ffp_jax.models import functional
 from ffp_jax.models.decoder import Masks, ModelConfig
+from ffp_jax.runtime.compiling import BRIEFLY
 
 
 def square_sum(activations: jax.Array) -> jax.Array:
@@ -46,7 +47,8 @@ def input_norms(
 def make_measure(model: ModelConfig) -> Callable:
   """Returns the jitted (params, tokens [W,B,T]) -> `input_norms` of a model."""
   captured = functional.make_capture(model, square_sum)
-  return jax.jit(functools.partial(input_norms, captured))
+  measure = functools.partial(input_norms, captured)
+  return jax.jit(measure, compiler_options=BRIEFLY)
 
 
 def wanda(

@@ -24,6 +24,7 @@ from ffp_jax.models.decoder import Layer, Masks, ModelConfig
 from ffp_jax.models.removed import FACTORS, Refit, to_blocks
 from ffp_jax.pruning import calibration
 from ffp_jax.runtime import linear_algebra, sharding
+from ffp_jax.runtime.compiling import BRIEFLY
 
 
 def refit_factors(
@@ -64,6 +65,7 @@ def refit_factors(
   jax.jit,
   static_argnames=('config', 'strength'),
   donate_argnames='stream_WxBxTxD',
+  compiler_options=BRIEFLY,
 )
 def refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
   """Refits both sublayers of a layer.

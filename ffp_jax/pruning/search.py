@@ -20,6 +20,7 @@ from ffp_jax.pruning.allocation import DeviceSublayers, Target
 from ffp_jax.pruning.candidate import score_candidate
 from ffp_jax.pruning.sublayers import Sublayers
 from ffp_jax.runtime import device_memory
+from ffp_jax.runtime.compiling import BRIEFLY
 from ffp_jax.runtime.sharding import map_candidates
 
 # The keyword arguments of `policy.update` that are keys of `config.policy`.
@@ -201,7 +202,7 @@ def make_step(
     new = SearchState(params, opt_state, state.key, state.step + 1, elites)
     return new, metrics
 
-  return jax.jit(search_step)
+  return jax.jit(search_step, compiler_options=BRIEFLY)
 
 
 def _score_candidates(
