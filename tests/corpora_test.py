@@ -183,7 +183,7 @@ class GeneralTest(_TestCase):
 
   def test_a_damaged_file_in_the_cache(self):
     (self.folder / '.cache/ffp_jax').mkdir(parents=True)
-    self.file('.cache/ffp_jax/general.jsonl', '{"text": "a"}')
+    self.file('.cache/ffp_jax/general-2.jsonl', '{"text": "a"}')
     with mock.patch.object(pathlib.Path, 'home', return_value=self.folder):
       self.assert_refused('general', 'is damaged', 'sha256', "'pydoc'")
 

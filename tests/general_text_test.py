@@ -58,11 +58,22 @@ def _requests():
       ]
     },
   }
+  gsm8k = {
+    'question': _words('sheep'),
+    'answer': f'1 + 1 = <<1+1=2>>2 {_words("wool", 8)}\n#### 2',
+  }
+  mbpp = {
+    'text': _words('program'),
+    'code': 'def f():\r\n\tif x: \r\n\t\treturn &amp',
+    'test_list': ['assert f()', 'assert not g()'],
+  }
   return {
     'coqa/bpb_0shot': coqa,
     'squad/bpb_5shot': squad,
     'drop/bpb_5shot': drop,
     'qasper_yesno/mc_5shot': [qasper],
+    'gsm8k/gold_bpb_5shot': [gsm8k],
+    'codex_mbpp/gold_bpb_0shot': [mbpp],
   }
 
 
@@ -137,12 +148,17 @@ class GeneralTextTest(absltest.TestCase):
         },
         'law': {f'{_words("tort")}. He sued.'},
         'medicine': {f'{_words("fever")}. She coughs.'},
+        'mathematics': {f'{_words("sheep")}\n\n1 + 1 = 2 {_words("wool", 8)}'},
+        'code': {
+          f'# {_words("program")}\ndef f():\n    if x:\n        return &amp'
+          '\n\n\nassert f()\nassert not g()'
+        },
       },
     )
 
   def test_kinds_take_turns(self):
     lines = self.make().read_text(encoding='utf-8').splitlines()
-    first = [json.loads(line)['kind'] for line in lines[:8]]
+    first = [json.loads(line)['kind'] for line in lines[:10]]
     self.assertCountEqual(first, general_text._KINDS)
 
   def test_no_kind_is_most_of_the_text(self):
@@ -150,7 +166,7 @@ class GeneralTextTest(absltest.TestCase):
       lines = self.make().read_text(encoding='utf-8').splitlines()
     kinds = [json.loads(line)['kind'] for line in lines]
     # Two passages of history exceed the 500 characters.
-    self.assertEqual((kinds.count('history'), len(set(kinds))), (2, 8))
+    self.assertEqual((kinds.count('history'), len(set(kinds))), (2, 10))
 
   def test_the_same_bytes_in_another_process(self):
     # String hashes differ in another process.
@@ -182,7 +198,7 @@ class GeneralTextTest(absltest.TestCase):
     texts = [json.loads(x)['text'] for x in content.decode().splitlines()]
     self.assertEqual(first.content, '\n\n'.join(texts))
     cache = self.folder / '.cache' / 'ffp_jax'
-    self.assertEqual([x.name for x in cache.iterdir()], ['general.jsonl'])
+    self.assertEqual([x.name for x in cache.iterdir()], ['general-2.jsonl'])
 
   def test_another_package_is_refused(self):
     home = mock.patch.object(pathlib.Path, 'home', return_value=self.folder)

