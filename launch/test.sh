@@ -22,11 +22,13 @@ if [ $# -gt 0 ]; then
 fi
 # In three parts, as a process that has compiled for all of the tests dies of
 # the memory maps that its programs hold. A file stays with one process, so that
-# the largest, which take longest, begin first.
+# those that take minutes begin first.
+longest=(sharding processes resume recovery plan tpu baselines published)
 files=()
 while read -r file; do
   files+=("$file")
-done < <(ls -S tests/*_test.py)
+done < <({ printf 'tests/%s_test.py\n' "${longest[@]}"; ls tests/*_test.py; } |
+  awk '!seen[$0]++')
 for part in 0 1 2; do
   these=()
   for ((i = part; i < ${#files[@]}; i += 3)); do

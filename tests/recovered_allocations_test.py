@@ -7,9 +7,12 @@ import tempfile
 import numpy as np
 from absl.testing import absltest
 
+from ffp_jax import jobs
 from ffp_jax.baselines import settings
 from ffp_jax.benchmarks import recovered_allocations as measured
+from ffp_jax.checkpoints.model import load_model
 from ffp_jax.errors import RequestError
+from ffp_jax.evaluation import scoring
 from tests import tiny_run
 
 
@@ -59,10 +62,20 @@ class RecoveredAllocationsTest(absltest.TestCase):
       self.assertTrue(np.isfinite(list(line['ppl'].values())).all())
     self.assertLen({line['ppl'][config.data] for line in lines}, 4)
     self.assertEqual([i for i, _ in lines[2]['validation']], [0, 4])
-    again = measured.measure_all(config, runs, [str(other)], budgets[:1], out)
+    models = self.folder / 'models'
+    again = measured.measure_all(
+      config, runs, [str(other)], budgets[:1], out, models
+    )
     self.assertEqual(again[:4], lines)
     self.assertEqual([x['method'] for x in again[4:]], ['evopress'] * 2)
     self.assertEqual(json.loads(out.read_text()), again)
+    job = jobs.prepare_job(settings.cell_config(config, 0, 0.5))
+    for i, line in enumerate(again[4:], 4):
+      self.assertEqual(line['model'], str(models / str(i)))
+      kept = load_model(line['model'], 'float32')
+      loss = scoring.Scorer(kept.config)(kept.params, job.text.heldout)
+      ppl = line['ppl'][config.data]
+      self.assertAlmostEqual(np.exp(loss) / ppl, 1.0, delta=1e-4)
     self.assertLen(measured.table(again).splitlines(), 7)
 
   def test_what_is_not_there(self):

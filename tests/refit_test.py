@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from ffp_jax.models import removed
+from ffp_jax.benchmarks import tpu_plans
+from ffp_jax.models import families, removed
 from ffp_jax.models.decoder import Masks
 from ffp_jax.models.functional import make_apply, make_capture
-from ffp_jax.pruning import masks
+from ffp_jax.pruning import abstract, masks
 from ffp_jax.pruning import refit as refit_lib
 from tests import testing, tiny_run
 
@@ -77,12 +79,31 @@ class FactorsTest(parameterized.TestCase):
       taken = _REMOVED(x, np.float32(mask), refit)
       np.testing.assert_array_equal(taken, x * (1 - np.array(mask)) @ weight)
 
+  def test_beside_bfloat16_a_number_takes_a_byte(self):
+    x, w, rank, refit = _factors(6, units=24, strength=_STRENGTH)
+    short = removed.store(refit, jnp.bfloat16)
+    for ours, theirs in zip(short[:2], refit[:2], strict=True):
+      self.assertEqual(ours.nbytes, theirs.size)
+    for ours, theirs in zip(short[2:], refit[2:], strict=True):
+      self.assertEqual(ours.dtype, theirs.dtype)
+    # bfloat16 holds the scales, which are powers of two.
+    scale = np.asarray(short.scale_CxJ, np.float64)
+    np.testing.assert_array_equal(scale, 2 ** np.round(np.log2(scale)))
+    for count in (0, 9, 20, 23):
+      mask = np.float32(rank < count)
+      exact = _REMOVED(np.float32(x)[None], mask, refit)
+      rough = _REMOVED(np.float32(x)[None], mask, short)
+      error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+      self.assertBetween(error, 1e-4, 0.1)
+    same = removed.store(refit, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, same, refit)
+
   @parameterized.parameters(1, 2)
   def test_gradient_is_that_of_the_products(self, size):
     x, _, rank, refit = _factors(3, units=24, size=size)
     mask = np.where(rank < 17, 1.0, 0.0) + np.where(rank == 17, 0.3, 0.0)
     aim = np.random.default_rng(0).standard_normal((60, 5))
-    basis, weight, _ = refit
+    basis, weight, _, _ = refit
     flat_basis = np.concatenate([*basis], axis=1)[:, : x.shape[1]]
     flat_weight = np.concatenate([*weight])[: x.shape[1]]
 
@@ -171,6 +192,37 @@ class RefittingTest(parameterized.TestCase):
     ones = masks.ones(config.layers, config.groups, config.ffn)
     again = jax.jit(make_apply(config))(params, windows[0], ones)
     np.testing.assert_allclose(ours, again, atol=1e-3 * np.abs(ours).max())
+
+  @parameterized.parameters(*_NAMES)
+  def test_in_bfloat16_masks_leave_nearly_the_same(self, name):
+    pair, rank, windows, (config, params) = _refitting(name)
+    _, short = refit_lib.refit_model(
+      jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.params),
+      pair.config,
+      rank,
+      windows,
+      strength=_STRENGTH,
+    )
+    # As a plan has it, which knows no values.
+    planned = families.param_shapes(config, jnp.bfloat16)
+    found = jax.tree.map(lambda x: (x.shape, x.dtype), short)
+    self.assertEqual(found, jax.tree.map(lambda x: (x.shape, x.dtype), planned))
+    keep = masks.from_counts(
+      rank, np.repeat([config.groups // 2, config.ffn // 2], config.layers)
+    )
+    apply = jax.jit(make_apply(config))
+    exact, rough = (apply(p, windows[0], keep) for p in (params, short))
+    dense = apply(params, windows[0], None)
+    taken = np.linalg.norm(exact - dense)
+    self.assertLess(np.linalg.norm(rough - exact), 0.1 * taken)
+
+  def test_beside_bfloat16_the_factors_take_half_of_the_weights(self):
+    model = tpu_plans.MODELS['llama-2-7b']
+    dense, refit = (
+      abstract.local_bytes(families.param_shapes(config, jnp.bfloat16))
+      for config in (model, dataclasses.replace(model, refit=True))
+    )
+    self.assertBetween(refit / dense, 1.4, 1.48)
 
   @parameterized.parameters(*_NAMES)
   def test_a_cut_module_is_refit_on_the_dense_models_inputs(self, name):

@@ -1,12 +1,3 @@
-import functools
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from unittest import mock
 
 import jax
@@ -15,31 +6,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from ffp_jax import prune
 from ffp_jax.errors import RequestError
 from ffp_jax.models import families
 from ffp_jax.models.decoder import ModelConfig
 from ffp_jax.runtime import sharding
 from ffp_jax.runtime.workdir import Workdir
-from tests import tiny_run
+from tests import mesh_run, tiny_run
 
-_FOLDER = tempfile.TemporaryDirectory()  # gone at exit
-_ROOT = pathlib.Path(__file__).parent.parent
 _SIZES = {'candidates': 2, 'fsdp': 2, 'tensor': 2}
-_FAMILIES = {
-  'llama': {
-    'num_key_value_heads': 3,
-    'num_attention_heads': 6,
-    'hidden_size': 48,
-    'head_dim': 8,
-  },
-  'mistral': {'head_dim': 8, 'sliding_window': 20},
-  'opt': {
-    'ffn_dim': 48,
-    'word_embed_proj_dim': 32,
-    'do_layer_norm_before': True,
-  },
-}
 
 
 def setUpModule():
@@ -171,91 +145,25 @@ class SideBySideTest(parameterized.TestCase):
     self.assertIn('f32[1,8]', text)
 
 
-def _config(folder, mesh, **overrides):
-  """A run of seconds on a mesh."""
-  sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
-  config = tiny_run.config(
-    **{f'mesh.{name}': size for name, size in sizes.items()},
-    **{'search.candidates': 4, 'search.steps': (1, 2), 'search.rows': (2, 2)},
-    **(tiny_run.RECOVERY | {'recovery.rows': 2}),
-    **overrides,
-  )
-  config.model, config.data = str(folder / 'model'), str(folder / 'text.txt')
-  return config
-
-
-@functools.cache
-def _home(family) -> pathlib.Path:
-  """Holds a model, a text, and a run of them on one device, `one`."""
-  folder = pathlib.Path(_FOLDER.name) / family
-  tiny_run.inputs(folder, topics=4, model_type=family, **_FAMILIES[family])
-  prune.prune_workdir(_config(folder, (1, 1, 1)), folder / 'one', command='')
-  return folder
-
-
-def _outcome(workdir):
-  """(counts and priorities, metrics of every step, perplexities)."""
-  allocation = json.loads((workdir / 'allocation.json').read_text())
-  priority = allocation.pop('priority')
-  files = [workdir / f'{name}.jsonl' for name in ('metrics', 'recovery')]
-  lines = [x for file in files for x in file.read_text().splitlines()]
-  metrics = [json.loads(line) for line in lines]
-  for line in metrics:
-    del line['seconds']
-  results = json.loads((workdir / 'results.json').read_text())
-  perplexity = {
-    name: x['ppl']
-    for name, x in results.items()
-    if isinstance(x, dict) and 'ppl' in x
-  }
-  return allocation, priority, metrics, perplexity
-
-
 class _StoppedError(Exception):
   pass
 
 
-class SameResultTest(parameterized.TestCase):
-  def assert_same(self, found, expected):
-    """Up to the order in which float32 numbers are summed."""
-    self.assertEqual(found[0], expected[0])
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
-    self.assertEqual(len(found[2]), len(expected[2]))
-    for ours, theirs in zip(found[2], expected[2], strict=True):
-      self.assertEqual(ours.keys(), theirs.keys())
-      for key in ours:
-        np.testing.assert_allclose(
-          ours[key], theirs[key], rtol=2e-3, atol=1e-4, err_msg=key
-        )
-    self.assertEqual(found[3].keys(), expected[3].keys())
-    for key, value in expected[3].items():
-      np.testing.assert_allclose(found[3][key], value, rtol=1e-4, err_msg=key)
-
+class SameResultTest(mesh_run.SameResultCase):
   @parameterized.parameters(
     ('llama', ((1, 8, 1), (1, 1, 8), (2, 2, 2))),
     ('mistral', ((1, 2, 4),)),
     ('opt', ((2, 2, 2),)),
   )
   def test_on_any_mesh(self, family, meshes):
-    folder = _home(family)
+    folder = mesh_run.home(family)
     for mesh in meshes:
       workdir = folder / 'x'.join(map(str, mesh))
-      prune.prune_workdir(_config(folder, mesh), workdir, command='')
-      self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
-
-  @parameterized.parameters('llama', 'opt')
-  def test_by_two_processes(self, family):
-    folder = _home(family)
-    two = _start_two(folder, folder / 'two', (2, 2, 2))
-    said = [process.communicate(timeout=300) for process in two]
-    self.assertEqual([process.returncode for process in two], [0, 0], said)
-    self.assert_same(_outcome(folder / 'two'), _outcome(folder / 'one'))
-    # Only the first has something to say.
-    self.assertIn('searched', said[0][0])
-    self.assertNotIn('searched', said[1][0])
+      mesh_run.prune_on(folder, mesh, workdir)
+      self.assert_same(workdir, folder / 'one')
 
   def test_goes_on_with_other_devices(self):
-    folder = _home('llama')
+    folder = mesh_run.home('llama')
     real = Workdir.append
 
     def append(files, line, *args):
@@ -266,135 +174,9 @@ class SameResultTest(parameterized.TestCase):
     workdir = folder / 'changed'
     with mock.patch.object(Workdir, 'append', append):
       with self.assertRaises(_StoppedError):
-        prune.prune_workdir(_config(folder, (1, 1, 4)), workdir, command='')
-    prune.prune_workdir(_config(folder, (4, 1, 1)), workdir, command='')
-    self.assert_same(_outcome(workdir), _outcome(folder / 'one'))
-
-  def test_the_end_of_one_process_ends_the_other(self):
-    folder = _home('llama')
-    for end in (0, 1):
-      workdir = folder / f'end{end}'
-      two = _start_two(folder, workdir, (1, 8, 1))
-      deadline = time.monotonic() + 200
-      while not (workdir / 'config.json').exists():  # both have joined
-        self.assertLess(time.monotonic(), deadline)
-        time.sleep(0.2)
-      two[end].kill()
-      _, said = two[1 - end].communicate(timeout=120)
-      self.assertNotEqual(two[1 - end].returncode, 0)
-      self.assertRegex(said, 'process of the run has ended|another task died')
-      two[end].communicate()
-
-
-class ProcessesTest(absltest.TestCase):
-  def test_each_process_reads_its_half(self):
-    """Peak memory of two processes that load one model between them."""
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    tiny_run.write_model(
-      folder / 'model',
-      hidden_size=1024,
-      intermediate_size=8192,
-      head_dim=256,
-      num_hidden_layers=2,
-    )
-    size = (folder / 'model' / 'model.safetensors').stat().st_size
-    self.assertGreater(size, 200e6)
-    for out in self.run_two(_LOAD, folder / 'model'):
-      self.assertBetween(int(out) / size, 0.45, 0.65)
-
-  def test_what_holds_in_one_process_does_not_hold_everywhere(self):
-    for out in self.run_two(_AGREE):
-      # Before them, Gloo says that it is connected.
-      self.assertEqual(out.split()[-3:], ['True', 'False', 'False'])
-
-  def run_two(self, code, *arguments) -> list[str]:
-    """Returns what two processes print, which get a port and their index."""
-    port = _free_port()
-    processes = [
-      subprocess.Popen(
-        [sys.executable, '-c', code, str(port), str(i), *arguments],
-        cwd=_ROOT,
-        env=os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for i in range(2)
-    ]
-    found = [process.communicate(timeout=200) for process in processes]
-    for process, (_, said) in zip(processes, found, strict=True):
-      self.assertEqual(process.returncode, 0, said)
-    return [out for out, _ in found]
-
-
-# Bytes by which resident memory grows at most while a model is loaded.
-_LOAD = """
-import pathlib, re, sys
-import jax, numpy as np
-from ffp_jax.checkpoints import model_config, weights
-from ffp_jax.runtime import sharding
-
-port, process, folder = *sys.argv[1:3], pathlib.Path(sys.argv[3])
-sharding.join_processes(f'localhost:{port}', 2, int(process))
-config = model_config.read_model_config(folder)
-
-def resident(name):
-  status = pathlib.Path('/proc/self/status').read_text()
-  return 1024 * int(re.search(name + r':\\s+(\\d+)', status).group(1))
-
-with jax.set_mesh(sharding.make_mesh(1, 2, 1)):
-  weights.check_files(folder, config, np.dtype(np.float32))
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-  before = resident('VmRSS')
-  params = weights.load_params(folder, config, np.dtype(np.float32))
-  jax.block_until_ready(params)
-  print(resident('VmHWM') - before)
-"""
-
-
-_AGREE = """
-import sys
-from ffp_jax.runtime import sharding
-
-port, process = sys.argv[1], int(sys.argv[2])
-sharding.join_processes(f'localhost:{port}', 2, process)
-for condition in (True, process == 0, False):
-  print(sharding.holds_everywhere(condition))
-"""
-
-
-def _free_port() -> int:
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    return free.getsockname()[1]
-
-
-def _start_two(folder, workdir, mesh):
-  """Starts two processes of four devices."""
-  file = workdir.with_suffix('.py')
-  file.write_text(
-    'import pathlib\n'
-    'from tests import sharding_test\n'
-    'def get_config():\n'
-    f'  return sharding_test._config(pathlib.Path({str(folder)!r}), {mesh})\n'
-  )
-  port = _free_port()
-  flags = '--xla_force_host_platform_device_count=4'
-  return [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'ffp_jax.main', f'--config={file}'),
-        *(f'--workdir={workdir}', f'--coordinator=localhost:{port}'),
-        *('--processes=2', f'--process={i}'),
-      ],
-      cwd=_ROOT,
-      env=os.environ | tiny_run.ENVIRONMENT | {'XLA_FLAGS': flags},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
+        mesh_run.prune_on(folder, (1, 1, 4), workdir)
+    mesh_run.prune_on(folder, (4, 1, 1), workdir)
+    self.assert_same(workdir, folder / 'one')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,8 @@ Each allocation of compare.json that the flags name is calibrated as it was
 there and then recovered, anew for each number of tokens, as the cosine of the
 rate ends with them. The perplexities are of the held-out windows of the
 config's text and of the last windows of the texts of --test. What is in FILE
-already is not done again.
+already is not done again. With --models=DIR each model is kept, for
+`ffp_jax.evaluate --tasks=builtin` for example; FILE says where.
 """
 
 import functools
@@ -26,7 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ffp_jax import jobs, recover, stages
+from ffp_jax import export, jobs, recover, stages
 from ffp_jax.baselines import settings
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.checkpoints.model import find_model
@@ -122,6 +123,11 @@ class Setting:
       for name, windows in self.tests.items()
     }
 
+  def save(self, params: dict, keep: Masks, out: pathlib.Path) -> None:
+    """Writes a model as a directory that every command can load."""
+    small = export.slice_params(params, self.job.model, keep)
+    export.save(*small, self.job.directory, out, dtype=self.job.dtype)
+
 
 def _log(metrics):
   logging.log_every_n_seconds(logging.INFO, '%s', 60, metrics)
@@ -133,6 +139,7 @@ def measure_all(
   tests: Sequence[str],
   budgets: Sequence[tuple[str, int, int]],
   out: pathlib.Path,
+  models: pathlib.Path | None = None,
 ) -> list[dict]:
   """Measures every run at every budget, and writes each result at once.
 
@@ -142,12 +149,16 @@ def measure_all(
     tests: texts beside the config's own.
     budgets: (recovery.data, recovery.rank, recovery.tokens).
     out: JSON file of the results, which are added to.
+    models: directory to keep the models in, each under the number of its
+      result, which names it as `model`; None for not keeping them.
 
   Returns:
     All results of the file.
   """
   lines: list[dict] = json.loads(out.read_text()) if out.exists() else []
   done = {tuple(line[key] for key in _KEY) for line in lines}
+  if models:
+    models.mkdir(parents=True, exist_ok=True)
 
   def add(key: tuple[Any, ...], **measured):
     lines.append(dict(zip(_KEY, key, strict=True)) | measured)
@@ -175,8 +186,13 @@ def measure_all(
       text, start = recover.prepare(at.config, at.job), time.perf_counter()
       params, metrics = at.recover(pruned, text) if text else (pruned[0], [])
       seconds = time.perf_counter() - start
+      kept = {}
+      if models:
+        kept['model'] = str(models / str(len(lines)))
+        at.save(params, pruned[1], models / str(len(lines)))
       add(
         (*name, *budget),
+        **kept,
         ppl=at.measure(params, pruned[1]),
         seconds=round(seconds, 1),
         validation=[
@@ -226,7 +242,14 @@ def main(argv: list[str]) -> None:
       itertools.product(args.data, map(int, args.ranks), map(int, args.tokens))
     )
     with jax.set_mesh(sharding.make_mesh(**args.config.mesh)):
-      lines = measure_all(args.config, runs, args.test, budgets, out)
+      lines = measure_all(
+        args.config,
+        runs,
+        args.test,
+        budgets,
+        out,
+        pathlib.Path(args.models) if args.models else None,
+      )
   print(table(lines))
 
 
@@ -245,6 +268,7 @@ if __name__ == '__main__':
   )
   flags.DEFINE_multi_string('test', [], 'Further text to test on.')
   flags.DEFINE_string('out', None, 'JSON file of the results.')
+  flags.DEFINE_string('models', None, 'Directory to keep the models in.')
   app.run(
     main,
     flags_parser=functools.partial(

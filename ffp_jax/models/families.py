@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.models import rope, tensor_names
+from ffp_jax.models import removed, rope, tensor_names
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.decoder import Decoder
 from ffp_jax.models.ffn import ACTIVATIONS
@@ -185,7 +185,9 @@ FAMILIES = {
 def param_shapes(config: ModelConfig, dtype: Any) -> dict:
   """Returns the decoder's parameters as `jax.ShapeDtypeStruct`s.
 
-  The order of units in a refit stays int32.
+  Args:
+    config: of the decoder.
+    dtype: of the weights; the factors of a refit have their own types.
   """
 
   def init():
@@ -194,11 +196,13 @@ def param_shapes(config: ModelConfig, dtype: Any) -> dict:
 
   tree = jax.eval_shape(init)['params']
 
-  def with_dtype(x):
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(x.shape, dtype if floating else x.dtype)
+  def with_dtype(path, x):
+    name = path[-1].key
+    factor = name.removeprefix('refit_')
+    own = dtype if factor == name else removed.stored_type(factor, dtype)
+    return jax.ShapeDtypeStruct(x.shape, own)
 
-  return jax.tree.map(with_dtype, tree)
+  return jax.tree.map_with_path(with_dtype, tree)
 
 
 def param_count(config: ModelConfig) -> int:

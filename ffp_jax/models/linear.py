@@ -85,7 +85,7 @@ def declare_refit(module: nn.Module, inputs: int, units: int) -> None:
   if not module.config.refit:
     return
   shapes = removed.refit_shapes(inputs, units, module.config.width)
-  inits = WEIGHT_INIT, WEIGHT_INIT, _init_order
+  inits = WEIGHT_INIT, WEIGHT_INIT, nn.initializers.ones, _init_order
   for name, shape, init in zip(removed.FACTORS, shapes, inits, strict=True):
     leaf = f'refit_{name}'
     setattr(module, leaf, module.param(leaf, init, shape))

@@ -5,6 +5,10 @@ and I inputs of an output projection, U units, C blocks of J inputs.
 
 The mesh axis `tensor` splits I of the basis and D of the weight: of each block
 only its J inputs are summed over it, and what all blocks take is gathered once.
+
+Beside bfloat16 weights the factors take one byte a number, in float8_e4m3fn, so
+that a refit model takes 1.5 times the memory of the dense one instead of twice.
+What that changes in the loss of a candidate is in docs/scale.md.
 """
 
 import functools
@@ -13,10 +17,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffp_jax.runtime.sharding import constrain
 
-FACTORS = ('basis', 'weight', 'order')  # names of the fields of `Refit`
+FACTORS = 'basis', 'weight', 'scale', 'order'  # names of the fields of `Refit`
+_SHORT = jnp.float8_e4m3fn
 _BLOCKS = 8  # of the inputs of a sublayer; those without a cut are skipped
 
 
@@ -28,6 +34,7 @@ class Refit(NamedTuple):
 
   basis_CxIxJ: jax.Array  # maps inputs to others that are not correlated
   weight_CxJxD: jax.Array  # the output projection of those
+  scale_CxJ: jax.Array  # float32, what a column times its row is multiplied by
   order_U: jax.Array  # int32, the units in the order of their ranks
 
 
@@ -41,7 +48,19 @@ def refit_shapes(inputs: int, units: int, width: int) -> tuple:
   """
   columns = math.ceil(inputs / _BLOCKS)
   basis, weight = (_BLOCKS, inputs, columns), (_BLOCKS, columns, width)
-  return basis, weight, (units,)
+  return basis, weight, (_BLOCKS, columns), (units,)
+
+
+def stored_type(name: str, dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """Returns the type of a factor beside weights of a type.
+
+  Args:
+    name: of FACTORS.
+    dtype: of the weights.
+  """
+  if name in ('basis', 'weight'):
+    return jnp.dtype(_SHORT if dtype == jnp.bfloat16 else dtype)
+  return jnp.dtype(jnp.int32 if name == 'order' else jnp.float32)
 
 
 def find_factors(params: dict) -> list:
@@ -63,15 +82,39 @@ def to_blocks(
 ) -> Refit:
   """Returns factors in blocks, of factors whose columns are in order."""
   size, width = weight_IxD.shape
-  (blocks, _, columns), shape, _ = refit_shapes(size, len(order_U), width)
+  (blocks, _, columns), *shapes, _ = refit_shapes(size, len(order_U), width)
   more = blocks * columns - size
   basis = jnp.pad(basis_IxI, ((0, 0), (0, more)))
   weight = jnp.pad(weight_IxD, ((0, more), (0, 0)))
   return Refit(
     basis.reshape(size, blocks, columns).swapaxes(0, 1),
-    weight.reshape(shape),
+    weight.reshape(shapes[0]),
+    jnp.ones(shapes[1]),
     order_U,
   )
+
+
+def store(refit: Refit, dtype: jax.typing.DTypeLike) -> Refit:
+  """Returns factors in the types that they have beside weights of a type."""
+  own = stored_type('basis', dtype)
+  basis, of_basis_CxJ = _shorten(refit.basis_CxIxJ, own, axis=1)
+  weight, of_weight_CxJ = _shorten(refit.weight_CxJxD, own, axis=2)
+  return Refit(basis, weight, of_basis_CxJ * of_weight_CxJ, refit.order_U)
+
+
+def _shorten(x, dtype, *, axis: int) -> tuple[jax.Array, jax.Array]:
+  """Returns numbers in a type, and what they are to be multiplied by.
+
+  Along the axis they share a power of two, which bfloat16 holds exactly, so
+  that the largest of them is near the largest of the short type. It is 1 in
+  other types.
+  """
+  if dtype != _SHORT:
+    return x.astype(dtype), jnp.ones(np.delete(x.shape, axis))
+  most = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+  share = jnp.where(most > 0, most, 1.0) / float(jnp.finfo(dtype).max)
+  scale = jnp.ldexp(jnp.ones_like(share), jnp.frexp(share)[1])
+  return (x / scale).astype(dtype), scale.squeeze(axis)
 
 
 def removed_output(
@@ -94,9 +137,12 @@ def removed_output(
   removed_U = 1.0 - mask_U.astype(jnp.float32)[refit.order_U]
   removed_I = jnp.repeat(removed_U, inputs // len(mask_U))
   removed = jnp.pad(removed_I, (0, blocks * columns - inputs))
-  removed_CxJ = removed.reshape(blocks, columns).astype(x_BxTxI.dtype)
+  scaled_CxJ = removed.reshape(blocks, columns) * refit.scale_CxJ
   return _sum_blocks(
-    x_BxTxI, removed_CxJ, refit.basis_CxIxJ, refit.weight_CxJxD
+    x_BxTxI,
+    scaled_CxJ.astype(x_BxTxI.dtype),
+    refit.basis_CxIxJ,
+    refit.weight_CxJxD,
   )
 
 
@@ -120,22 +166,24 @@ def _used_by_any(size, batched, removed_NxCxJ):
 
 @jax.custom_vjp
 def _sum_blocks(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
-  """Returns (x basis * removed) weight, [B,T,D]."""
+  """Returns (x basis * removed) weight, [B,T,D]; `removed` is scaled."""
   operands = x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD
   return _sum_blocks_forward(*operands)[0]
 
 
-def _gather_block(basis_CxIxJ, weight_CxJxD, i):
+def _gather_block(basis_CxIxJ, weight_CxJxD, dtype, i):
   """Returns the factors of a block, as the mesh axis `tensor` alone splits."""
   return (
-    constrain(basis_CxIxJ[i], 'ffn', None),
-    constrain(weight_CxJxD[i], None, 'ffn'),
+    constrain(basis_CxIxJ[i], 'ffn', None).astype(dtype),
+    constrain(weight_CxJxD[i], None, 'ffn').astype(dtype),
   )
 
 
 def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
   blocks, columns, width = weight_CxJxD.shape
-  gather_block = functools.partial(_gather_block, basis_CxIxJ, weight_CxJxD)
+  gather_block = functools.partial(
+    _gather_block, basis_CxIxJ, weight_CxJxD, x_BxTxI.dtype
+  )
   rows = x_BxTxI.shape[:-1]
 
   def add_block(y_BxTxD, block):
@@ -167,7 +215,9 @@ def _sum_blocks_backward(kept, gradient_BxTxD):
   z_CxBxTxJ, removed_CxJ, basis_CxIxJ, weight_CxJxD = kept
   blocks, inputs, _ = basis_CxIxJ.shape
   dtype = gradient_BxTxD.dtype
-  gather_block = functools.partial(_gather_block, basis_CxIxJ, weight_CxJxD)
+  gather_block = functools.partial(
+    _gather_block, basis_CxIxJ, weight_CxJxD, dtype
+  )
 
   def add_block(dx_BxTxI, block):
     i, used = block

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffp_jax.models.decoder import Layer, Masks, ModelConfig
-from ffp_jax.models.removed import FACTORS, Refit, to_blocks
+from ffp_jax.models.removed import FACTORS, Refit, store, to_blocks
 from ffp_jax.pruning import calibration
 from ffp_jax.runtime import linear_algebra, sharding
 from ffp_jax.runtime.compiling import BRIEFLY
@@ -88,10 +88,9 @@ def refit_layer(params, stream_WxBxTxD, ranks, *, config, strength):
     weight = sublayer.weight(params)
     inputs, gram = sublayer.collect_inputs(layer, params, stream_WxBxTxD)
     factors = refit_factors(gram, weight, rank_U, strength)
-    dtype = params[sublayer.name][sublayer.projection].dtype
+    factors = store(factors, params[sublayer.name][sublayer.projection].dtype)
     refits[sublayer.name] = {
-      f'refit_{name}': x.astype(dtype) if name != 'order' else x
-      for name, x in zip(FACTORS, factors, strict=True)
+      f'refit_{name}': x for name, x in zip(FACTORS, factors, strict=True)
     }
     stream_WxBxTxD = sublayer.apply_output(
       layer, params, stream_WxBxTxD, inputs, None
