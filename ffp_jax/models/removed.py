@@ -137,10 +137,11 @@ def removed_output(
   removed_U = 1.0 - mask_U.astype(jnp.float32)[refit.order_U]
   removed_I = jnp.repeat(removed_U, inputs // len(mask_U))
   removed = jnp.pad(removed_I, (0, blocks * columns - inputs))
-  scaled_CxJ = removed.reshape(blocks, columns) * refit.scale_CxJ
+  removed_CxJ = removed.reshape(blocks, columns)
   return _sum_blocks(
     x_BxTxI,
-    scaled_CxJ.astype(x_BxTxI.dtype),
+    (removed_CxJ * refit.scale_CxJ).astype(x_BxTxI.dtype),
+    _used(jax.lax.stop_gradient(removed_CxJ)),
     refit.basis_CxIxJ,
     refit.weight_CxJxD,
   )
@@ -165,9 +166,9 @@ def _used_by_any(size, batched, removed_NxCxJ):
 
 
 @jax.custom_vjp
-def _sum_blocks(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
-  """Returns (x basis * removed) weight, [B,T,D]; `removed` is scaled."""
-  operands = x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD
+def _sum_blocks(x_BxTxI, scaled_CxJ, used_C, basis_CxIxJ, weight_CxJxD):
+  """Returns (x basis * scaled) weight of the used blocks, [B,T,D]."""
+  operands = x_BxTxI, scaled_CxJ, used_C, basis_CxIxJ, weight_CxJxD
   return _sum_blocks_forward(*operands)[0]
 
 
@@ -179,7 +180,7 @@ def _gather_block(basis_CxIxJ, weight_CxJxD, dtype, i):
   )
 
 
-def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
+def _sum_blocks_forward(x_BxTxI, scaled_CxJ, used_C, basis_CxIxJ, weight_CxJxD):
   blocks, columns, width = weight_CxJxD.shape
   gather_block = functools.partial(
     _gather_block, basis_CxIxJ, weight_CxJxD, x_BxTxI.dtype
@@ -193,7 +194,7 @@ def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
       basis_IxJ, weight_JxD = gather_block(i)
       z_BxTxJ = constrain(x_BxTxI @ basis_IxJ, 'batch', None, None)
       y = jnp.matmul(
-        z_BxTxJ * removed_CxJ[i],
+        z_BxTxJ * scaled_CxJ[i],
         weight_JxD,
         preferred_element_type=jnp.float32,
       )
@@ -205,14 +206,14 @@ def _sum_blocks_forward(x_BxTxI, removed_CxJ, basis_CxIxJ, weight_CxJxD):
   y_BxTxD, z_CxBxTxJ = jax.lax.scan(
     add_block,
     jnp.zeros((*rows, width), jnp.float32),
-    (jnp.arange(blocks), _used(removed_CxJ)),
+    (jnp.arange(blocks), used_C),
   )
-  kept = z_CxBxTxJ, removed_CxJ, basis_CxIxJ, weight_CxJxD
+  kept = z_CxBxTxJ, scaled_CxJ, used_C, basis_CxIxJ, weight_CxJxD
   return y_BxTxD.astype(x_BxTxI.dtype), kept
 
 
 def _sum_blocks_backward(kept, gradient_BxTxD):
-  z_CxBxTxJ, removed_CxJ, basis_CxIxJ, weight_CxJxD = kept
+  z_CxBxTxJ, scaled_CxJ, used_C, basis_CxIxJ, weight_CxJxD = kept
   blocks, inputs, _ = basis_CxIxJ.shape
   dtype = gradient_BxTxD.dtype
   gather_block = functools.partial(
@@ -226,22 +227,22 @@ def _sum_blocks_backward(kept, gradient_BxTxD):
       basis_IxJ, weight_JxD = gather_block(i)
       dz_BxTxJ = constrain(gradient_BxTxD @ weight_JxD.T, 'batch', None, None)
       dx = jnp.matmul(
-        dz_BxTxJ * removed_CxJ[i],
+        dz_BxTxJ * scaled_CxJ[i],
         basis_IxJ.T,
         preferred_element_type=jnp.float32,
       )
-      dremoved_J = jnp.sum(dz_BxTxJ * z_CxBxTxJ[i], (0, 1))
-      return constrain(dx_BxTxI + dx, 'batch', None, 'ffn'), dremoved_J
+      dscaled_J = jnp.sum(dz_BxTxJ * z_CxBxTxJ[i], (0, 1))
+      return constrain(dx_BxTxI + dx, 'batch', None, 'ffn'), dscaled_J
 
-    zero = jnp.zeros_like(removed_CxJ[0])
+    zero = jnp.zeros_like(scaled_CxJ[0])
     return jax.lax.cond(used, add, lambda: (dx_BxTxI, zero))
 
-  dx_BxTxI, dremoved_CxJ = jax.lax.scan(
+  dx_BxTxI, dscaled_CxJ = jax.lax.scan(
     add_block,
     jnp.zeros((*gradient_BxTxD.shape[:-1], inputs), jnp.float32),
-    (jnp.arange(blocks), _used(removed_CxJ)),
+    (jnp.arange(blocks), used_C),
   )
-  return dx_BxTxI.astype(dtype), dremoved_CxJ, None, None
+  return dx_BxTxI.astype(dtype), dscaled_CxJ, None, None, None
 
 
 _sum_blocks.defvjp(_sum_blocks_forward, _sum_blocks_backward)
