@@ -181,27 +181,40 @@ def measure_all(
       continue
     pruned = at.prune(run['counts'])
     for budget in left:
-      data, rank, tokens = budget
-      at.config.recovery.update(data=data, rank=rank, tokens=tokens)
-      text, start = recover.prepare(at.config, at.job), time.perf_counter()
-      params, metrics = at.recover(pruned, text) if text else (pruned[0], [])
-      seconds = time.perf_counter() - start
-      kept = {}
-      if models:
-        kept['model'] = str(models / str(len(lines)))
-        at.save(params, pruned[1], models / str(len(lines)))
-      add(
-        (*name, *budget),
-        **kept,
-        ppl=at.measure(params, pruned[1]),
-        seconds=round(seconds, 1),
-        validation=[
-          [i, round(x['validation'], 4)]
-          for i, x in enumerate(metrics)
-          if 'validation' in x
-        ],
-      )
+      kept = models and models / str(len(lines))
+      add((*name, *budget), **_measure_budget(at, pruned, budget, kept))
   return lines
+
+
+def _measure_budget(
+  at: Setting,
+  pruned: tuple[dict, Masks],
+  budget: tuple[str, int, int],
+  out: pathlib.Path | None,
+) -> dict:
+  """Recovers a pruned model, and returns what is measured of it.
+
+  Args:
+    at: the setting.
+    pruned: from `Setting.prune`.
+    budget: see `measure_all`.
+    out: directory for the recovered model; None for not keeping it.
+  """
+  data, rank, tokens = budget
+  at.config.recovery.update(data=data, rank=rank, tokens=tokens)
+  text, start = recover.prepare(at.config, at.job), time.perf_counter()
+  params, metrics = at.recover(pruned, text) if text else (pruned[0], [])
+  found: dict[str, Any] = {'seconds': round(time.perf_counter() - start, 1)}
+  if out:
+    at.save(params, pruned[1], out)
+    found['model'] = str(out)
+  found['ppl'] = at.measure(params, pruned[1])
+  found['validation'] = [
+    [i, round(x['validation'], 4)]
+    for i, x in enumerate(metrics)
+    if 'validation' in x
+  ]
+  return found
 
 
 def table(lines: Sequence[dict]) -> str:
