@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ffp_jax.runtime.sharding import constrain
 
 _BLOCK = 256  # rows and columns of a block
+_LEAF = 64  # of what is done row by row, a power of two of them in a block
 
 
 def cholesky(a_NxN: jax.Array) -> jax.Array:
@@ -140,7 +141,23 @@ def blocked_solve(
 
 
 def _factorise_block(a_BxB: jax.Array) -> jax.Array:
-  """Returns the lower Cholesky factor of a symmetric block."""
+  """Returns the lower Cholesky factor of a symmetric block.
+
+  A column of leaves at a time, as `blocked_cholesky` does it with blocks.
+  """
+  lower = jnp.zeros_like(a_BxB)
+  for start in range(0, len(a_BxB), _LEAF):
+    end = start + _LEAF
+    known = product(lower[start:, :start], lower[start:end, :start].T)
+    rest = a_BxB[start:, start:end] - known
+    leaf = _factorise_leaf(rest[:_LEAF])
+    below = product(rest, _invert_leaf(leaf).T)
+    lower = lower.at[start:, start:end].set(below.at[:_LEAF].set(leaf))
+  return lower
+
+
+def _factorise_leaf(a_BxB: jax.Array) -> jax.Array:
+  """Computes `_factorise_block` row by row."""
   index = jnp.arange(len(a_BxB))
 
   def factorise_row(i, carry):
@@ -156,7 +173,29 @@ def _factorise_block(a_BxB: jax.Array) -> jax.Array:
 
 
 def _invert_block(lower_BxB: jax.Array) -> jax.Array:
-  """Returns the inverse of a lower triangular block."""
+  """Returns the inverse of a lower triangular block.
+
+  The leaves on its diagonal are inverted at once. Two neighbours on the
+  diagonal whose inverses are known then make one of twice the size.
+  """
+  starts = range(0, len(lower_BxB), _LEAF)
+  leaves = [lower_BxB[i : i + _LEAF, i : i + _LEAF] for i in starts]
+  inverses = [*jax.vmap(_invert_leaf)(jnp.stack(leaves))]
+  while len(inverses) > 1:
+    size = len(inverses[0])
+    for i, last in enumerate(inverses[1::2]):
+      first, middle = inverses[2 * i], (2 * i + 1) * size
+      below = lower_BxB[middle : middle + size, middle - size : middle]
+      corner = -product(last, product(below, first))
+      inverses[2 * i] = jnp.block(
+        [[first, jnp.zeros_like(first)], [corner, last]]
+      )
+    del inverses[1::2]
+  return inverses[0]
+
+
+def _invert_leaf(lower_BxB: jax.Array) -> jax.Array:
+  """Computes `_invert_block` row by row."""
   index = jnp.arange(len(lower_BxB))
 
   def invert_row(i, inverse):
