@@ -100,18 +100,22 @@ def _longest(x: Compiled, chip, tflops) -> tuple[str, float]:
 def _describe_collectives(found) -> list[str]:
   """Returns a table of what a device receives, as lines."""
 
+  compiled = [x for x in found if isinstance(x, Compiled)]
+  kinds = [*collectives.KINDS]
+  if not any(x.received_between_slices for x in compiled):
+    kinds.remove(collectives.BETWEEN_SLICES)
+
   def line(name, cells):
-    widths = (len(kind) + 2 for kind in collectives.KINDS)
+    widths = (len(kind) + 2 for kind in kinds)
     row = (f'{x:>{n}}' for x, n in zip(cells, widths, strict=True))
     return f'{name:21}' + ''.join(row)
 
-  lines = [line('GB a chip receives', collectives.KINDS)]
-  for x in found:
-    if isinstance(x, Compiled):
-      gb = {kind: 0.0 for kind in collectives.KINDS}
-      for one in x.collectives:
-        gb[one.kind] += one.size * one.times / 1e9
-      lines.append(line(x.program.name, (f'{n:.3g}' for n in gb.values())))
+  lines = [line('GB a chip receives', kinds)]
+  for x in compiled:
+    gb = dict.fromkeys(kinds, 0.0)
+    for one in x.collectives:
+      gb[one.kind] += one.size * one.times / 1e9
+    lines.append(line(x.program.name, (f'{n:.3g}' for n in gb.values())))
   return lines
 
 
@@ -175,8 +179,9 @@ def _check_flags(args) -> None:
   ]
   if args.topology and given:
     errors.refuse(f'--{given[0]} is of a device; --topology says it for a TPU')
-  if args.mesh and not args.topology:
-    errors.refuse('--mesh=search needs --topology')
+  for name in ('mesh', 'slices'):
+    if args[name].present and not args.topology:
+      errors.refuse(f'--{name}={args[name].value} needs --topology')
   fixed = [key for key in cli.overrides() if key.startswith('mesh.')]
   if args.mesh and fixed:
     errors.refuse(f'--config.{fixed[0]} and --mesh=search both say the mesh')
@@ -208,12 +213,13 @@ def _plan(args, config, model, dtype) -> str:
     return _plan_cpu(*run, args.devices, args.device_memory_gib, args.tflops)
   chip, count = topology.parse(args.topology)
   try:
-    devices = topology.find_devices(args.topology)
+    devices = topology.find_devices(args.topology, args.slices)
   except topology.NoCompiler:
     missing = f"--topology needs the TPU's compiler: {topology.INSTALL}"
     if args.mesh:
       raise errors.RequestError(missing) from None
     print(f'ffp_jax: {missing}; estimated on CPU instead', file=sys.stderr)
+    count *= args.slices
     return _plan_cpu(*run, count, chip.hbm_gib, chip.tflops)
   if args.mesh:
     return _search_mesh(*run, devices, chip)
@@ -278,6 +284,9 @@ if __name__ == '__main__':
   )
   flags.DEFINE_string(
     'topology', None, 'Slice of TPUs to plan for, such as v5e:4x4.'
+  )
+  flags.DEFINE_integer(
+    'slices', 1, 'Number of such slices, on one network.', lower_bound=1
   )
   flags.DEFINE_enum(
     'mesh',

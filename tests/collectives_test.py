@@ -177,6 +177,22 @@ class FindTest(parameterized.TestCase):
     (found,) = collectives.find_collectives(hlo)
     self.assertEqual(found.groups.tolist(), expected)
 
+  def test_what_comes_from_another_slice_comes_through_the_host(self):
+    hlo = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %sent = (f32[8]{0}, u32[], token[]) send(%a, %t), is_host_transfer=true
+  %r = (bf16[3,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%t), \
+channel_id=2, is_host_transfer=true
+  %else = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=3
+  ROOT %done = (bf16[3,8]{1,0}, token[]) recv-done(%r), is_host_transfer=true
+}
+"""
+    (found,) = collectives.find_collectives(hlo)
+    self.assertEqual(found.kind, collectives.BETWEEN_SLICES)
+    self.assertEqual((found.result, found.size), ('bf16[3,8]', 48))
+    self.assertEmpty(found.groups)
+
   @parameterized.parameters(
     'true_computation=%work, false_computation=%rest',
     'branch_computations={%rest, %work}',

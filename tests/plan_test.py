@@ -152,17 +152,23 @@ class PlanTest(parameterized.TestCase):
     self.assertIn('DOES NOT FIT', plan.describe([small, large], 1.5))
 
   def test_seconds_are_those_of_what_takes_longest(self):
-    """A chip of 1 TFLOP/s, 2 GB/s of memory and 4 GB/s of links."""
+    """Of 1 TFLOP/s, and 2, 4 and 1 GB/s of memory, links and network."""
     (program,) = _named('a')
     groups = jnp.array([[0, 1]])
-    exchanged = collectives.Collective('all-gather', '', 10**9, 8, groups, 1)
-    compiled = compilation.Compiled(program, 1.0, 0, 0, 0, [exchanged])
-    chip = topology.Chip(1.0, 16.0, 2.0, 4.0, {})
+    exchanged = [
+      collectives.Collective(kind, '', 10**9, times, groups, 1)
+      for kind, times in (('all-gather', 8), (collectives.BETWEEN_SLICES, 3))
+    ]
+    compiled = compilation.Compiled(program, 1.0, 0, 0, 0, exchanged)
+    chip = topology.Chip(1.0, 16.0, 2.0, 4.0, 1.0, {})
     # Of 6 TFLOP on two devices, 1 at full precision counts six times.
     self.assertEqual(
       compilation.bounds(compiled, chip),
-      {'FLOPs': 5.5, 'memory': 1.5, 'links': 2.0},
+      {'FLOPs': 5.5, 'memory': 1.5, 'links': 2.0, 'network': 3.0},
     )
+    # Where nothing is published of the network, it does not count.
+    unknown = compilation.bounds(compiled, chip._replace(dcn_gb=None))
+    self.assertNotIn('network', unknown)
 
   def test_meshes_are_those_whose_axes_split_something(self):
     config = _config(**{'search.candidates': 2})
@@ -377,6 +383,7 @@ class CommandTest(absltest.TestCase):
       (*common, topology, '--tflops=4'): '--tflops',
       (*common, topology, '--mesh=find'): 'search',
       (*common, '--mesh=search'): 'needs --topology',
+      (*common, '--slices=2'): 'needs --topology',
       (*common, topology, '--mesh=search', '--config.mesh.fsdp=2'): 'mesh.fsdp',
       (*common, '--config.mesh.fsdp=5'): 'mesh.fsdp=5',
       (*common, '--config.modle=x'): 'modle',

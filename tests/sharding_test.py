@@ -1,3 +1,4 @@
+import dataclasses
 from unittest import mock
 
 import jax
@@ -44,6 +45,38 @@ class MakeMeshTest(parameterized.TestCase):
   def test_refused(self, *asked):
     with self.assertRaisesRegex(RequestError, f'mesh.candidates={asked[0]}'):
       _mesh(*asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """What a mesh asks of a device."""
+
+  id: int
+  slice_index: int
+  platform: str = 'gpu'
+  device_kind: str = ''
+
+
+class PlaceTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (2, (1, 2, 4)),
+    (2, (2, 1, 4)),
+    (4, (2, 2, 2)),
+    (2, (4, 2, 1)),
+    (2, (1, 1, 8)),
+  )
+  def test_first_axes_lie_across_slices(self, slices, sizes):
+    devices = [_Device(i, i * slices // 8) for i in range(8)]
+    placed = sharding.place(sizes, devices)
+    self.assertEqual(placed.shape, sizes)
+    self.assertCountEqual(placed.ravel(), devices)
+    for part in np.split(placed.ravel(), slices):
+      self.assertLen({x.slice_index for x in part}, 1)
+
+  def test_parts_of_slices_are_refused(self):
+    devices = [_Device(i, i // 4) for i in range(6)]
+    with self.assertRaises(ValueError):
+      sharding.place((1, 2, 3), devices)
 
 
 class SpecTest(parameterized.TestCase):

@@ -134,6 +134,22 @@ class ProgramsTest(parameterized.TestCase):
     found = _compile((1, 2, 2), 'search step', name='v5p:2x2x1')
     self.assertIsInstance(found['search step'], compilation.Compiled)
 
+  def test_two_slices_exchange_little_but_over_the_first_axis(self):
+    devices = topology.find_devices('v5e:2x2', slices=2)
+    exchanged = {}
+    for sizes in ((2, 2, 2), (1, 2, 4)):
+      mesh = sharding.make_mesh(*sizes, devices=devices)
+      for half in np.split(mesh.devices.ravel(), 2):
+        self.assertLen({x.slice_index for x in half}, 1)
+      config = _config(**{'search.candidates': 2})
+      step = programs.search_step(config, _LLAMA, jnp.dtype('bfloat16'), mesh)
+      found = compilation.compile_for_topology(step, mesh)
+      self.assertGreater(found.received, 0)
+      exchanged[sizes] = found.received_between_slices
+    # Rewards and the like, where another mesh gathers weights.
+    self.assertBetween(exchanged[2, 2, 2], 1, 30_000)
+    self.assertGreater(exchanged[1, 2, 4], 20 * exchanged[2, 2, 2])
+
   def test_candidates_exchange_next_to_nothing_in_the_layers(self):
     sizes = 4, 1, 1
     wide = {'search.candidates': 4, 'search.rows': (4, 4)}

@@ -28,8 +28,17 @@ class Compiled(NamedTuple):
 
   @property
   def received(self) -> float:
-    """Bytes that the device receives in all collectives."""
-    return sum(x.size * x.times for x in self.collectives)
+    """Bytes that the device receives from others of its slice."""
+    return sum(
+      x.size * x.times
+      for x in self.collectives
+      if x.kind != collectives.BETWEEN_SLICES
+    )
+
+  @property
+  def received_between_slices(self) -> float:
+    """Bytes that the device receives from other slices."""
+    return sum(x.size * x.times for x in self.collectives) - self.received
 
 
 class TooLarge(NamedTuple):
@@ -98,16 +107,21 @@ def bounds(compiled: Compiled, chip: topology.Chip) -> dict[str, float]:
   """Returns the seconds that a program takes at least, by what limits it.
 
   FLOPs at the peak of bfloat16; the weights read from memory once in each pass,
-  and nothing else; what a chip receives on all its links together.
+  and nothing else; what a chip receives on all its links together, and over the
+  network from other slices.
   """
   program = compiled.program
   total, full = program.flops
   operations = total + (_FULL_PRECISION_PASSES - 1) * full
-  return {
+  found = {
     'FLOPs': operations / program.parts / (chip.tflops * 1e12),
     'memory': program.reads / (chip.hbm_gb * 1e9),
     'links': compiled.received / (chip.ici_gb * 1e9),
   }
+  if chip.dcn_gb:
+    between = compiled.received_between_slices
+    found['network'] = between / (chip.dcn_gb * 1e9)
+  return found
 
 
 def longest_bound(compiled: Compiled, chip: topology.Chip) -> tuple[str, float]:

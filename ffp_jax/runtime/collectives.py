@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+BETWEEN_SLICES = 'between slices'  # over the network, whatever is computed
 KINDS = (
   'all-gather',
   'all-reduce',
   'reduce-scatter',
   'all-to-all',
   'collective-permute',
+  BETWEEN_SLICES,
 )
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%([\w.-]+) \(.*\{$')
@@ -40,7 +42,8 @@ class Collective(NamedTuple):
   result: str  # type and shape on one device, such as bf16[1,128]
   size: int  # bytes that a device receives each time, at the least
   times: float  # how often it is executed
-  groups: np.ndarray  # [groups, devices of each], indices in the mesh, flat
+  # [groups, devices of each], indices in the mesh, flat; none between slices
+  groups: np.ndarray
   loops: int  # number of loops that it is in
 
 
@@ -98,7 +101,7 @@ def _walk(
   """
   own = computations[name]
   for x in own.values():
-    if kind := _kind(x.opcode):
+    if kind := _kind(x):
       channel = re.search(r'channel_id=(\d+).*chain_id=', x.line)
       if not channel or channel[1] not in seen:
         seen |= {channel[1]} if channel else set()
@@ -116,9 +119,11 @@ def _walk(
         yield from _walk(computations, called, count, depth, known, taken)
 
 
-def _kind(opcode: str) -> str | None:
+def _kind(x: _Instruction) -> str | None:
   """Returns the kind of a collective; None for its end and for all else."""
-  name = opcode.removesuffix('-start')
+  if x.opcode == 'recv' and 'is_host_transfer=true' in x.line:
+    return BETWEEN_SLICES
+  name = x.opcode.removesuffix('-start')
   return name if name in KINDS else None
 
 
@@ -172,7 +177,12 @@ def _read(x: _Instruction, kind, scattered, times, loops) -> Collective:
   if x.opcode.endswith('-start') and kind != 'all-reduce' and shape[0] == '(':
     shape = _second(shape)  # the first is the operand
   arrays = re.findall(r'([a-z]+\d*\w*)\[([\d,]*)\]', shape)
+  if kind == BETWEEN_SLICES:
+    arrays = arrays[:1]  # others are of the transfer itself
   size = sum(_bytes(dtype, dims) for dtype, dims in arrays)
+  result = ' '.join(f'{dtype}[{dims}]' for dtype, dims in arrays)
+  if kind == BETWEEN_SLICES:
+    return Collective(kind, result, size, times, np.zeros((0, 1), int), loops)
   groups = _groups(x.line)
   n = groups.shape[1]
   if kind == 'all-reduce':
@@ -182,7 +192,6 @@ def _read(x: _Instruction, kind, scattered, times, loops) -> Collective:
     size = size * (n - 1)
   elif kind != 'collective-permute':
     size = size * (n - 1) // n
-  result = ' '.join(f'{dtype}[{dims}]' for dtype, dims in arrays)
   return Collective(kind, result, size, times, groups, loops)
 
 

@@ -7,6 +7,7 @@ axis does not divide is replicated over it.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -116,12 +117,41 @@ def make_mesh(
     raise RequestError(
       f'{given}: cannot be made of the {len(devices)} device(s) here'
     )
+  try:
+    placed = place(tuple(sizes.values()), devices[:used])
+  except ValueError as error:
+    raise RequestError(f'{given}: {error}') from error
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def place(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Returns devices in the shape of a mesh.
+
+  What several slices of TPUs, or hosts of GPUs, exchange goes over a network
+  that is slower than their own links. So the first axes of the mesh that can
+  lie across them do.
+
+  Args:
+    sizes: of the mesh axes.
+    devices: as many as the mesh has.
+
+  Raises:
+    ValueError: slices of which not all devices are used.
+  """
+  left, between = len({getattr(x, 'slice_index', 0) for x in devices}), []
+  for size in sizes:
+    between.append(math.gcd(size, left))
+    left //= between[-1]
+  inside = [size // n for size, n in zip(sizes, between, strict=True)]
   # An axis may take parts of the rows of a slice of TPUs, such as 8 of 4 x 4,
   # which `jax.make_mesh` refuses on most.
-  placed = mesh_utils.create_device_mesh(
-    tuple(sizes.values()), devices[:used], allow_split_physical_axes=True
+  if math.prod(between) == 1:
+    return mesh_utils.create_device_mesh(
+      inside, devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    inside, between, devices, allow_split_physical_axes=True
   )
-  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(

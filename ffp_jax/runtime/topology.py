@@ -25,6 +25,7 @@ class Chip(NamedTuple):
   hbm_gib: float  # GiB of memory that the compiler has for a program
   hbm_gb: float  # GB that the memory reads or writes a second
   ici_gb: float  # GB that all its links together receive a second
+  dcn_gb: float | None  # GB that it receives a second from other slices
   options: dict[str, Any]  # of the compiler, to have one device a chip
 
 
@@ -32,13 +33,15 @@ class Chip(NamedTuple):
 # Those pages give the links in both directions (v5e 400, v5p 1200, v6e 800
 # GB/s), of which half is received; for v4 the all-reduce bandwidth of a pod,
 # 1.1 PB/s of 4096 chips, which is that half on the other pages that give it.
+# The network between slices: of a pod of 256 chips (v5e, v6e) or of a chip
+# (v5p); v4's page does not say.
 # Memory: what the compiler of libtpu 0.0.42.1 says that it has, of 32, 16, 95
 # and 32 on those pages.
 CHIPS = {
-  'v4': Chip(275, 30.75, 1200, 268, {'chip_config_name': 'megacore'}),
-  'v5e': Chip(197, 15.75, 819, 200, {}),
-  'v5p': Chip(459, 95.74, 2765, 600, {}),
-  'v6e': Chip(918, 31.25, 1638, 400, {}),
+  'v4': Chip(275, 30.75, 1200, 268, None, {'chip_config_name': 'megacore'}),
+  'v5e': Chip(197, 15.75, 819, 200, 3.125, {}),
+  'v5p': Chip(459, 95.74, 2765, 600, 6.25, {}),
+  'v6e': Chip(918, 31.25, 1638, 400, 12.5, {}),
 }
 
 
@@ -64,11 +67,12 @@ def parse(name: str) -> tuple[Chip, int]:
   return CHIPS[found[1]], math.prod(int(n) for n in found[2].split('x'))
 
 
-def find_devices(name: str) -> list[jax.Device]:
+def find_devices(name: str, slices: int = 1) -> list[jax.Device]:
   """Returns the devices of a topology; nothing can be run on them.
 
   Args:
     name: such as v5e:4x4.
+    slices: number of such slices, connected by a network.
 
   Raises:
     NoCompiler: libtpu is not installed.
@@ -95,7 +99,7 @@ def find_devices(name: str) -> list[jax.Device]:
     raise NoCompiler(str(error)) from error
   try:
     found = topologies.get_topology_desc(
-      platform='tpu', topology_name=name, **options
+      platform='tpu', topology_name=name, num_slices=slices, **options
     )
   except jax.errors.JaxRuntimeError as error:
     raise RequestError(f'--topology: {name}: {error}') from error
