@@ -18,7 +18,7 @@ from ffp_jax.checkpoints.model import (
   to_numpy,
 )
 from ffp_jax.errors import RequestError
-from ffp_jax.export import card, gguf_file, transformers_code
+from ffp_jax.export import card, gguf_file, padding, transformers_code
 from ffp_jax.export.slicing import copy_companions
 from ffp_jax.runtime.storage import staged
 
@@ -60,7 +60,8 @@ def _compact(model, out, dtype, prepared):
 def _dense(model, out, dtype, prepared):
   del dtype, prepared
   _directory(model, out, transformers_code.dense_description(model))
-  weights.save_tensors(transformers_code.padded(model), out)
+  tensors = padding.padded_tensors(model, padding.dense(model.config))
+  weights.save_tensors(tensors, out)
   (out / 'README.md').write_text(card.text(model, 'hf_dense'))
   return ['the shapes are those of the dense model: no smaller, no faster']
 

@@ -15,7 +15,7 @@ from absl import logging
 from ffp_jax.checkpoints import gguf_model
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.errors import RequestError
-from ffp_jax.export import gguf_tensors, gguf_vocabulary
+from ffp_jax.export import gguf_tensors, gguf_vocabulary, padding
 from ffp_jax.export.gguf_tensors import Kind
 from ffp_jax.export.gguf_vocabulary import Vocabulary
 from ffp_jax.models import rope
@@ -26,6 +26,10 @@ _KINDS = {
   'float16': (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
   'bfloat16': (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
   'q8_0': (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+  'q5_1': (Kind.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
+  'q5_0': (Kind.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+  'q4_1': (Kind.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+  'q4_0': (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 # llama.cpp has no metadata for other values of fast, slow and whole.
 _YARN_BLEND = (32.0, 1.0, True)
@@ -144,17 +148,24 @@ def write(
   Raises:
     RequestError: a number is too large for `dtype`.
   """
-  config = model.config
+  kind, file_type = _KINDS[dtype]
+  # Rows of channels fill the blocks of a quantised type.
+  block, _ = gguf.GGML_QUANT_SIZES[kind]
+  config = padding.round_channels(model.config, block)
   alike = _alike(config)
   arch = ('qwen3' if config.qk_norm else 'llama') if alike else 'deci'
   writer = gguf.GGUFWriter(path, arch)
   notes = list(vocabulary.notes) + _add_sizes(writer, config, alike)
   writer.add_name(model.directory.resolve().name)
-  writer.add_file_type(_KINDS[dtype][1])
+  writer.add_file_type(file_type)
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   gguf_vocabulary.add(writer, vocabulary)
-  notes += gguf_tensors.write_tensors(writer, model, _KINDS[dtype][0])
-  return notes
+  if config != model.config:
+    notes.append(
+      f'FFN channels of zeros fill each layer up to a multiple of {block}, as '
+      f'{dtype} needs; prune with budget.round_ffn={block} to have none'
+    )
+  return notes + gguf_tensors.write_tensors(writer, model, config, kind)
 
 
 def _add_sizes(

@@ -8,14 +8,21 @@ import numpy as np
 from ffp_jax.checkpoints import gguf_model
 from ffp_jax.checkpoints.model import Model
 from ffp_jax.errors import RequestError
+from ffp_jax.export import padding
 from ffp_jax.models import rope
+from ffp_jax.models.decoder import ModelConfig
 
 Kind = gguf.GGMLQuantizationType
 _FLOAT32 = np.dtype(np.float32)
+# Of the matrix that makes the logits, which needs more bits than the others;
+# llama.cpp's own tool does so too.
+_HEAD_KINDS = dict.fromkeys(
+  (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1), Kind.Q8_0
+)
 
 
 def write_tensors(
-  writer: gguf.GGUFWriter, model: Model, kind: Kind
+  writer: gguf.GGUFWriter, model: Model, config: ModelConfig, kind: Kind
 ) -> list[str]:
   """Writes header, metadata and tensors, and closes the file.
 
@@ -24,7 +31,8 @@ def write_tensors(
   Args:
     writer: with all metadata added.
     model: dense or sliced.
-    kind: of matrices; vectors are always F32.
+    config: of the model, or wider, see `padding.padded_tensors`.
+    kind: of matrices, but see `_kind_of`.
 
   Returns:
     What the user should know, one line each.
@@ -32,10 +40,16 @@ def write_tensors(
   Raises:
     RequestError: a number is too large for `kind`.
   """
-  changed = 0  # matrices of another type
-  for name, value in _tensors(model):
-    stored = _kind_of(value.shape, kind)
-    changed += value.ndim > 1 and stored != kind
+  changed = 0  # matrices whose rows don't fill blocks
+  head = 'token_embd.weight' if config.tied else 'output.weight'
+
+  def kind_of(name, value):
+    wanted = _HEAD_KINDS.get(kind, kind) if name == head else kind
+    return _kind_of(value.shape, wanted)
+
+  for name, value in _tensors(model, config):
+    stored = kind_of(name, value)
+    changed += stored == Kind.F16 != kind
     block, size = gguf.GGML_QUANT_SIZES[stored]
     writer.add_tensor_info(
       name, value.shape, _FLOAT32, value.size // block * size, stored
@@ -43,21 +57,21 @@ def write_tensors(
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  for name, value in _tensors(model):
-    writer.write_tensor_data(_encoded(name, value, _kind_of(value.shape, kind)))
+  for name, value in _tensors(model, config):
+    writer.write_tensor_data(_encoded(name, value, kind_of(name, value)))
   writer.close()
   if not changed:
     return []
   return [
     f'{changed} tensors are F16, as their rows are no multiple of '
-    f'{gguf.GGML_QUANT_SIZES[kind][0]}; prune with budget.round_ffn=32 to '
-    'avoid it, or 256 for K-quants'
+    f'{gguf.GGML_QUANT_SIZES[kind][0]}'
   ]
 
 
-def _tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+  model: Model, config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (GGUF name, array) of every tensor."""
-  config = model.config
   if config.rope_scaling.kind == 'llama3':
     plain = rope.frequencies(
       rope.Scaling(), config.rope_theta, config.head_size, 1
@@ -67,7 +81,7 @@ def _tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     )
     yield gguf_model.ROPE_FACTORS, plain / scaled
   names = gguf_model.gguf_names(config.layers)
-  for name, value in model.tensors():
+  for name, value in padding.padded_tensors(model, config):
     stem, _, leaf = name.rpartition('.')
     if stem.endswith(('q_proj', 'k_proj')) and not config.qk_norm:
       value = _permuted(value, config.head_size)

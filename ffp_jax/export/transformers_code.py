@@ -6,16 +6,11 @@ common widths. So `modeling_pruned.py`, which narrows the layers, is written
 beside the weights.
 """
 
-import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from ffp_jax.checkpoints.model import Model
-from ffp_jax.models import families
 
 _MODULE = 'modeling_pruned'
 _CLASSES = {
@@ -67,24 +62,3 @@ def copy_to(directory: pathlib.Path):
 def dense_description(model: Model) -> dict[str, Any]:
   """Returns config.json of the model in the dense model's shapes."""
   return {k: v for k, v in model.description.items() if k != 'ffp_jax'}
-
-
-def padded(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-  """Pads the tensors to the dense model's shapes, with zeros after kept units.
-
-  The order of units doesn't matter. A unit of zeros adds nothing, since every
-  activation function is 0 at 0 and so the output projection gets zeros.
-
-  Yields:
-    (Hugging Face name, array).
-  """
-  config = dataclasses.replace(model.config, kept_groups=None, kept_ffn=None)
-  shapes = {
-    tensor.name: families.stored_shape(tensor, shape)
-    for tensor, _, _, shape in families.list_tensors(
-      config, model.family, np.float32
-    )
-  }
-  for name, value in model.tensors():
-    sizes = zip(shapes[name], value.shape, strict=True)
-    yield name, np.pad(value, [(0, dense - kept) for dense, kept in sizes])
