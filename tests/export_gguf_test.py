@@ -231,6 +231,17 @@ class RuntimeTest(_TestCase):
     # llama.cpp rounds what enters a matrix too.
     self.assertLess(np.abs(theirs - again).mean(), min(bound, 0.15))
 
+  @parameterized.parameters('biased', 'dense')
+  def test_channels_of_zeros_change_nothing(self, name):
+    model = self.pruned(**_CASES['biased' if name == 'biased' else 'grouped'])
+    model = model if name == 'biased' else model.with_name('dense')
+    again = hub.resolve_model(str(self.exported(model, 'q8_0')))
+    config = model_config.read_model_config(again)
+    wider = config.kept_ffn or (config.ffn,)
+    self.assertTrue(all(channels % 32 == 0 for channels in wider))
+    difference = np.abs(_log_probs(again) - _log_probs(model)).mean()
+    self.assertBetween(difference, 1e-4, 0.15)
+
   def test_sliding_window_is_the_longest_context(self):
     model = self.pruned(**_CASES['mistral'])
     path = self.exported(model)
