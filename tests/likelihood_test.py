@@ -10,7 +10,7 @@ from ffp_jax.evaluation import harness_model, likelihood
 from tests import testing, tiny_run
 
 _MOST = 20  # tokens of an input; one context is longer
-_TOKENS = 150  # of a batch: two contexts with their continuations fill it
+_TOKENS = 150  # computed together
 
 
 def setUpModule():
@@ -107,44 +107,63 @@ class AnswersTest(parameterized.TestCase):
     self.assert_same(_answers(config, small, requests), theirs)
 
 
-class SequencesTest(absltest.TestCase):
-  def sequences(self, requests, **changes):
+class RowsTest(absltest.TestCase):
+  def rows(self, requests, **changes):
     settings = {'max_length': _MOST, 'batch_tokens': _TOKENS} | changes
-    found = likelihood.plan_sequences(requests, **settings)
-    asked = [query.request for each in found for query in each.queries]
+    found = [*likelihood.plan_rows(requests, **settings)]
+    asked = [query.request for rows in found for query in rows.queries]
     self.assertCountEqual(asked, range(len(requests)))
+    for rows in found:
+      self.assertLessEqual(rows.tokens_BxT.size, settings['batch_tokens'])
     return found
 
-  def test_shared_contexts_are_computed_once(self):
-    requests = _requests('llama_grouped')
-    found = self.sequences(requests)
-    shared = [x for x in found if x.suffixes_NxC.size]
-    self.assertEqual([len(x.queries) for x in shared], [8, 8])
-    # 'start' of two continuations is the same suffix.
-    for each in shared:
-      self.assertEqual(each.suffixes_NxC.shape, (4, 16))
-    self.assertLen(found, len(requests) - 16 - 1 + 2)
+  def computed(self, rows) -> int:
+    return sum(int(np.count_nonzero(each.tree_BxT)) for each in rows)
 
-  def test_repeated_contexts(self):
-    requests = _requests('llama_grouped')
-    for changes in (
-      {'share': False},
-      {'batch_tokens': 10**4},
-      {'batch_tokens': 90},
-    ):
-      found = self.sequences(requests, **changes)
-      self.assertFalse(any(x.suffixes_NxC.size for x in found))
-      # Three one-token continuations and a second one of `start`, twice, and
-      # a one-token continuation of the long context, need no forward.
-      self.assertLen(found, len(requests) - 2 * 4 - 1)
+  def test_a_context_and_what_continuations_share_is_computed_once(self):
+    requests = [(None, [5, 6, 7], x) for x in ([1], [2], [3, 4], [3, 8])]
+    requests.append((None, [5, 6, 7], [9, 9, 9]))
+    (rows,) = self.rows(requests)
+    self.assertEqual(rows.tokens_BxT[0, :6].tolist(), [5, 6, 7, 3, 9, 9])
+    self.assertEqual(rows.positions_BxT[0, :6].tolist(), [0, 1, 2, 3, 3, 4])
+    self.assertEqual(rows.branch_BxT[0, :6].tolist(), [0, 0, 0, 1, 2, 2])
+    self.assertEqual(self.computed([rows]), 6)
+    at = {query.request: query.at for query in rows.queries}
+    wanted = {0: (2,), 1: (2,), 2: (2, 3), 3: (2, 3), 4: (2, 4, 5)}
+    self.assertEqual(at, wanted)
 
-  def test_one_token_continuations_need_one_forward(self):
+  def test_trees_of_several_lengths_fill_rows(self):
+    requests = [(None, [i] * n, [1]) for i, n in enumerate((12, 8, 7, 7, 6), 1)]
+    (rows,) = self.rows(requests)
+    self.assertEqual(rows.tree_BxT.shape, (_TOKENS // _MOST, _MOST))
+    self.assertEqual(rows.tree_BxT.max(axis=1)[:3].tolist(), [2, 3, 0])
+    self.assertEqual(self.computed([rows]), 40)
+
+  def test_rows_have_few_lengths(self):
+    source = np.random.default_rng(0)
     requests = [
-      (None, [i, 1, 2], [token]) for i in range(5) for token in (3, 4)
+      (None, [*source.integers(1, 97, n)], [1, 2])
+      for n in (*source.integers(1, 90, 200), *source.integers(1, 900, 20))
     ]
-    found = self.sequences(requests)
-    self.assertEqual([x.prefix for x in found], [(i, 1, 2) for i in range(5)])
-    self.assertEqual([len(x.queries) for x in found], [2] * 5)
+    rows = self.rows(requests, max_length=900, batch_tokens=2048)
+    shapes = {each.tokens_BxT.shape for each in rows}
+    self.assertEqual(shapes, {(2, 900), (4, 512), (8, 256)})
+    padded = sum(each.tokens_BxT.size for each in rows)
+    self.assertLess(padded, 1.25 * self.computed(rows))
+
+  def test_a_row_to_each_continuation_where_nothing_is_shared(self):
+    requests = _requests('llama_grouped')
+    rows = self.rows(requests, share=False)
+    trees = [each.tree_BxT.max(axis=1) for each in rows]
+    self.assertEqual(np.concatenate(trees).max(), 1)
+    # Three one-token continuations and a second one of `start`, twice, and a
+    # one-token continuation of the long context, need no row.
+    self.assertEqual(np.concatenate(trees).sum(), len(requests) - 2 * 4 - 1)
+
+  def test_continuations_too_many_for_a_row_have_their_own(self):
+    requests = [(None, [1] * 10, [i, i, i]) for i in range(20)]
+    rows = self.rows(requests)
+    self.assertEqual(self.computed(rows), 20 * 12)
 
 
 if __name__ == '__main__':

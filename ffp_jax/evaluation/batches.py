@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_LENGTH = 32  # tokens of the shortest padded row
+_MIN_LENGTH = 32  # tokens of the shortest padded row
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ def make_batches(
 
   def padded_length(length):
     power_of_two = 1 << (length - 1).bit_length()
-    return min(max_length, max(MIN_LENGTH, power_of_two))
+    return min(max_length, max(_MIN_LENGTH, power_of_two))
 
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   for time, group in itertools.groupby(

@@ -1,7 +1,7 @@
 """A JAX decoder behind the interface of the LM Evaluation Harness (lm_eval).
 
 The harness defines the meaning of a request. Here the texts of requests are
-tokenised and put into batches of a few padded shapes.
+tokenised and computed together in a few padded shapes.
 """
 
 import itertools
@@ -80,30 +80,17 @@ class JaxLM(TemplateLM):
     """Returns (log-likelihood, whether greedy) of tokenised continuations."""
     answers: list = [None] * len(requests)
     bar = tqdm(total=len(requests), disable=disable_tqdm, leave=False)
-    by_shape = {}
-    for sequence in likelihood.plan_sequences(
+    for rows in likelihood.plan_rows(
       requests,
       max_length=self.max_length,
       batch_tokens=self._batch_tokens,
       share=self._config.rope_scaling.kind != 'dynamic',
     ):
-      by_shape.setdefault(sequence.suffixes_NxC.shape, []).append(sequence)
-    for (count, size), sequences in by_shape.items():
-      for batch in batches.make_batches(
-        [sequence.prefix for sequence in sequences],
-        max_length=self.max_length,
-        batch_tokens=self._batch_tokens,
-        new_tokens=count * size,
+      for i, answer in likelihood.score(
+        self._params, rows, config=self._config
       ):
-        for i, answer in likelihood.score(
-          self._params,
-          [sequences[i] for i in batch.index],
-          batch.tokens,
-          batch.lengths,
-          config=self._config,
-        ):
-          answers[i] = answer
-          bar.update()
+        answers[i] = answer
+        bar.update()
     return answers
 
   def loglikelihood_rolling(

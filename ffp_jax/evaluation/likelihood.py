@@ -1,11 +1,14 @@
-"""Log-likelihoods of continuations that compute a shared context only once.
+"""Log-likelihoods of continuations, side by side in rows of few lengths.
 
-Shape letters as in decoder.py; N continuations of a context, C tokens of each
-without its last, P scored positions.
+The continuations of a context follow it as branches that don't see each other,
+so that the context is computed once. Such trees, of any length, lie one after
+another in rows, so that little is padding and few shapes are compiled.
+
+Shape letters as in decoder.py; P scored positions.
 """
 
-import collections
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,262 +16,243 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffp_jax.evaluation.batches import MIN_LENGTH
-from ffp_jax.models import decoding
-from ffp_jax.models.decoder import (
-  Cache,
-  Decoder,
-  ModelConfig,
-  positions_from_zero,
-)
+from ffp_jax.models.attention import in_reach
+from ffp_jax.models.decoder import Decoder, ModelConfig
 
-_MIN_SUFFIX = 16  # tokens of the shortest padded suffix
+_MIN_ROW = 256  # tokens of the shortest row
 _MIN_SCORED = 16  # scored positions of the smallest shape
 
 
 class Query(NamedTuple):
-  """A request, and the place in its `Sequence` where it is scored."""
+  """A request, and the places in its `Tree` where it is scored."""
 
   request: int  # index of the request
-  start: int  # position in the prefix that predicts the first target
-  suffix: int  # index of the suffix that predicts the other targets, if any
+  at: tuple[int, ...]  # indices of the tokens that predict the targets
   targets: tuple[int, ...]  # token ids
 
 
-class Sequence(NamedTuple):
-  """A prefix with suffixes that share it, and the requests they answer."""
+class Tree(NamedTuple):
+  """A context, the continuations that follow it, and what they answer."""
 
-  prefix: tuple[int, ...]  # token ids
-  suffixes_NxC: np.ndarray  # int32, each follows the prefix; right-padded
+  tokens: list[int]  # token ids: the context, then one continuation by one
+  positions: list[int]  # in the text that ends with the context or a branch
+  branch: list[int]  # 0 in the context, else the number of the continuation
   queries: list[Query]
 
 
-class _Context(NamedTuple):
-  """The requests that share one context."""
+class Rows(NamedTuple):
+  """Trees that are computed together, in rows that are padded at the end."""
 
-  prefix: tuple[int, ...]
-  suffixes: list[tuple[int, ...]]  # distinct; a single empty one if all are
-  queries: list[Query]
+  tokens_BxT: np.ndarray  # int32, as all of them
+  positions_BxT: np.ndarray
+  tree_BxT: np.ndarray  # number of the tree in its row, from 1; 0 for padding
+  branch_BxT: np.ndarray
+  queries: list[Query]  # whose places are indices into B x T
 
 
-def plan_sequences(
+def plan_rows(
   requests: Iterable[tuple],
   *,
   max_length: int,
   batch_tokens: int,
   share: bool = True,
-) -> list[Sequence]:
-  """Plans the forward passes of requests so that equal tokens share them.
+) -> Iterator[Rows]:
+  """Plans the forward passes that answer requests.
 
-  Requests that differ only in their last token need a single forward pass. The
-  continuations of a context follow its cached keys and values if that takes
-  fewer tokens, padding included, than repeating the context, and if there are
-  enough of the same shape to fill a batch, because each shape is compiled.
+  Requests that differ only in their last token need a single one.
 
   Args:
     requests: (anything, context, continuation); the latter two are token ids
       and not empty.
     max_length: tokens of the longest input; longer ones lose their start.
-    batch_tokens: approximate number of tokens in a batch.
-    share: False to repeat contexts always, for positions that depend on the
-      length of the input.
+    batch_tokens: approximate number of tokens that are computed together.
+    share: False for a row to each continuation with its context, for positions
+      that depend on the length of the row.
 
-  Returns:
-    `Sequence`s; each request is in exactly one of them.
+  Yields:
+    `Rows`; each request is in exactly one of them.
   """
-  contexts = _contexts(requests, max_length)
-  shapes = [_shape(context) if share else None for context in contexts]
-  counts = collections.Counter(shapes)
-  sequences = []
-  for context, shape in zip(contexts, shapes, strict=True):
-    if shape and counts[shape] * shape.tokens >= batch_tokens >= shape.tokens:
-      sequences.append(_share_prefix(context, shape))
-    else:
-      sequences.extend(_repeat_prefix(context))
-  return sequences
+  trees = _trees(requests, max_length, share)
+  packed = _pack(trees, max_length) if share else [[tree] for tree in trees]
+  length = functools.partial(_row_length, most=max_length)
+  packed.sort(key=length, reverse=True)
+  for time, group in itertools.groupby(packed, length):
+    same, count = list(group), max(1, batch_tokens // time)
+    for start in range(0, len(same), count):
+      yield _lay_out(same[start : start + count], count, time)
 
 
-def _contexts(requests, max_length) -> list[_Context]:
+def _trees(requests, max_length, share) -> list[Tree]:
   """Groups requests by their context."""
-  by_prefix = {}
+  by_context = {}
   for i, (_, context, continuation) in enumerate(requests):
     # The last token is scored, but is no input.
     row = (context + continuation)[-max_length - 1 : -1]
     targets = tuple(continuation[-len(row) :])
     prefix = tuple(row[: len(row) - len(targets) + 1])
-    by_prefix.setdefault(prefix, []).append((i, targets))
-  contexts = []
-  for prefix, pairs in by_prefix.items():
-    distinct = dict.fromkeys(targets[:-1] for _, targets in pairs)
-    suffixes = [suffix for suffix in distinct if suffix] or [()]
-    # A single token is predicted by the prefix, whatever suffix follows.
-    index = {(): 0} | {suffix: i for i, suffix in enumerate(suffixes)}
-    queries = [
-      Query(i, len(prefix) - 1, index[targets[:-1]], targets)
-      for i, targets in pairs
-    ]
-    contexts.append(_Context(prefix, suffixes, queries))
-  return contexts
+    by_context.setdefault(prefix, []).append((i, targets))
+  trees = []
+  for prefix, asked in by_context.items():
+    by_suffix = {}
+    for i, targets in asked:
+      by_suffix.setdefault(targets[:-1], []).append((i, targets))
+    # A single token is predicted by the context, whatever follows it.
+    single = by_suffix.pop((), [])
+    suffixes = list(by_suffix) or [()]
+    if share and len(prefix) + sum(map(len, suffixes)) <= max_length:
+      trees.append(_tree(prefix, suffixes, asked))
+      continue
+    for suffix in suffixes:
+      trees.append(_tree(prefix, [suffix], by_suffix.get(suffix, []) + single))
+      single = []
+  return trees
 
 
-class _Shape(NamedTuple):
-  """Padded sizes of a prefix and its suffixes."""
+def _tree(prefix, suffixes, asked) -> Tree:
+  """Returns the tree of a context and its distinct continuations.
 
-  time: int  # tokens of the prefix
-  count: int  # number of suffixes
-  size: int  # tokens of a suffix
-
-  @property
-  def tokens(self) -> int:
-    """Number of tokens computed."""
-    return self.time + self.count * self.size
-
-
-def _shape(context: _Context) -> _Shape | None:
-  """Returns the shape of a shared prefix, or None if sharing saves nothing."""
-  longest, count = max(map(len, context.suffixes)), len(context.suffixes)
-  shape = _Shape(
-    _power_of_two(len(context.prefix), MIN_LENGTH),
-    _power_of_two(count, 1),
-    _power_of_two(longest, _MIN_SUFFIX),
-  )
-  repeated = count * _power_of_two(len(context.prefix) + longest, MIN_LENGTH)
-  return shape if count > 1 and shape.tokens < repeated else None
-
-
-def _share_prefix(context: _Context, shape: _Shape) -> Sequence:
-  """Returns one sequence, whose suffixes are padded to a shape."""
-  padded = np.zeros((shape.count, shape.size), np.int32)
-  for row, suffix in zip(padded, context.suffixes, strict=False):
-    row[: len(suffix)] = suffix
-  return Sequence(context.prefix, padded, context.queries)
+  Args:
+    prefix: token ids of the context.
+    suffixes: of the continuations without their last.
+    asked: (index, targets) of the requests that they answer.
+  """
+  size = len(prefix)
+  tokens, positions, branch = list(prefix), list(range(size)), [0] * size
+  start = {(): size}
+  for number, suffix in enumerate(suffixes, 1):
+    start[suffix] = len(tokens)
+    tokens += suffix
+    positions += range(size, size + len(suffix))
+    branch += [number] * len(suffix)
+  queries = []
+  for i, targets in asked:
+    rest = start[targets[:-1]]
+    at = size - 1, *range(rest, rest + len(targets) - 1)
+    queries.append(Query(i, at, targets))
+  return Tree(tokens, positions, branch, queries)
 
 
-def _repeat_prefix(context: _Context) -> list[Sequence]:
-  """Returns a sequence without suffixes for every suffix of a context."""
-  none = np.zeros((0, 0), np.int32)
-  return [
-    Sequence(
-      context.prefix + suffix,
-      none,
-      [query for query in context.queries if query.suffix == i],
-    )
-    for i, suffix in enumerate(context.suffixes)
-  ]
+def _row_length(trees: list[Tree], most: int) -> int:
+  """Returns the length of the row that its first tree, the longest, needs."""
+  power_of_two = 1 << (len(trees[0].tokens) - 1).bit_length()
+  return min(most, max(_MIN_ROW, power_of_two))
 
 
-def _power_of_two(count: int, minimum: int) -> int:
-  """Rounds up to a power of two, at least `minimum`."""
-  return max(minimum, 1 << (count - 1).bit_length())
+def _pack(trees: list[Tree], max_length: int) -> list[list[Tree]]:
+  """Puts trees into rows: longest first, each where the least space is left."""
+  rows: list[list[Tree]] = []
+  by_space: dict[int, list[list[Tree]]] = {}
+  for tree in sorted(trees, key=lambda x: -len(x.tokens)):
+    size = len(tree.tokens)
+    enough = (x for x in range(size, max_length + 1) if by_space.get(x))
+    if space := next(enough, 0):
+      row = by_space[space].pop()
+      row.append(tree)
+    else:
+      row = [tree]
+      rows.append(row)
+      space = _row_length(row, max_length)
+    by_space.setdefault(space - size, []).append(row)
+  return rows
+
+
+def _lay_out(packed: list[list[Tree]], rows: int, time: int) -> Rows:
+  """Returns rows of trees as arrays; rows after the last are padding."""
+  tokens, tree, branch = np.zeros((3, rows, time), np.int32)
+  positions = np.tile(np.arange(time, dtype=np.int32), (rows, 1))
+  queries = []
+  for row, trees in enumerate(packed):
+    start = 0
+    for number, each in enumerate(trees, 1):
+      place = row, slice(start, start + len(each.tokens))
+      tokens[place], positions[place] = each.tokens, each.positions
+      tree[place], branch[place] = number, each.branch
+      first = row * time + start
+      queries += [
+        query._replace(at=tuple(first + i for i in query.at))
+        for query in each.queries
+      ]
+      start += len(each.tokens)
+  return Rows(tokens, positions, tree, branch, queries)
 
 
 def score(
-  params: dict,
-  batch: list[Sequence],
-  prefix_BxT: np.ndarray,
-  length_B: np.ndarray,
-  *,
-  config: ModelConfig,
+  params: dict, rows: Rows, *, config: ModelConfig
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-  """Answers the requests of a batch.
+  """Answers the requests of rows.
 
   Args:
     params: of the decoder.
-    batch: `Sequence`s whose suffixes have one shape.
-    prefix_BxT: their prefixes, right-padded; rows after them are padding.
-    length_B: tokens of each prefix, 1 or more.
+    rows: from `plan_rows`.
     config: of the decoder.
 
   Yields:
     (index of a request, (sum of its targets' log-probabilities in nats, whether
     every target is the likeliest token)).
   """
-  count, size = batch[0].suffixes_NxC.shape
-  suffix_BxNxC = np.zeros((len(prefix_BxT), count, size), np.int32)
-  positions, queries = [], []
-  time = prefix_BxT.shape[1]
-  for row, sequence in enumerate(batch):
-    suffix_BxNxC[row] = sequence.suffixes_NxC
-    for query in sequence.queries:
-      rest = time + query.suffix * size if size else query.start + 1
-      in_row = [query.start, *range(rest, rest + len(query.targets) - 1)]
-      positions.append(np.array(in_row) + row * (time + count * size))
-      queries.append(query)
-  at_P = np.concatenate(positions)
-  target_P = np.concatenate([query.targets for query in queries])
-  padding = 0, _power_of_two(len(at_P), _MIN_SCORED) - len(at_P)
+  at_P = np.concatenate([query.at for query in rows.queries])
+  target_P = np.concatenate([query.targets for query in rows.queries])
+  count = max(_MIN_SCORED, 1 << (len(at_P) - 1).bit_length())
+  padding = 0, count - len(at_P)
+  x_BxTxD = _stream(params, *rows[:-1], config=config)
   log_prob_P, is_likeliest_P = jax.device_get(
-    _score(
+    _predict(
       params,
-      prefix_BxT,
-      length_B,
-      suffix_BxNxC,
+      x_BxTxD,
       np.pad(at_P, padding),
       np.pad(target_P, padding),
       config=config,
     )
   )
   end = 0
-  for query in queries:
+  for query in rows.queries:
     start, end = end, end + len(query.targets)
     total = log_prob_P[start:end].sum(dtype=np.float64)
     all_likeliest = is_likeliest_P[start:end].all()
     yield query.request, (total.item(), all_likeliest.item())
 
 
-def _score(
-  params, prefix_BxT, length_B, suffix_BxNxC, at_P, target_P, *, config
-):
-  """Returns the log-probabilities of targets, and whether each is likeliest.
+@functools.partial(jax.jit, static_argnames='config')
+def _stream(params, tokens_BxT, positions_BxT, tree_BxT, branch_BxT, *, config):
+  """Returns the last residual stream [B,T,D] of `Rows`."""
+
+  def pairs(x_BxT):
+    return x_BxT[:, :, None], x_BxT[:, None, :]
+
+  position, other_position = pairs(positions_BxT)
+  tree, other_tree = pairs(tree_BxT)
+  branch, other_branch = pairs(branch_BxT)
+  visible_BxTxT = in_reach(position - other_position, config.window)
+  visible_BxTxT &= tree == other_tree
+  visible_BxTxT &= (other_branch == 0) | (other_branch == branch)
+  return Decoder(config).apply(
+    {'params': params},
+    tokens_BxT,
+    positions_BxT,
+    visible_BxTxT=visible_BxTxT,
+    method='stream',
+  )[0]
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _predict(params, x_BxTxD, at_P, target_P, *, config):
+  """Predicts targets from a residual stream.
+
+  It is compiled apart from the layers, which take long to compile, because the
+  number of positions varies more.
 
   Args:
     params: of the decoder.
-    prefix_BxT: token ids, right-padded.
-    length_B: tokens of each prefix.
-    suffix_BxNxC: the suffixes that follow each prefix, separately; N may be 0.
-    at_P: the positions that predict the targets, into B x (T + N C).
+    x_BxTxD: the last residual stream.
+    at_P: the positions that predict the targets, into B x T.
     target_P: token ids.
     config: `ModelConfig`.
 
   Returns:
-    (float32 [P], bool [P]).
+    (log-probabilities, float32 [P], and whether each target is the likeliest
+    token, bool [P]).
   """
-  x_BxSxD = _stream(params, prefix_BxT, length_B, suffix_BxNxC, config=config)
-  return _predict(params, x_BxSxD, at_P, target_P, config=config)
-
-
-@functools.partial(jax.jit, static_argnames='config')
-def _stream(params, prefix_BxT, length_B, suffix_BxNxC, *, config):
-  """Returns the last residual stream of prefixes and suffixes, [B,T+NC,D]."""
-  rows, time = prefix_BxT.shape
-  _, count, size = suffix_BxNxC.shape
-  dtype = jax.tree.leaves(params)[0].dtype
-
-  def run(decoder):
-    if not count:
-      return decoder.stream(prefix_BxT, positions_from_zero(time))[0]
-    cache = decoding.empty_cache(config, rows, time + size, dtype)
-    x_BxTxD, cache = decoder.extend(prefix_BxT, cache)
-    # Slots of padding are overwritten, or lie after the queries' positions.
-    layers = jax.tree.map(
-      lambda past: jnp.repeat(past, count, axis=-4), cache.layers
-    )
-    cache = Cache(layers, jnp.repeat(length_B, count))
-    suffix_x, _ = decoder.extend(suffix_BxNxC.reshape(-1, size), cache)
-    suffix_x = suffix_x.reshape(rows, count * size, -1)
-    return jnp.concatenate([x_BxTxD, suffix_x], axis=1)
-
-  return Decoder(config).apply({'params': params}, method=run)
-
-
-@functools.partial(jax.jit, static_argnames='config')
-def _predict(params, x_BxSxD, at_P, target_P, *, config):
-  """Does the last part of `_score`.
-
-  It is compiled apart from the layers, which take long to compile, because the
-  number of positions varies more.
-  """
-  x_PxD = x_BxSxD.reshape(-1, x_BxSxD.shape[-1])[at_P]
+  x_PxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])[at_P]
   logits_PxV = Decoder(config).apply(
     {'params': params}, x_PxD[None], method='unembed'
   )[0]

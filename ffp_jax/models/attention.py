@@ -73,6 +73,17 @@ def _attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, visible_BxTxS):
   return values.swapaxes(1, 2).astype(v_BxSxKxH.dtype)
 
 
+def in_reach(distance: jax.Array, window: int | None) -> jax.Array:
+  """Returns whether tokens see those so many positions before them.
+
+  Args:
+    distance: position of the one that sees minus that of the other.
+    window: tokens of sliding-window attention, or None.
+  """
+  visible = distance >= 0
+  return visible if window is None else visible & (distance < window)
+
+
 def _append_to_cache(
   past: Past, positions_BxT, keys_BxTxKxH, values_BxTxKxH
 ) -> Past:
@@ -142,6 +153,7 @@ class Attention(nn.Module):
     k: jax.Array,
     v: jax.Array,
     positions_BxT: jax.Array,
+    visible_BxTxS: jax.Array | None = None,
     *,
     blocks: int = 1,
   ) -> jax.Array:
@@ -151,6 +163,8 @@ class Attention(nn.Module):
       q: queries [B,T,KG,H].
       k, v: keys and values [B,S,K,H], of positions 0 to S - 1.
       positions_BxT: of the queries.
+      visible_BxTxS: the keys that each query sees, none after it in its row;
+        None for what the positions say.
       blocks: of queries, each of which is attended to by itself, with the keys
         up to its last; more than one only for queries of positions from 0 on.
     """
@@ -161,10 +175,11 @@ class Attention(nn.Module):
     for block in np.array_split(np.arange(size), blocks):
       seen = block[-1] + 1 if blocks > 1 else k.shape[1]
       rows = slice(block[0], block[-1] + 1)
-      distance_BxTxS = positions_BxT[:, rows, None] - jnp.arange(seen)
-      visible = distance_BxTxS >= 0
-      if c.window is not None:
-        visible &= distance_BxTxS < c.window
+      if visible_BxTxS is None:
+        distance_BxTxS = positions_BxT[:, rows, None] - jnp.arange(seen)
+        visible = in_reach(distance_BxTxS, c.window)
+      else:
+        visible = visible_BxTxS[:, rows, :seen]
       attended.append(_attend(q[:, rows], k[:, :seen], v[:, :seen], visible))
     attended = jnp.concatenate(attended, axis=1)
     attended = constrain(attended, 'batch', None, 'groups', 'heads', None)
@@ -176,6 +191,7 @@ class Attention(nn.Module):
     x_BxTxD: jax.Array,
     positions_BxT: jax.Array,
     past: Past | None = None,
+    visible_BxTxS: jax.Array | None = None,
   ) -> tuple[jax.Array, Past | None]:
     """Returns the inputs of `out`, [B,T,K,G,H], and the extended past."""
     c = self.config
@@ -190,7 +206,8 @@ class Attention(nn.Module):
       past = k, v = _append_to_cache(past, positions_BxT, k, v)
     # Half of the scores of a long text are of keys behind their query.
     blocks = 4 if past is None and x_BxTxD.shape[1] >= 64 else 1
-    return self.attend(q, k, v, positions_BxT, blocks=blocks), past
+    attended = self.attend(q, k, v, positions_BxT, visible_BxTxS, blocks=blocks)
+    return attended, past
 
   def output(
     self, inputs: jax.Array, mask_K: jax.Array | None = None

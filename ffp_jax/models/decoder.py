@@ -58,12 +58,11 @@ class Layer(nn.Module):
     x_BxTxD: jax.Array,
     positions_BxT: jax.Array,
     past: Past | None = None,
+    visible_BxTxS: jax.Array | None = None,
   ) -> tuple[jax.Array, Past | None]:
     """Returns the inputs of `out`, [B,T,K,G,H], and the extended past."""
-    pre = self.config.pre_norm
-    return self.attention.inputs(
-      self.attention_norm(x_BxTxD) if pre else x_BxTxD, positions_BxT, past
-    )
+    x = self.attention_norm(x_BxTxD) if self.config.pre_norm else x_BxTxD
+    return self.attention.inputs(x, positions_BxT, past, visible_BxTxS)
 
   def attention_inputs(self, x_BxTxD: jax.Array) -> jax.Array:
     """Returns the inputs of `out`, [B,T,K,G,H], of tokens from position 0."""
@@ -114,9 +113,12 @@ class Layer(nn.Module):
     positions_BxT: jax.Array,
     masks: Masks | None = None,
     past: Past | None = None,
+    visible_BxTxS: jax.Array | None = None,
   ) -> tuple[jax.Array, Past | None]:
     mask_K, mask_F = (None, None) if masks is None else masks
-    inputs, past = self.attention_inputs_and_cache(x_BxTxD, positions_BxT, past)
+    inputs, past = self.attention_inputs_and_cache(
+      x_BxTxD, positions_BxT, past, visible_BxTxS
+    )
     x = self.apply_attention(x_BxTxD, inputs, mask_K)
     x = self.apply_ffn(x, self.ffn_inputs(x), mask_F)
     return constrain(x, 'batch', None, 'embed'), past
@@ -155,7 +157,7 @@ class Decoder(nn.Module):
         layer,
         variable_axes={'params': 0, 'captured': 0},
         split_rngs={'params': True},
-        in_axes=(nn.broadcast, 0, 0),
+        in_axes=(nn.broadcast, 0, 0, nn.broadcast),
         length=c.layers,
       )(c, c.groups, c.ffn, self.capture)
     if c.final_norm:
@@ -197,6 +199,7 @@ class Decoder(nn.Module):
     positions_BxT: jax.Array,
     masks: Masks | None = None,
     layers: Any = None,
+    visible_BxTxT: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Returns the last residual stream [B,T,D], and the layers' pasts.
 
@@ -205,13 +208,15 @@ class Decoder(nn.Module):
       positions_BxT: their positions.
       masks: of a dense model; None keeps all units.
       layers: the pasts to extend, see `Cache.layers`; None for no cache.
+      visible_BxTxT: without a cache, the tokens that each sees, none after it;
+        None for what the positions say.
     """
     x = self.embed_tokens(tokens_BxT, positions_BxT)
     if not self.config.sliced:
-      return self.stack(x, positions_BxT, masks, layers)
+      return self.stack(x, positions_BxT, masks, layers, visible_BxTxT)
     pasts: list[Past | None] = list(layers or [None] * self.config.layers)
     for i, layer in enumerate(self.layer):
-      x, pasts[i] = layer(x, positions_BxT, None, pasts[i])
+      x, pasts[i] = layer(x, positions_BxT, None, pasts[i], visible_BxTxT)
     return x, tuple(pasts)
 
   def extend(
