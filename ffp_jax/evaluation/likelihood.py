@@ -7,6 +7,7 @@ another in rows, so that little is padding and few shapes are compiled.
 Shape letters as in decoder.py; P scored positions.
 """
 
+import bisect
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from ffp_jax.models.attention import in_reach
 from ffp_jax.models.decoder import Decoder, ModelConfig
 
 _MIN_ROW = 256  # tokens of the shortest row
-_MIN_SCORED = 16  # scored positions of the smallest shape
+_MIN_SCORED = 256  # scored positions of the smallest shape
 
 
 class Query(NamedTuple):
@@ -141,18 +142,17 @@ def _row_length(trees: list[Tree], most: int) -> int:
 def _pack(trees: list[Tree], max_length: int) -> list[list[Tree]]:
   """Puts trees into rows: longest first, each where the least space is left."""
   rows: list[list[Tree]] = []
-  by_space: dict[int, list[list[Tree]]] = {}
+  free: list[tuple[int, int]] = []  # space and index of each row, least first
   for tree in sorted(trees, key=lambda x: -len(x.tokens)):
     size = len(tree.tokens)
-    enough = (x for x in range(size, max_length + 1) if by_space.get(x))
-    if space := next(enough, 0):
-      row = by_space[space].pop()
-      row.append(tree)
+    place = bisect.bisect_left(free, (size,))
+    if place < len(free):
+      space, row = free.pop(place)
     else:
-      row = [tree]
-      rows.append(row)
-      space = _row_length(row, max_length)
-    by_space.setdefault(space - size, []).append(row)
+      space, row = _row_length([tree], max_length), len(rows)
+      rows.append([])
+    rows[row].append(tree)
+    bisect.insort(free, (space - size, row))
   return rows
 
 
