@@ -17,6 +17,11 @@ class Batch(NamedTuple):
   lengths: np.ndarray  # int32 [B], tokens before the padding, 1 or more
 
 
+def power_of_two(count: int, least: int) -> int:
+  """Returns a count rounded up to a power of two, or `least`, if more."""
+  return max(least, 1 << (count - 1).bit_length())
+
+
 def make_batches(
   rows: list[list[int]],
   *,
@@ -37,8 +42,7 @@ def make_batches(
   """
 
   def padded_length(length):
-    power_of_two = 1 << (length - 1).bit_length()
-    return min(max_length, max(_MIN_LENGTH, power_of_two))
+    return min(max_length, power_of_two(length, _MIN_LENGTH))
 
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   for time, group in itertools.groupby(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffp_jax.evaluation.batches import power_of_two
 from ffp_jax.models.attention import in_reach
 from ffp_jax.models.decoder import Decoder, ModelConfig
 
@@ -135,8 +136,7 @@ def _tree(prefix, suffixes, asked) -> Tree:
 
 def _row_length(trees: list[Tree], most: int) -> int:
   """Returns the length of the row that its first tree, the longest, needs."""
-  power_of_two = 1 << (len(trees[0].tokens) - 1).bit_length()
-  return min(most, max(_MIN_ROW, power_of_two))
+  return min(most, power_of_two(len(trees[0].tokens), _MIN_ROW))
 
 
 def _pack(trees: list[Tree], max_length: int) -> list[list[Tree]]:
@@ -192,8 +192,7 @@ def score(
   """
   at_P = np.concatenate([query.at for query in rows.queries])
   target_P = np.concatenate([query.targets for query in rows.queries])
-  count = max(_MIN_SCORED, 1 << (len(at_P) - 1).bit_length())
-  padding = 0, count - len(at_P)
+  padding = 0, power_of_two(len(at_P), _MIN_SCORED) - len(at_P)
   x_BxTxD = _stream(params, *rows[:-1], config=config)
   log_prob_P, is_likeliest_P = jax.device_get(
     _predict(
