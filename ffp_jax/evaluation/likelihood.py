@@ -75,9 +75,9 @@ def plan_rows(
     `Rows`; each request is in exactly one of them.
   """
   trees = _trees(requests, max_length, share)
+  trees.sort(key=lambda x: len(x.tokens), reverse=True)
   packed = _pack(trees, max_length) if share else [[tree] for tree in trees]
   length = functools.partial(_row_length, most=max_length)
-  packed.sort(key=length, reverse=True)
   for time, group in itertools.groupby(packed, length):
     same, count = list(group), max(1, batch_tokens // time)
     for start in range(0, len(same), count):
@@ -140,10 +140,10 @@ def _row_length(trees: list[Tree], most: int) -> int:
 
 
 def _pack(trees: list[Tree], max_length: int) -> list[list[Tree]]:
-  """Puts trees into rows: longest first, each where the least space is left."""
+  """Puts trees, the longest first, where the least space of a row is left."""
   rows: list[list[Tree]] = []
   free: list[tuple[int, int]] = []  # space and index of each row, least first
-  for tree in sorted(trees, key=lambda x: -len(x.tokens)):
+  for tree in trees:
     size = len(tree.tokens)
     place = bisect.bisect_left(free, (size,))
     if place < len(free):

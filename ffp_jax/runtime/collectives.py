@@ -179,18 +179,18 @@ def _read(x: _Instruction, kind, scattered, times, loops) -> Collective:
   arrays = re.findall(r'([a-z]+\d*\w*)\[([\d,]*)\]', shape)
   if kind == BETWEEN_SLICES:
     arrays = arrays[:1]  # others are of the transfer itself
+    groups = np.zeros((0, 1), int)
+  else:
+    groups = _groups(x.line)
   size = sum(_bytes(dtype, dims) for dtype, dims in arrays)
   result = ' '.join(f'{dtype}[{dims}]' for dtype, dims in arrays)
-  if kind == BETWEEN_SLICES:
-    return Collective(kind, result, size, times, np.zeros((0, 1), int), loops)
-  groups = _groups(x.line)
   n = groups.shape[1]
   if kind == 'all-reduce':
     kind = 'reduce-scatter' if scattered else kind
     size = size * (n - 1) * (1 if scattered else 2) // n
   elif kind == 'reduce-scatter':
     size = size * (n - 1)
-  elif kind != 'collective-permute':
+  elif kind in ('all-gather', 'all-to-all'):
     size = size * (n - 1) // n
   return Collective(kind, result, size, times, groups, loops)
 
