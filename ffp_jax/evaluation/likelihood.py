@@ -140,7 +140,15 @@ def _row_length(trees: list[Tree], most: int) -> int:
 
 
 def _pack(trees: list[Tree], max_length: int) -> list[list[Tree]]:
-  """Puts trees, the longest first, where the least space of a row is left."""
+  """Puts each tree into the row that it leaves the least space in.
+
+  Args:
+    trees: the longest first.
+    max_length: tokens of the longest row.
+
+  Returns:
+    The trees of each row, the row with the longest first.
+  """
   rows: list[list[Tree]] = []
   free: list[tuple[int, int]] = []  # space and index of each row, least first
   for tree in trees:
