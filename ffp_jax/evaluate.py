@@ -1,22 +1,27 @@
 """Measures a model, dense or pruned: perplexity, or scores in tasks.
 
 python -m ffp_jax.evaluate --model=DIR --data=wikitext2:test --context=2048
+python -m ffp_jax.evaluate --model=FILE.gguf --run=WORKDIR
 python -m ffp_jax.evaluate --model=DIR --tasks=builtin --limit=500
 """
 
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 from absl import app, flags
 
-from ffp_jax import report
-from ffp_jax.checkpoints.model import find_model, load_model
+from ffp_jax import config as config_lib
+from ffp_jax import jobs, report
+from ffp_jax.checkpoints.model import ModelFiles, find_model, load_model
 from ffp_jax.errors import RequestError, refuse
 from ffp_jax.evaluation import perplexity, protocols
 from ffp_jax.runtime import cli, sharding
 from ffp_jax.text import tokenization
+
+_OF_A_TEXT = ('data', 'field', 'context', 'protocol', 'stride', 'max_windows')
 
 
 def evaluate(
@@ -55,11 +60,63 @@ def evaluate(
     stride=stride,
     max_windows=max_windows,
   )
+  (found,) = _measure(files, [windows], dtype)
+  return {'model': model, **found}
+
+
+def evaluate_heldout(model: str, workdir: pathlib.Path, *, dtype: str) -> dict:
+  """Loads a model and computes its perplexity on the held-out text of a run.
+
+  The figures stand beside those in the table of the run: of its model in fewer
+  bits, say, or of a smaller model of the same family.
+
+  Args:
+    model: name, as `find_model` takes it.
+    workdir: of the run, which is finished.
+    dtype: see `load_model`.
+
+  Returns:
+    That of `evaluate`, with `other` if the run has a text of another kind: ppl,
+    protocol, dtype, seconds and tokens_per_second on it.
+
+  Raises:
+    RequestError: the run isn't finished, its model or text is gone, or the
+      model has another tokenizer.
+  """
+  config = config_lib.from_dict(report.read_run(workdir).config)
+  files = find_model(model)
+  job = jobs.prepare_job(config)
+  texts = [(job.text.heldout, job.protocol)]
+  if job.other:
+    texts.append((job.other.windows, job.other.protocol))
+  ids = job.text.heldout.reshape(-1)
+  ours, theirs = (
+    tokenization.load_tokenizer(x.directory).convert_ids_to_tokens(ids.tolist())
+    for x in (files, job)
+  )
+  if ours != theirs:
+    raise RequestError(
+      f'--model: {model} has another tokenizer than the model of {workdir}, '
+      'whose text is in tokens; use --data'
+    )
+  tokenization.check_tokens(files.config, ids, config.text.context)
+  windows = [
+    perplexity.Windows(tokens, protocols.full_spans(tokens), used)
+    for tokens, used in texts
+  ]
+  found, *other = _measure(files, windows, dtype)
+  return {'model': model, **found} | ({'other': other[0]} if other else {})
+
+
+def _measure(
+  files: ModelFiles, texts: Sequence[perplexity.Windows], dtype: str
+) -> list[dict]:
+  """Loads a model and returns `perplexity.measure` of texts, with its dtype."""
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     loaded = load_model(files, dtype)
-    found = perplexity.measure(loaded, windows)
-  leaf = jax.tree.leaves(loaded.params)[0]
-  return {'model': model, **found, 'dtype': leaf.dtype.name}
+    found = [perplexity.measure(loaded, windows) for windows in texts]
+  used = jax.tree.leaves(loaded.params)[0].dtype.name
+  return [x | {'dtype': used} for x in found]
 
 
 def evaluate_tasks(
@@ -135,9 +192,11 @@ def task_rows(found: dict) -> dict[str, float]:
 def parse(argv):
   """`cli.parse_flags`, and what goes together."""
   rest = cli.parse_flags(argv)
-  if flags.FLAGS.run and not flags.FLAGS.tasks:
-    refuse('--run goes with --tasks')
-  out = flags.FLAGS.out
+  args = flags.FLAGS
+  given = [name for name in _OF_A_TEXT if args[name].present]
+  if args.run and given and not args.tasks:
+    refuse(f'--{given[0]} and --run both say the text')
+  out = args.out
   if out and not pathlib.Path(out).resolve().parent.is_dir():
     refuse(f'--out: no directory for {out!r}')
   return rest
@@ -157,6 +216,9 @@ def main(argv):
 
 
 def _perplexity(args):
+  if args.run:
+    run = pathlib.Path(args.run).expanduser()
+    return evaluate_heldout(args.model, run, dtype=args.dtype)
   return evaluate(
     args.model,
     args.data,
@@ -248,7 +310,10 @@ if __name__ == '__main__':
     lower_bound=1,
   )
   flags.DEFINE_string(
-    'run', None, 'Workdir of a finished run whose report is to show the tasks.'
+    'run',
+    None,
+    'Workdir of a finished run, in the place of --data: its held-out text; or '
+    'with --tasks: whose report is to show them.',
   )
   flags.DEFINE_string('out', None, 'JSON file to write.')
   app.run(main, flags_parser=parse)

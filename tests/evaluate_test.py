@@ -382,7 +382,8 @@ class CommandTest(parameterized.TestCase):
     path = self.folder / 'results.json'
     if content:
       path.write_text(content)
-    self.refused(str(self.folder), tasks=['a.yaml'], run=str(self.folder))
+    for tasks in ['a.yaml'], []:
+      self.refused(str(self.folder), tasks=tasks, run=str(self.folder))
     self.assertEqual(path.exists(), bool(content))
 
 

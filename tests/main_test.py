@@ -108,6 +108,10 @@ class RefusedTest(_TestCase):
     done = _call('ffp_jax.evaluate', '--model=/no/such/model')
     self.assert_refused(done, '/no/such/model')
 
+  def test_evaluate_on_two_texts(self):
+    done = _call('ffp_jax.evaluate', '--run=/no/such/run', '--context=64')
+    self.assert_refused(done, '--context and --run both say the text')
+
 
 class RunTest(_TestCase):
   def test_prunes_and_evaluates(self):

@@ -13,10 +13,12 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from ffp_jax import evaluate, export, jobs, prune
+from ffp_jax.benchmarks import train_small
 from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
 from ffp_jax.errors import RequestError
 from ffp_jax.evaluation import scoring
+from ffp_jax.export import formats
 from ffp_jax.runtime import storage
 from ffp_jax.runtime.workdir import Workdir
 from ffp_jax.text import corpora, general_text, tokenization, windows
@@ -240,6 +242,32 @@ class FinishedTest(_TestCase):
     self.assertEqual(got['protocol'], expected)
     expected = results[name]['ppl']
     self.assertLess(abs(got['ppl'] / expected - 1), 1e-5)
+    again = evaluate.evaluate_heldout(str(directory), workdir, dtype='float32')
+    self.assertEqual(again['protocol'], results['protocol'])
+    self.assertAlmostEqual(again['ppl'], got['ppl'], places=9)
+    self.assertNotIn('other', again)
+
+  def test_heldout_text_of_a_gguf_file(self):
+    workdir, results = _finished()
+    out = self.folder / 'model.gguf'
+    small = str(workdir / 'pruned')
+    formats.export(small, 'gguf', out, dtype='float32', pre='gpt-2')
+    with mock.patch.object(pathlib.Path, 'home', return_value=self.folder):
+      found = evaluate.evaluate_heldout(str(out), workdir, dtype='float32')
+    ppl = results['calibrated']['ppl']
+    self.assertLess(abs(found['ppl'] / ppl - 1), 1e-5)
+
+  def test_heldout_text_is_of_one_tokenizer(self):
+    model = self.folder / 'model'
+    shutil.copytree(_model(), model)
+    text = [tiny_run.text().upper()]
+    train_small.train_tokenizer(text, tiny_run.VOCAB, model)
+    workdir, _ = _finished()
+    with (
+      mock.patch.object(weights_lib, 'load_params', _unexpected),
+      self.assertRaisesRegex(RequestError, 'another tokenizer than .*--data'),
+    ):
+      evaluate.evaluate_heldout(str(model), workdir, dtype='auto')
 
   @parameterized.parameters('float16', 'bfloat16')
   def test_what_is_saved_is_of_the_dense_files_dtype(self, dtype):
@@ -409,6 +437,12 @@ class OtherTextTest(_TestCase):
       params = weights_lib.load_params(directory, config, jnp.float32)
       ppl = np.exp(scoring.Scorer(config)(params, heldout))
       np.testing.assert_allclose(other[name]['ppl'], ppl, rtol=1e-5)
+      again = evaluate.evaluate_heldout(
+        str(directory), self.workdir, dtype='float32'
+      )
+      for found, want in (again, results), (again['other'], other):
+        np.testing.assert_allclose(found['ppl'], want[name]['ppl'], rtol=1e-5)
+        self.assertEqual(found['protocol'], want['protocol'])
     report = (self.workdir / 'report.md').read_text()
     self.assertIn('| - | - |', report)
     self.assertIn(f'{other["calibrated"]["ppl"]:,.2f}', report)
