@@ -24,7 +24,7 @@ def _problems(seed, scale=1.0, cases=_CASES, floors=True):
   source = np.random.default_rng(seed)
   share = source.dirichlet(np.full(_S, 2.0), cases)
   floor = source.uniform(0.0, 0.6, (cases, _S)) * floors
-  # Half of the modules have no floor worth the name.
+  # Half of the sublayers have no floor worth the name.
   floor[:, ::2] = 0.0
   min_ratio = source.uniform(0.0, 0.3, cases)
   least = np.sum(share * np.maximum(floor, min_ratio[:, None]), -1)
@@ -87,12 +87,12 @@ class ProjectTest(parameterized.TestCase):
       change = change - before
       self.assertGreaterEqual(change[:, s].min(), -1e-6)
       self.assertLessEqual(np.delete(change, s, 1).max(), 1e-6)
-      # Strictly so, unless the module rests on its floor or is full.
+      # Strictly so, unless the sublayer rests on its floor or is full.
       free = (before[:, s] > problems.floor[:, s] + 1e-2) & (
         before[:, s] > problems.min_ratio + 1e-2
       )
       free &= before[:, s] < 0.9
-      # A module that is nearly all of the budget can't be raised much.
+      # A sublayer that is nearly all of the budget can't be raised much.
       free &= problems.share[:, s] < 0.5
       self.assertGreater(free.sum(), 50)
       self.assertGreater(change[free, s].min(), 0.0)
@@ -104,7 +104,7 @@ class ProjectTest(parameterized.TestCase):
     sorted_ratio = np.take_along_axis(ratio, order, -1)
     self.assertGreaterEqual(np.diff(sorted_ratio, axis=-1).min(), 0.0)
 
-  def test_has_no_order_of_modules(self):
+  def test_has_no_order_of_sublayers(self):
     problems = _problems(4, 2.0)
     ratio = np.asarray(_project(*problems))
     by = np.random.default_rng(0).permutation(_S)
@@ -255,7 +255,7 @@ _cut = jax.jit(
 
 
 def _numpy_cut(action, keep, share, floor):
-  """The published repair, one module after the other."""
+  """The published repair, one sublayer after the other."""
   least = np.maximum(floor, 0.1)
   ratio = np.minimum(np.maximum(np.abs(action), least), 1.0)
   over = ratio @ share - keep
@@ -345,7 +345,7 @@ def _reference(ratio, limit, units, cost, step, floor):
   def bigger(s):
     return min((count[s] // step[s] + 1) * step[s], units[s])
 
-  # Floors may have raised modules above the budget: the smallest remainders
+  # Floors may have raised sublayers above the budget: the smallest remainders
   # give way, a step at a time.
   while spent() > limit and any(count[s] > floor[s] for s in S):
     for s in reversed(order):
@@ -362,14 +362,14 @@ def _reference(ratio, limit, units, cost, step, floor):
 
 
 def _roundings(seed, cases=_CASES, *, equal=False):
-  """Random modules, steps, costs; ratios that come near the limit."""
+  """Random sublayers, steps, costs; ratios that come near the limit."""
   source = np.random.default_rng(seed)
   shape = (cases, _S)
   units = source.integers(1, 80, shape)
   step = np.minimum(source.choice([1, 2, 3, 8, 16], shape), units)
   cost = source.integers(1, 3000, shape)
   if equal:
-    # As in a model: two kinds of modules, alike in every layer.
+    # As in a model: two kinds of sublayers, alike in every layer.
     units, step, cost = (
       x[:, [0, 1]].repeat(_S // 2, axis=1) for x in (units, step, cost)
     )
@@ -554,12 +554,12 @@ class ToCountsTest(parameterized.TestCase):
       )
       np.testing.assert_array_equal(_to_counts_each(exact), wanted)
 
-  def test_has_no_order_of_modules(self):
+  def test_has_no_order_of_sublayers(self):
     problems = _roundings(10)
     counts = _to_counts_each(problems)
     by = np.random.default_rng(0).permutation(_S)
     permuted = Roundings(*(x if x.ndim == 1 else x[:, by] for x in problems))
-    # Ties break by index, so only they may depend on the order; modules that
+    # Ties break by index, so only they may depend on the order; sublayers that
     # can't move have none.
     steps = problems.ratio * problems.units / problems.step
     remainder = (steps + 1e-4) % 1.0

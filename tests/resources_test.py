@@ -179,7 +179,7 @@ class SeveralBudgetsTest(parameterized.TestCase):
     np.testing.assert_allclose(both, alone, atol=1e-5)
 
   @parameterized.product(seed=tuple(range(5)))
-  def test_free_modules_are_kept(self, seed):
+  def test_free_sublayers_are_kept(self, seed):
     """Only half of the sublayers cost anything in the tight budget."""
     priority, keep, share, floor, min_ratio = _problems(seed, 2)
     share[1] = np.arange(_S) < _S // 2

@@ -379,7 +379,7 @@ class InitFromTest(_TestCase):
     small = self.folder / 'model'
     tiny_run.write_model(small, num_hidden_layers=2)
     for pattern, changes in (
-      ('6 modules.* 4', {'model': str(small)}),
+      ('6 sublayers.* 4', {'model': str(small)}),
       ('policy.hidden', {'policy.hidden': (9,)}),
       ('no checkpoint', {'search.init_from': str(small)}),
     ):

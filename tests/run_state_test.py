@@ -318,9 +318,9 @@ class InheritTest(_TestCase):
   def test_no_checkpoint(self):
     self._refused('no checkpoint')
 
-  def test_other_modules(self):
+  def test_other_sublayers(self):
     self.save([1])
-    self._refused('6 modules.* 8', device_sublayers=8)
+    self._refused('6 sublayers.* 8', device_sublayers=8)
 
   def test_other_network(self):
     self.save([1])

@@ -95,7 +95,7 @@ class CostTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(table.units, [2] * 3 + [48] * 3)
 
-  def test_order_of_modules_is_that_of_masks(self):
+  def test_order_of_sublayers_is_that_of_masks(self):
     config = _config('llama_grouped')
     table = _sites(config)
     shapes = Masks((3, config.groups), (3, config.ffn))

@@ -289,7 +289,7 @@ def inherit_policy(workdir: pathlib.Path, like: dict) -> dict:
   theirs, ours = (len(p['mean']) for p in (params, like))
   if theirs != ours:
     raise RequestError(
-      f'search.init_from: the run in {workdir} has {theirs} modules, this '
+      f'search.init_from: the run in {workdir} has {theirs} sublayers, this '
       f'one {ours}; give a run of the same model'
     )
   if _shapes(params) != _shapes(like):
