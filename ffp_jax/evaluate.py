@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from ffp_jax import config as config_lib
@@ -89,7 +90,7 @@ def evaluate_heldout(model: str, workdir: pathlib.Path, *, dtype: str) -> dict:
   texts = [(job.text.heldout, job.protocol)]
   if job.other:
     texts.append((job.other.windows, job.other.protocol))
-  ids = job.text.heldout.reshape(-1)
+  ids = np.concatenate([windows.reshape(-1) for windows, _ in texts])
   ours, theirs = (
     tokenization.load_tokenizer(x.directory).convert_ids_to_tokens(ids.tolist())
     for x in (files, job)
