@@ -12,6 +12,7 @@ from ffp_jax.config import defaults
 def get_config():
   config = defaults()
   config.model = 'facebook/opt-125m'
+  config.text.calibration_windows = 64
   # A unit of attention is one head of twelve: removing one is cheap.
   config.search.attention_prior = 1.0
   return config
