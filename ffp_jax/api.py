@@ -197,7 +197,7 @@ def recover_model(
   config.recovery.tokens = tokens
   config_lib.validate(config)
   ids = _tokens(dense, text, config.text.field)
-  sublayers = find_sublayers(dense.config, round_heads=1, round_ffn=1)
+  sublayers = find_sublayers(dense.config, round_heads=1, round_ffn=1, floor=0)
   job = jobs.make_job(config, dense, pruned.file_dtype, sublayers, ids)
   recovery_text, metrics = recover.prepare(config, job), []
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):

@@ -38,6 +38,9 @@ def defaults() -> ml_collections.ConfigDict:
   config.budget.sparsity = 0.2
   config.budget.round_ffn = 8  # FFN channels are kept in multiples of this
   config.budget.round_heads = 1  # key/value groups are kept in multiples
+  # Such multiples that every sublayer keeps at least. With 0 a search may
+  # remove attention or FFN of a layer whole; see search.min_ratio too.
+  config.budget.floor = 1
   config.budget.flops = 0.0  # share of the FLOPs to remove too
   config.budget.flops_context = 2048  # tokens at which FLOPs are counted
   config.budget.kv_cache = 0.0  # share of the key/value cache to remove too
@@ -224,6 +227,10 @@ def validate(config):
       raise RequestError(
         f'budget.{key}: {config.budget[key]} is outside [0, 1)'
       )
+  if not isinstance(config.budget.floor, int) or config.budget.floor < 0:
+    raise RequestError(
+      f'budget.floor: {config.budget.floor} must be an integer, 0 or more'
+    )
   if config.budget.latency and not config.budget.latency_table:
     raise RequestError('budget.latency: needs budget.latency_table')
   for key, allowed in _CHOICES.items():

@@ -76,6 +76,7 @@ def prunable_sublayers(config, model: ModelConfig) -> Sublayers:
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
+    floor=config.budget.floor,
   )
   budgets = resources.from_config(config, model, sublayers)
   sublayers = sublayers._replace(resources=budgets)

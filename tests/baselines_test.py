@@ -27,7 +27,9 @@ _MODEL = ModelConfig(
   head_size=_H,
   ffn=_F,
 )
-_SUBLAYERS = sublayers.find_sublayers(_MODEL, round_heads=1, round_ffn=2)
+_SUBLAYERS = sublayers.find_sublayers(
+  _MODEL, round_heads=1, round_ffn=2, floor=1
+)
 # What removing the whole of a sublayer would cost, in nats.
 _HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 _SPARSITY = 0.4

@@ -78,7 +78,7 @@ class RunTest(parameterized.TestCase):
     _, results = _finished()
     self.assertEqual([run['method'] for run in results['runs']], [*_METHODS])
     model = model_config.read_model_config(pathlib.Path(_inputs()['model']))
-    found = sublayers.find_sublayers(model, round_heads=1, round_ffn=2)
+    found = sublayers.find_sublayers(model, round_heads=1, round_ffn=2, floor=1)
     for run in results['runs']:
       slack = found.limit(0.25) - found.kept_cost(run['counts'])
       self.assertBetween(slack, 0, (found.step * found.unit_cost).min() - 1)

@@ -114,6 +114,12 @@ class ValidateTest(_TestCase):
       with self.refused(f'{key}: {value}'):
         config_lib.validate(_with(**{key: value}))
 
+  def test_floor(self):
+    for value in (0, 1, 3):
+      config_lib.validate(_with(**{'budget.floor': value}))
+    with self.refused('budget.floor: -1'):
+      config_lib.validate(_with(**{'budget.floor': -1}))
+
   def test_context_of_the_search(self):
     config = _with(**{'text.context': 96, 'search.context': 32})
     config_lib.validate(config)
@@ -182,6 +188,7 @@ def _sites(config, model=_TINY):
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
+    floor=config.budget.floor,
   )
 
 
@@ -199,6 +206,16 @@ class ReachableTest(_TestCase):
       check_reachable(_sites(config), config)
     with self.assertRaisesRegex(RequestError, f'{largest:.4f}'):
       check_reachable(_sites(config), config)
+
+  def test_no_floors(self):
+    config = _with(
+      **{
+        'budget.sparsity': 0.99,
+        'budget.floor': 0,
+        'search.min_ratio': 0.0,
+      }
+    )
+    check_reachable(_sites(config), config)
 
   def test_exactly_within_reach(self):
     config = _with(**{'search.min_ratio': 0.0})

@@ -190,7 +190,9 @@ class SlicedTest(_TestCase):
     total = sum(x.numel() for x in pair.torch.parameters())
     self.assertEqual(_size(pair.params), total)
     self.assertEqual(families.param_count(pair.config), total)
-    table = sublayers.find_sublayers(pair.config, round_heads=1, round_ffn=1)
+    table = sublayers.find_sublayers(
+      pair.config, round_heads=1, round_ffn=1, floor=1
+    )
     prunable = sum(
       linear.weight.numel() + (0 if linear.bias is None else len(linear.bias))
       for block in testing.blocks(pair.torch)

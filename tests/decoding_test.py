@@ -81,11 +81,15 @@ class ForwardTest(parameterized.TestCase):
 
   @parameterized.parameters(*testing.CASES)
   def test_sliced(self, name):
-    pair = testing.pair(name)
+    pair, tokens = testing.pair(name), testing.tokens(2, _TIME)
     keep = testing.random_masks(pair.config)
-    small, config = export.slice_params(pair.params, pair.config, keep)
-    tokens = testing.tokens(2, _TIME)
-    self.assert_close(_in_chunks(small, tokens, config), _cached(name))
+    fewer = testing.without_sublayers(keep)
+    for kept, masked in (
+      (keep, _cached(name)),
+      (fewer, _in_chunks(pair.params, tokens, pair.config, fewer)),
+    ):
+      small, config = export.slice_params(pair.params, pair.config, kept)
+      self.assert_close(_in_chunks(small, tokens, config), masked)
 
   @parameterized.parameters(_STRETCHED, 'mistral_short_window', 'opt_pre_norm')
   def test_against_the_cache_of_transformers(self, name):

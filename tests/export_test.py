@@ -16,7 +16,7 @@ from ffp_jax.export import slicing
 from ffp_jax.models import families
 from ffp_jax.models.decoder import Decoder, Masks
 from ffp_jax.pruning import sublayers
-from tests import tiny_run
+from tests import testing, tiny_run
 
 _OPT = {
   'model_type': 'opt',
@@ -103,16 +103,18 @@ def _size(tree):
 
 
 class SliceTest(parameterized.TestCase):
-  @parameterized.parameters(*_CASES)
-  def test_masked_is_sliced_is_reloaded(self, name):
+  @parameterized.product(name=[*_CASES], whole=[False, True])
+  def test_masked_is_sliced_is_reloaded(self, name, whole):
     source, config, params = _source(name)
-    small, small_config = _sliced(name)
-    masked = _logits(config, params, _masks(config))
+    keep = _masks(config)
+    keep = testing.without_sublayers(keep) if whole else keep
+    small, small_config = export.slice_params(params, config, keep)
+    masked = _logits(config, params, keep)
     sliced = _logits(small_config, small)
     self.assertTrue(np.isfinite(masked).all())
     largest = np.abs(masked).max()
     self.assertLess(np.abs(masked - sliced).max() / largest, 1e-5)
-    dense = _logits(config, params, jax.tree.map(np.ones_like, _masks(config)))
+    dense = _logits(config, params, jax.tree.map(np.ones_like, keep))
     self.assertGreater(np.abs(masked - dense).max() / largest, 1e-2)
 
     out = _folder(self) / 'out'
@@ -173,7 +175,9 @@ class SizeTest(parameterized.TestCase):
     small, small_config = _sliced(name)
     self.assertEqual(families.param_count(config), _size(params))
     self.assertEqual(families.param_count(small_config), _size(small))
-    table = sublayers.find_sublayers(config, round_heads=1, round_ffn=1)
+    table = sublayers.find_sublayers(
+      config, round_heads=1, round_ffn=1, floor=1
+    )
     counts = [*small_config.kept_groups, *small_config.kept_ffn]
     removed = table.total - table.kept_cost(counts)
     self.assertGreater(removed, 0)

@@ -24,6 +24,8 @@ _GROUPED = {
 _OPT = {'ffn_dim': 48, 'num_attention_heads': 4}
 _CASES = tiny_run.every_family(_GROUPED, _OPT, window=3)
 _GROUPS, _FFN = (3, 2, 1), (47, 33, 18)
+# Of layers without attention, the first among them, and without FFN.
+_FEWER = (0, 2, 0), (47, 0, 0)
 _HEADER = 20_000  # bytes
 _FOLDER = tempfile.TemporaryDirectory()  # gone at exit
 
@@ -37,12 +39,12 @@ def tearDownModule():
   tiny_run.compile_quickly(False)
 
 
-def _pruned(name) -> pathlib.Path:
+def _pruned(name, kept=(_GROUPS, _FFN)) -> pathlib.Path:
   """A pruned model directory whose layers all differ, made once."""
-  folder = pathlib.Path(_FOLDER.name) / name
+  folder = pathlib.Path(_FOLDER.name) / f'{name}_{kept}'
   if not folder.exists():
     tiny_run.write_model(folder / 'dense', **_CASES[name])
-    testing.write_pruned(folder / 'dense', _GROUPS, _FFN)
+    testing.write_pruned(folder / 'dense', *kept)
   return folder / 'pruned'
 
 
@@ -80,15 +82,16 @@ class _TestCase(testing.CheckpointTestCase):
 
 
 class CompactTest(_TestCase):
-  @parameterized.parameters(*_CASES)
-  def test_logits(self, name):
-    source = _pruned(name)
+  @parameterized.product(name=[*_CASES], kept=[(_GROUPS, _FFN), _FEWER])
+  def test_logits(self, name, kept):
+    source = _pruned(name, kept)
     out = self.exported(source, 'hf')
     want = _ours(source)
     loaded = _load(out, trust_remote_code=True)
+    size = model_config.read_model_config(source).head_size
     self.assertEqual(
       [p.shape[0] for n, p in loaded.named_parameters() if 'k_proj.w' in n],
-      [k * model_config.read_model_config(source).head_size for k in _GROUPS],
+      [max(k, 1) * size for k in kept[0]],
     )
     self.assert_close(_theirs(loaded), want)
     self.assert_close(_ours(out), want)
@@ -97,9 +100,12 @@ class CompactTest(_TestCase):
     loaded.save_pretrained(again)
     self.assert_close(_theirs(_load(again, trust_remote_code=True)), want)
 
-  @parameterized.parameters('llama', 'mistral', 'opt')
-  def test_generates_the_same_with_any_cache(self, name):
-    loaded = _load(self.exported(_pruned(name), 'hf'), trust_remote_code=True)
+  @parameterized.product(
+    name=['llama', 'mistral', 'opt'], kept=[(_GROUPS, _FFN), _FEWER]
+  )
+  def test_generates_the_same_with_any_cache(self, name, kept):
+    source = _pruned(name, kept)
+    loaded = _load(self.exported(source, 'hf'), trust_remote_code=True)
     prompt = torch.tensor(_tokens()[:, :5])
 
     def generate(**kwargs):
@@ -198,9 +204,9 @@ class CardTest(_TestCase):
 
 
 class DenseTest(_TestCase):
-  @parameterized.parameters(*_CASES)
-  def test_logits_and_shapes(self, name):
-    source = _pruned(name)
+  @parameterized.product(name=[*_CASES], kept=[(_GROUPS, _FFN), _FEWER])
+  def test_logits_and_shapes(self, name, kept):
+    source = _pruned(name, kept)
     out = self.exported(source, 'hf_dense')
     want = _ours(source)
     dense = source.with_name('dense')
@@ -217,10 +223,11 @@ class DenseTest(_TestCase):
 
 
 class OrbaxTest(_TestCase):
-  @parameterized.parameters(True, False)
-  def test_and_back(self, pruned):
-    source = _pruned('llama')
-    source = source if pruned else source.with_name('dense')
+  @parameterized.parameters(
+    ('dense', _FEWER), ('pruned', (_GROUPS, _FFN)), ('pruned', _FEWER)
+  )
+  def test_and_back(self, folder, kept):
+    source = _pruned('llama', kept).with_name(folder)
     out = self.exported(source, 'orbax')
     config = model_config.read_model_config(source)
     self.assertEqual(model_config.read_model_config(out), config)

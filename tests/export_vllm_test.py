@@ -3,6 +3,7 @@
 VLLM_PYTHON names the Python of another one.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,9 @@ from tests import testing, tiny_run
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PYTHON = os.environ.get('VLLM_PYTHON', _ROOT / '.vllm/bin/python')
-_GROUPS, _FFN = (3, 2, 1), (47, 33, 18)
+# Groups and channels of each layer; 'fewer' has layers without attention, the
+# first among them, and without FFN.
+_KEPT = {'all': ((3, 2, 1), (47, 33, 18)), 'fewer': ((0, 2, 0), (47, 0, 0))}
 # vLLM's kernels for CPU have heads of 32 at least.
 _GROUPED = {
   'num_attention_heads': 8,
@@ -41,10 +44,10 @@ _PROMPTS = (5, 40, 120)  # tokens
 _NEW_TOKENS = 40
 
 
-def _write(folder: pathlib.Path, name: str):
+def _write(folder: pathlib.Path, name: str, kept: str):
   """Writes a model whose layers all differ, as ours and as the export."""
   tiny_run.write_model(folder / 'dense', **_CASES[name])
-  pruned = testing.write_pruned(folder / 'dense', _GROUPS, _FFN)
+  pruned = testing.write_pruned(folder / 'dense', *_KEPT[kept])
   formats.export(str(pruned), 'hf', folder / 'hf', dtype=None, pre=None)
 
 
@@ -56,21 +59,22 @@ class VllmTest(parameterized.TestCase):
     cls.root = pathlib.Path(
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
-    for name in _CASES:
-      _write(cls.root / name, name)
+    models = [*itertools.product(_CASES, _KEPT)]
+    for name, kept in models:
+      _write(cls.root / name / kept, name, kept)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 290, count).tolist() for count in _PROMPTS]
-    cls.jobs = [(name, dtype) for name in _CASES for dtype in _DTYPES]
+    cls.jobs = [(*model, dtype) for model in models for dtype in _DTYPES]
     lines = [
       json.dumps(
         {
-          'model': str(cls.root / name / 'hf'),
+          'model': str(cls.root / name / kept / 'hf'),
           'dtype': dtype,
           'prompts': prompts,
           'new_tokens': _NEW_TOKENS,
         }
       )
-      for name, dtype in cls.jobs
+      for name, kept, dtype in cls.jobs
     ]
     done = subprocess.run(
       [_PYTHON, _ROOT / 'tests/vllm_log_probs.py'],
@@ -83,15 +87,14 @@ class VllmTest(parameterized.TestCase):
     answers = map(json.loads, done.stdout.splitlines())
     cls.answers = dict(zip(cls.jobs, answers, strict=True))
 
-  @parameterized.product(name=[*_CASES], dtype=[*_DTYPES])
-  def test_log_probs(self, name, dtype):
+  @parameterized.product(name=[*_CASES], kept=[*_KEPT], dtype=[*_DTYPES])
+  def test_log_probs(self, name, kept, dtype):
     """Of prompts in one batch, then token by token from the paged cache."""
-    answers = self.answers[name, dtype]
+    answers = self.answers[name, kept, dtype]
     self.assertNotIn('error', answers)
-    config = model_config.read_model_config(self.root / name / 'pruned')
-    params = weights.load_params(
-      self.root / name / 'pruned', config, np.float32
-    )
+    pruned = self.root / name / kept / 'pruned'
+    config = model_config.read_model_config(pruned)
+    params = weights.load_params(pruned, config, np.float32)
     apply = jax.jit(Decoder(config).apply)
     self.assertLen(answers, len(_PROMPTS))
     for answer, prompt in zip(answers, _PROMPTS, strict=True):

@@ -405,8 +405,8 @@ class ConfigErrorTest(_TestCase):
       'kept_groups': [1], 'kept_ffn': [7, 7]}}, 'kept_groups', '2 integers'),
     ('kept_more', 'llama_grouped', {'ffp_jax': {
       'kept_groups': [1, 2], 'kept_ffn': [7, 53]}}, 'kept_ffn', '52'),
-    ('kept_none', 'llama_grouped', {'ffp_jax': {
-      'kept_groups': [1, 0], 'kept_ffn': [7, 7]}}, 'kept_groups', '[1, 0]'),
+    ('kept_less', 'llama_grouped', {'ffp_jax': {
+      'kept_groups': [1, -1], 'kept_ffn': [7, 7]}}, 'kept_groups', '[1, -1]'),
   )  # fmt: skip
   def test_sizes_that_make_no_model(self, name, changes, *words):
     self.refused(lambda x: x.update(changes), *words, name=name)

@@ -12,7 +12,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from ffp_jax import evaluate, export, jobs, prune
+from ffp_jax import evaluate, export, jobs, prune, recover
 from ffp_jax.benchmarks import train_small
 from ffp_jax.checkpoints import model_config
 from ffp_jax.checkpoints import weights as weights_lib
@@ -406,6 +406,29 @@ class RepeatTest(_TestCase):
     self.assertTrue((self.workdir / 'report.md').exists())
     small = model_config.read_model_config(self.workdir / 'pruned')
     self.assertEqual(small.kept_ffn, tuple(x['ffn_kept'] for x in layers))
+
+  def test_without_attention(self):
+    """Attention is 40% of what can be removed, and the first to go."""
+    _run(
+      self.workdir,
+      **{
+        'budget.sparsity': 0.4,
+        'budget.floor': 0,
+        'search.min_ratio': 0.0,
+        'search.attention_prior': -30.0,
+      },
+    )
+    results = recover.recover_workdir(self.workdir, tiny_run.RECOVERY)
+    layers = _read(self.workdir / 'allocation.json')['layers']
+    self.assertEqual([x['attention_kept'] for x in layers], [0, 0, 0])
+    small = model_config.read_model_config(self.workdir / 'recovered')
+    self.assertEqual(small.kept_groups, (0, 0, 0))
+    again = evaluate.evaluate_heldout(
+      str(self.workdir / 'recovered'), self.workdir, dtype='float32'
+    )
+    ppl = results['recovered']['ppl']
+    self.assertLess(abs(again['ppl'] / ppl - 1), 1e-5)
+    self.assertLess(ppl, results['searched']['ppl'])
 
 
 class OtherTextTest(_TestCase):

@@ -339,10 +339,12 @@ class ResumeTest(_TestCase):
 
 
 class UnsliceTest(_TestCase):
-  @parameterized.parameters(*testing.CASES)
-  def test_is_the_masked_model(self, name):
+  @parameterized.product(name=[*testing.CASES], whole=[False, True])
+  def test_is_the_masked_model(self, name, whole):
     pair = testing.pair(name)
-    keep = jax.tree.map(jnp.asarray, testing.random_masks(pair.config))
+    keep = testing.random_masks(pair.config)
+    keep = testing.without_sublayers(keep) if whole else keep
+    keep = jax.tree.map(jnp.asarray, keep)
     small = slicing.slice_params(pair.params, pair.config, keep)
     params, found = unslice_params(*small, pair.params, pair.config)
     jax.tree.map(np.testing.assert_array_equal, found, keep)

@@ -37,7 +37,7 @@ def tearDownModule():
 
 
 def _sites(model=_MODEL):
-  return sublayers.find_sublayers(model, round_heads=1, round_ffn=4)
+  return sublayers.find_sublayers(model, round_heads=1, round_ffn=4, floor=1)
 
 
 def _of(model=_MODEL, **budgets):

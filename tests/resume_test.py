@@ -359,7 +359,7 @@ class InitFromTest(_TestCase):
     self.assertFalse(np.isfinite(self.state.elites.reward_M).any())
     # Its mean is what is proposed, at the new sparsity.
     model = model_config.read_model_config(pathlib.Path(_inputs()['model']))
-    table = sublayers.find_sublayers(model, round_heads=1, round_ffn=2)
+    table = sublayers.find_sublayers(model, round_heads=1, round_ffn=2, floor=1)
     net, _ = search.make_policy(_config(**config), table)
     at = jnp.float32(0.4)
     mean_S = net.apply({'params': self.state.params}, at).mean_S

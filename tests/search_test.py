@@ -92,21 +92,23 @@ class AllocateTest(parameterized.TestCase):
     sparsity=(0.0, 0.1, 0.37, 0.8),
     rounds=((1, 1), (2, 8), (3, 32)),
     spread=(0.3, 10.0),
+    floor=(0, 1),
   )
-  def test_budget_is_met_within_a_step(self, sparsity, rounds, spread):
+  def test_budget_is_met_within_a_step(self, sparsity, rounds, spread, floor):
     table = sublayers.find_sublayers(
       dataclasses.replace(
         synthetic_loss.WIDE, qkv_bias=True, out_bias=True, ffn_bias=True
       ),
       round_heads=rounds[0],
       round_ffn=rounds[1],
+      floor=floor,
     )
     source = np.random.default_rng(0)
     device_sublayers = allocation.to_device(table, synthetic_loss.rank())
     for _ in range(3):
       priority_S = np.float32(spread * source.standard_normal(2 * L))
       count_S = allocation.priorities_to_counts(
-        priority_S, sparsity, table, device_sublayers, min_ratio=0.05
+        priority_S, sparsity, table, device_sublayers, min_ratio=0.05 * floor
       )
       slack = table.limit(sparsity) - table.kept_cost(count_S)
       self.assertGreaterEqual(slack, 0)
@@ -143,7 +145,9 @@ class AllocateTest(parameterized.TestCase):
     biased = dataclasses.replace(
       synthetic_loss.WIDE, out_bias=True, ffn_bias=True
     )
-    table = sublayers.find_sublayers(biased, round_heads=1, round_ffn=1)
+    table = sublayers.find_sublayers(
+      biased, round_heads=1, round_ffn=1, floor=1
+    )
     goal = allocation.make_target(table, 0.5)
     limit = table.limit(0.5) - table.fixed
     removable = table.total - table.fixed
@@ -402,7 +406,7 @@ class ModelSearchTest(absltest.TestCase):
     def nll(params, tokens, masks):
       return loss.nll(apply, params, tokens, masks)
 
-    table = sublayers.find_sublayers(_TINY, round_heads=1, round_ffn=1)
+    table = sublayers.find_sublayers(_TINY, round_heads=1, round_ffn=1, floor=1)
     device_sublayers = allocation.to_device(table, synthetic_loss.rank(_TINY))
     goal = allocation.make_target(table, 0.3)
     net, optim = search.make_policy(config, table)

@@ -39,9 +39,9 @@ def _config(name) -> ModelConfig:
     return model_config.read_model_config(path)
 
 
-def _sites(config, round_heads=1, round_ffn=1):
+def _sites(config, round_heads=1, round_ffn=1, floor=1):
   return sublayers.find_sublayers(
-    config, round_heads=round_heads, round_ffn=round_ffn
+    config, round_heads=round_heads, round_ffn=round_ffn, floor=floor
   )
 
 
@@ -174,6 +174,11 @@ class RoundingTest(absltest.TestCase):
     table = _sites(_config('llama_multi_head'), round_heads=2, round_ffn=8)
     np.testing.assert_array_equal(table.step, [2] * 3 + [8] * 3)
     np.testing.assert_array_equal(table.floor, table.step)
+
+  def test_floor_in_steps(self):
+    for floor, groups, channels in ((0, 0, 0), (2, 2, 16), (9, 2, 48)):
+      table = _sites(_config('llama_grouped'), round_ffn=8, floor=floor)
+      np.testing.assert_array_equal(table.floor, [groups] * 3 + [channels] * 3)
 
   def test_no_step_is_larger_than_the_module(self):
     table = _sites(_config('llama_grouped'), round_heads=4, round_ffn=64)

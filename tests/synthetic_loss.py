@@ -17,7 +17,7 @@ WIDE = ModelConfig(
   head_size=2,
   ffn=F,
 )
-SUBLAYERS = sublayers.find_sublayers(WIDE, round_heads=1, round_ffn=1)
+SUBLAYERS = sublayers.find_sublayers(WIDE, round_heads=1, round_ffn=1, floor=1)
 # What removing the whole of each sublayer would cost, in nats.
 HARM_S = np.array([0.2, 1.0, 4.0, 3.0, 0.3, 0.8])
 

@@ -201,6 +201,13 @@ def random_masks(config: ModelConfig, seed: int = 0) -> Masks:
   return Masks(half(config.groups), half(config.ffn))
 
 
+def without_sublayers(keep: Masks) -> Masks:
+  """Masks without the attention of layer 0 and the FFN of the last layer."""
+  attention, ffn = (np.array(mask) for mask in keep)
+  attention[0], ffn[-1] = 0.0, 0.0
+  return Masks(attention, ffn)
+
+
 def masks_of(config: ModelConfig, groups, channels) -> Masks:
   """Random masks that keep so many units of each layer."""
   source = np.random.default_rng(0)

@@ -62,7 +62,10 @@ def even_counts(model: ModelConfig) -> tuple[list[int], list[int]]:
   """Returns the groups and the channels of each layer that 30% leaves."""
   budget = defaults().budget
   where = sublayers.find_sublayers(
-    model, round_heads=budget.round_heads, round_ffn=budget.round_ffn
+    model,
+    round_heads=budget.round_heads,
+    round_ffn=budget.round_ffn,
+    floor=budget.floor,
   )
   units = masks.ones(model.layers, model.groups, model.ffn)
   counts = allocation.priorities_to_counts(

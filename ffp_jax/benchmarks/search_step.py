@@ -132,7 +132,7 @@ def measure(source: str, *, tokens: int, repeats: int) -> dict:
   loaded = load_model(source)
   model, params = loaded.config, loaded.params
   where = sublayers.find_sublayers(
-    model, round_heads=1, round_ffn=config.budget.round_ffn
+    model, round_heads=1, round_ffn=config.budget.round_ffn, floor=1
   )
   rng = np.random.default_rng(0)
   drawn = rng.integers(0, model.vocab, (1, tokens), dtype=np.int32)

@@ -116,11 +116,12 @@ def _widths(reader) -> tuple[int, int, int, dict | None]:
   )
   where = reader.data.filename
   for i, (n, k, f) in enumerate(zip(heads, groups, ffn, strict=True)):
-    if not min(n, k, f):
+    if not f or (n and not k):
       raise RequestError(
-        f'{where}: layer {i} has no attention or no FFN, which is not supported'
+        f'{where}: layer {i} has no FFN, or attention of another kind, which '
+        'is not supported'
       )
-    if n * groups[0] != heads[0] * k:
+    if n * max(groups) != max(heads) * k:
       raise RequestError(
         f'{where}: layers of different numbers of heads a group are not '
         'supported'
@@ -197,7 +198,15 @@ def _open_tensors(path, _):
     rotated = permuted and part in ('attn_q', 'attn_k')
     head_size = config['head_dim'] if rotated else None
     found[f'{names[stem]}.{leaf}'] = _stored(path, tensor, head_size)
+  norms = {f'{names[f"blk.{i}.attn_norm"]}.weight' for i in range(layers)}
+  for name in norms - {*found}:  # llama.cpp has none where no head is left
+    found[name] = Stored((config['hidden_size'],), 'float32', _read_ones)
   return found
+
+
+def _read_ones(index) -> np.ndarray:
+  """Reads the norm before attention without heads, which nothing reads."""
+  return np.ones([part.stop - part.start for part in index], np.float32)
 
 
 def _stored(path, tensor, head_size) -> Stored:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,8 +32,13 @@ def read_params(directory: pathlib.Path) -> dict:
 
 
 def write_params(params: dict, directory: pathlib.Path) -> None:
-  """Writes parameters so that `StandardCheckpointer.restore` reads them."""
+  """Writes parameters so that `StandardCheckpointer.restore` reads them.
+
+  Those without numbers, of a sublayer without units, are left out.
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  whole = {path: np.asarray(x) for path, x in flat.items() if x.size}
   with ocp.StandardCheckpointer() as writer:
     writer.save(
-      (directory / FOLDER).resolve(), jax.tree.map(np.asarray, params)
+      (directory / FOLDER).resolve(), flax.traverse_util.unflatten_dict(whole)
     )

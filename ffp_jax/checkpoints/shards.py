@@ -27,7 +27,8 @@ def shard_reader(
   Args:
     tensors: by name.
     parts: by layer of the stack, or None if the parameter is not stacked: the
-      tensor, and the shape that it has in the decoder.
+      tensor, and the shape that it has in the decoder. Empty for a parameter
+      without numbers.
     spec: shape and dtype of the whole parameter.
     directory: for messages.
 
@@ -44,6 +45,8 @@ def shard_reader(
     if bounds in shards:
       return shards[bounds]
     out = _aligned([stop - start for start, stop in bounds], spec.dtype)
+    if not parts:  # of a parameter without numbers
+      return out
     if None in parts:
       _fill(out, tensors, *parts[None], bounds, directory)
     else:

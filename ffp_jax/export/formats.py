@@ -50,11 +50,12 @@ def _directory(model: Model, out: pathlib.Path, description: dict):
 
 def _compact(model, out, dtype, prepared):
   del dtype, prepared
-  _directory(model, out, transformers_code.description(model))
-  weights.save_tensors(model.tensors(), out)
+  config = padding.with_units(model.config)
+  _directory(model, out, transformers_code.description(model, config))
+  weights.save_tensors(padding.padded_tensors(model, config), out)
   transformers_code.copy_to(out)
   (out / 'README.md').write_text(card.text(model, 'hf'))
-  return []
+  return padding.notes(model.config, config, 'vLLM')
 
 
 def _dense(model, out, dtype, prepared):

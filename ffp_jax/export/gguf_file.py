@@ -7,6 +7,7 @@ layers have equal widths are written as 'llama', or as 'qwen3' if queries and
 keys are normalised.
 """
 
+import dataclasses
 import pathlib
 
 import gguf
@@ -36,9 +37,14 @@ _YARN_BLEND = (32.0, 1.0, True)
 DTYPES = tuple(_KINDS)
 
 
+def _widths(config: ModelConfig) -> list[tuple[int, int]]:
+  """Returns the groups and the channels of every layer."""
+  return [config.widths(i) for i in range(config.layers)]
+
+
 def _alike(config: ModelConfig) -> bool:
   """Returns whether all layers have the same widths."""
-  return len({config.widths(i) for i in range(config.layers)}) == 1
+  return len({*_widths(config)}) == 1
 
 
 def check(
@@ -58,7 +64,7 @@ def check(
     RequestError: names what is not supported, and the layer if it is one.
   """
   instead = 'use --format=hf or hf_dense'
-  alike = _alike(config) if alike is None else alike
+  alike = _alike(_with_units(config)) if alike is None else alike
   if config.positions != 'rope':
     raise RequestError(
       f'{where}: llama.cpp has no architecture for OPT; {instead}'
@@ -85,19 +91,6 @@ def check(
       f'{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and '
       f'truncate true only; {instead}'
     )
-  _check_widths(config, where)
-
-
-def _check_widths(config: ModelConfig, where: pathlib.Path | str):
-  """Refuses layers without attention or without FFN."""
-  for i in range(config.layers):
-    groups, channels = config.widths(i)
-    if not groups or not channels:
-      raise RequestError(
-        f'{where}: layer {i} keeps no {"group" if not groups else "channel"}; '
-        'llama.cpp needs one of each in every layer, or leaves out the '
-        "layer's other sublayer too"
-      )
 
 
 def prepare(
@@ -151,7 +144,7 @@ def write(
   kind, file_type = _KINDS[dtype]
   # Rows of channels fill the blocks of a quantised type.
   block, _ = gguf.GGML_QUANT_SIZES[kind]
-  config = padding.round_channels(model.config, block)
+  config = padding.round_channels(_with_units(model.config), block)
   alike = _alike(config)
   arch = ('qwen3' if config.qk_norm else 'llama') if alike else 'deci'
   writer = gguf.GGUFWriter(path, arch)
@@ -160,19 +153,33 @@ def write(
   writer.add_file_type(file_type)
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   gguf_vocabulary.add(writer, vocabulary)
-  if config != model.config:
+  if any(channels % block for _, channels in _widths(model.config)):
     notes.append(
       f'FFN channels of zeros fill each layer up to a multiple of {block}, as '
       f'{dtype} needs; prune with budget.round_ffn={block} to have none'
     )
+  notes += padding.notes(model.config, config, 'llama.cpp')
   return notes + gguf_tensors.write_tensors(writer, model, config, kind)
+
+
+def _with_units(config: ModelConfig) -> ModelConfig:
+  """Returns a config with units where llama.cpp can't do without one.
+
+  Where a layer has no FFN it leaves out the attention too, and where it has no
+  heads the bias of their output. The first layer tells the size of a head.
+  """
+  config = padding.with_units(config, groups=int(config.out_bias))
+  if not config.kept_groups:
+    return config
+  first, *others = config.kept_groups
+  return dataclasses.replace(config, kept_groups=(max(1, first), *others))
 
 
 def _add_sizes(
   writer: gguf.GGUFWriter, config: ModelConfig, alike: bool
 ) -> list[str]:
   """Adds the model's metadata; returns notes on what llama.cpp leaves out."""
-  widths = [config.widths(i) for i in range(config.layers)]
+  widths = _widths(config)
   groups = [k for k, _ in widths]
   heads = [k * config.heads_per_group for k in groups]
   channels = [f for _, f in widths]

@@ -81,8 +81,13 @@ def _tensors(
     )
     yield gguf_model.ROPE_FACTORS, plain / scaled
   names = gguf_model.gguf_names(config.layers)
+  # llama.cpp knows no norm before attention without heads.
+  no_heads = [i for i in range(config.layers) if not config.widths(i)[0]]
+  unknown = {f'blk.{i}.attn_norm' for i in no_heads}
   for name, value in padding.padded_tensors(model, config):
     stem, _, leaf = name.rpartition('.')
+    if names[stem] in unknown:
+      continue
     if stem.endswith(('q_proj', 'k_proj')) and not config.qk_norm:
       value = _permuted(value, config.head_size)
     yield f'{names[stem]}.{leaf}', value

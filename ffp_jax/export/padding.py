@@ -19,6 +19,31 @@ def dense(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, kept_groups=None, kept_ffn=None)
 
 
+def with_units(
+  config: ModelConfig, groups: int = 1, channels: int = 1
+) -> ModelConfig:
+  """Returns a config whose layers all have so many units at least."""
+  if config.kept_groups is None or config.kept_ffn is None:
+    return config
+  return dataclasses.replace(
+    config,
+    kept_groups=tuple(max(groups, k) for k in config.kept_groups),
+    kept_ffn=tuple(max(channels, f) for f in config.kept_ffn),
+  )
+
+
+def notes(own: ModelConfig, wider: ModelConfig, runtime: str) -> list[str]:
+  """Returns what to say of sublayers that had no unit and now have one."""
+  count = sum(
+    had == 0 != has
+    for i in range(own.layers)
+    for had, has in zip(own.widths(i), wider.widths(i), strict=True)
+  )
+  if not count:
+    return []
+  return [f'{count} sublayers without units have one of zeros for {runtime}']
+
+
 def round_channels(config: ModelConfig, multiple: int) -> ModelConfig:
   """Returns a config whose layers have a multiple of so many FFN channels."""
 
@@ -50,5 +75,7 @@ def padded_tensors(
     )
   }
   for name, value in model.tensors():
-    sizes = zip(shapes[name], value.shape, strict=True)
+    sizes = zip(shapes.pop(name), value.shape, strict=True)
     yield name, np.pad(value, [(0, wide - own) for wide, own in sizes])
+  for name, shape in shapes.items():  # of sublayers without units
+    yield name, np.zeros(shape, value.dtype)

@@ -11,6 +11,8 @@ import shutil
 from typing import Any
 
 from ffp_jax.checkpoints.model import Model
+from ffp_jax.export import slicing
+from ffp_jax.models.config import ModelConfig
 
 _MODULE = 'modeling_pruned'
 _CLASSES = {
@@ -22,10 +24,15 @@ _CLASSES = {
 }
 
 
-def description(model: Model) -> dict[str, Any]:
-  """Returns config.json of the compact model."""
+def description(model: Model, config: ModelConfig) -> dict[str, Any]:
+  """Returns config.json of the compact model.
+
+  Args:
+    model: sliced.
+    config: of what is written, see `padding.with_units`.
+  """
   name = f'Pruned{_CLASSES[model.family]}'
-  return model.description | {
+  return slicing.describe_sliced(model.description, config) | {
     'architectures': [f'{name}ForCausalLM'],
     'auto_map': {
       'AutoModel': f'{_MODULE}.{name}Model',
@@ -35,19 +42,19 @@ def description(model: Model) -> dict[str, Any]:
     # checks itself.
     'allow_global_per_layer_attribute_access': True,
     # vLLM divides a layer's width by its heads where this is missing (OPT).
-    'head_dim': model.config.head_size,
+    'head_dim': config.head_size,
     'per_layer_config': {
-      str(i): _widths(model, i) for i in range(model.config.layers)
+      str(i): _widths(model.family, config, i) for i in range(config.layers)
     },
   }
 
 
-def _widths(model: Model, layer: int) -> dict[str, int]:
+def _widths(family: str, config: ModelConfig, layer: int) -> dict[str, int]:
   """Returns the widths of a layer by the keys of the family's config.json."""
-  groups, channels = model.config.widths(layer)
-  ffn = 'ffn_dim' if model.family == 'opt' else 'intermediate_size'
+  groups, channels = config.widths(layer)
+  ffn = 'ffn_dim' if family == 'opt' else 'intermediate_size'
   return {
-    'num_attention_heads': groups * model.config.heads_per_group,
+    'num_attention_heads': groups * config.heads_per_group,
     'num_key_value_heads': groups,
     ffn: channels,
   }

@@ -88,6 +88,8 @@ def _find_units(small, dense, module, place) -> np.ndarray:
     module: of the units.
     place: of the units, for messages.
   """
+  if not small.size:
+    return np.array([], int)
   axis = UNIT_AXIS[module][_MARKS[module]]
   small, dense = (
     np.moveaxis(x, axis, 0).astype(np.float32).reshape(x.shape[axis], -1)

@@ -115,7 +115,7 @@ class Attention(nn.Module):
     G, H, D = c.heads_per_group, c.head_size, c.width
     shapes = {'query': (K, G, H), 'key': (K, H), 'value': (K, H)}
     for name, shape in shapes.items():
-      setattr(self, name, self.param(name, linear.WEIGHT_INIT, (D, *shape)))
+      setattr(self, name, self.param(name, linear.init_weight, (D, *shape)))
       linear.declare_adapter(self, name, (D,), shape)
       if c.qkv_bias:
         bias = self.param(f'{name}_bias', linear.BIAS_INIT, shape)
@@ -123,7 +123,7 @@ class Attention(nn.Module):
     for name in ('query', 'key') if c.qk_norm else ():
       scale = self.param(f'{name}_norm', nn.initializers.ones, (H,))
       setattr(self, f'{name}_norm', scale)
-    self.out = self.param('out', linear.WEIGHT_INIT, (K, G, H, D))
+    self.out = self.param('out', linear.init_weight, (K, G, H, D))
     linear.declare_adapter(self, 'out', (K, G, H), (D,))
     linear.declare_refit(self, K * G * H, K)
     if c.out_bias:
@@ -195,6 +195,9 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, Past | None]:
     """Returns the inputs of `out`, [B,T,K,G,H], and the extended past."""
     c = self.config
+    if not self.groups:
+      shape = *x_BxTxD.shape[:2], 0, c.heads_per_group, c.head_size
+      return jnp.zeros(shape, x_BxTxD.dtype), past
     q, k, v = self.project(x_BxTxD)
     if c.positions == 'rope':
       longest = x_BxTxD.shape[1] if past is None else past.keys.shape[1]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ffp_jax.models.attention import Attention, Past
 from ffp_jax.models.config import ModelConfig
 from ffp_jax.models.ffn import Ffn
-from ffp_jax.models.linear import WEIGHT_INIT
+from ffp_jax.models.linear import init_weight
 from ffp_jax.models.norms import Norm
 from ffp_jax.runtime.sharding import constrain
 
@@ -253,7 +253,7 @@ class _Matrix(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    return self.param('kernel', WEIGHT_INIT, self.shape)
+    return self.param('kernel', init_weight, self.shape)
 
 
 class _Table(nn.Module):

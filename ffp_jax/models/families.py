@@ -227,6 +227,8 @@ def list_tensors(
 ) -> Iterator[tuple[Tensor, tuple[str, ...], int | None, tuple[int, ...]]]:
   """Lists the tensors of a checkpoint and the parameters that they belong to.
 
+  A parameter without numbers, of a sublayer without units, has no tensor.
+
   Args:
     config: of the decoder.
     family: a key of FAMILIES.
@@ -239,6 +241,8 @@ def list_tensors(
   names = FAMILIES[family].names
   flat = flax.traverse_util.flatten_dict(param_shapes(config, dtype))
   for path, spec in flat.items():
+    if 0 in spec.shape:
+      continue
     if path[0] == 'stack':
       for i in range(config.layers):
         tensor = tensor_names.find_tensor(names, '/'.join(path[1:]), i)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ffp_jax.models import linear
 from ffp_jax.models.config import ModelConfig
@@ -30,12 +31,12 @@ class Ffn(nn.Module):
   def setup(self) -> None:
     c, F = self.config, self.channels
     for name in ('gate', 'up') if c.gated else ('up',):
-      setattr(self, name, self.param(name, linear.WEIGHT_INIT, (c.width, F)))
+      setattr(self, name, self.param(name, linear.init_weight, (c.width, F)))
       linear.declare_adapter(self, name, (c.width,), (F,))
       if c.ffn_bias:
         bias = self.param(f'{name}_bias', linear.BIAS_INIT, (F,))
         setattr(self, f'{name}_bias', bias)
-    self.down = self.param('down', linear.WEIGHT_INIT, (F, c.width))
+    self.down = self.param('down', linear.init_weight, (F, c.width))
     linear.declare_adapter(self, 'down', (F,), (c.width,))
     linear.declare_refit(self, F, F)
     if c.ffn_bias:
@@ -48,6 +49,8 @@ class Ffn(nn.Module):
       y = linear.multiply(self, name, x_BxTxD)
       return y + getattr(self, f'{name}_bias') if self.config.ffn_bias else y
 
+    if not self.channels:
+      return jnp.zeros((*x_BxTxD.shape[:2], 0), x_BxTxD.dtype)
     activation = ACTIVATIONS[self.config.activation]
     if self.config.gated:
       hidden = activation(project('gate')) * project('up')

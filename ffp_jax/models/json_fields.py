@@ -79,10 +79,10 @@ class Fields:
     return self._value(key, dict, 'an object')
 
   def integers(self, key: str, *, length: int, most: int) -> tuple[int, ...]:
-    """Returns a list of `length` integers from 1 to `most`."""
-    expected = f'{length} integers from 1 to {most}'
+    """Returns a list of `length` integers from 0 to `most`."""
+    expected = f'{length} integers from 0 to {most}'
     value = self._value(key, list, expected)
-    valid = all(type(x) is int and 1 <= x <= most for x in value)
+    valid = all(type(x) is int and 0 <= x <= most for x in value)
     if len(value) != length or not valid:
       raise self.error(f'{key} must be {expected}, found {value!r}')
     return tuple(value)

@@ -11,8 +11,16 @@ import jax.numpy as jnp
 from ffp_jax.models import removed
 from ffp_jax.runtime.sharding import constrain
 
-WEIGHT_INIT = nn.initializers.lecun_normal()
 BIAS_INIT = nn.initializers.zeros
+
+
+def init_weight(
+  key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+  """Draws a weight; that of a sublayer without units has no numbers."""
+  if 0 in shape:
+    return jnp.zeros(shape, dtype)
+  return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 def declare_adapter(
@@ -30,7 +38,7 @@ def declare_adapter(
   """
   rank = module.config.adapter_rank
   factors = {
-    'a': ((*inputs, rank), WEIGHT_INIT),
+    'a': ((*inputs, rank), init_weight),
     'b': ((rank, *outputs), BIAS_INIT),
   }
   for factor, (shape, init) in factors.items() if rank else ():
@@ -85,7 +93,7 @@ def declare_refit(module: nn.Module, inputs: int, units: int) -> None:
   if not module.config.refit:
     return
   shapes = removed.refit_shapes(inputs, units, module.config.width)
-  inits = WEIGHT_INIT, WEIGHT_INIT, nn.initializers.ones, _init_order
+  inits = init_weight, init_weight, nn.initializers.ones, _init_order
   for name, shape, init in zip(removed.FACTORS, shapes, inits, strict=True):
     leaf = f'refit_{name}'
     setattr(module, leaf, module.param(leaf, init, shape))
@@ -108,6 +116,9 @@ def project_units(
     inputs: [B,T,...]; those of a unit lie side by side.
     mask_U: 1 keeps a unit; None keeps all.
   """
+  if not inputs.size:  # no unit is left
+    width = module.config.width
+    return jnp.zeros((*inputs.shape[:2], width), inputs.dtype)
   x = inputs.reshape(*inputs.shape[:2], -1)
   if mask_U is None:
     return multiply(module, name, x)

@@ -230,6 +230,7 @@ def search_step(
     model,
     round_heads=config.budget.round_heads,
     round_ffn=config.budget.round_ffn,
+    floor=config.budget.floor,
   )
   net, optim = search.make_policy(config, sublayers)
   nll = make_nll(scored, remat=c.remat)

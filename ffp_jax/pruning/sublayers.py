@@ -74,7 +74,7 @@ def ffn_unit_cost(config: ModelConfig) -> int:
 
 
 def find_sublayers(
-  config: ModelConfig, *, round_heads: int, round_ffn: int
+  config: ModelConfig, *, round_heads: int, round_ffn: int, floor: int
 ) -> Sublayers:
   """Returns the prunable sublayers of a dense model.
 
@@ -82,6 +82,7 @@ def find_sublayers(
     config: of the dense model.
     round_heads: attention groups are kept in multiples of this.
     round_ffn: FFN channels are kept in multiples of this.
+    floor: such multiples that every sublayer keeps at least; 0 for none.
 
   Returns:
     `Sublayers` with S = 2 * config.layers.
@@ -98,7 +99,7 @@ def find_sublayers(
     units=units,
     unit_cost=per_sublayer(attention_unit_cost(config), ffn_unit_cost(config)),
     step=step,
-    floor=step,
+    floor=np.minimum(floor * step, units),
     fixed=L * per_layer,
   )
 
@@ -115,7 +116,7 @@ def check_reachable(sublayers: Sublayers, config: ConfigDict) -> None:
     most = sublayers.sparsity(sublayers.floor)
     raise RequestError(
       f'budget.sparsity: {sparsity} is out of reach; the floors of '
-      f'{config.budget.round_heads} group(s) and {config.budget.round_ffn} '
+      f'{sublayers.floor[0]} group(s) and {sublayers.floor[-1]} '
       f'channels a layer leave at most {most:.4f}'
     )
   min_ratio = config.search.min_ratio
