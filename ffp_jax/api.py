@@ -263,7 +263,8 @@ def perplexity(
     max_windows=max_windows,
   )
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
-    return perplexity_lib.measure(model, windows)['ppl']
+    (found,) = perplexity_lib.measure(model, [windows])
+  return found['ppl']
 
 
 def save_model(

@@ -115,7 +115,7 @@ def _measure(
   """Loads a model and returns `perplexity.measure` of texts, with its dtype."""
   with jax.set_mesh(sharding.make_mesh(1, 1, -1)):
     loaded = load_model(files, dtype)
-    found = [perplexity.measure(loaded, windows) for windows in texts]
+    found = list(perplexity.measure(loaded, texts))
   used = jax.tree.leaves(loaded.params)[0].dtype.name
   return [x | {'dtype': used} for x in found]
 

@@ -90,13 +90,15 @@ def _arrays():
   return masks.rank_all(scores), weights, Inputs(mean, square)
 
 
-def _problem(tokens=40_000, sparsity=_SPARSITY, nll=_nll):
+def _problem(
+  tokens=40_000, sparsity=_SPARSITY, nll=_nll, where=_SUBLAYERS, min_ratio=0.1
+):
   rank, weights, inputs = _arrays()
   return Problem(
-    sublayers=_SUBLAYERS,
-    device_sublayers=allocation.to_device(_SUBLAYERS, rank),
+    sublayers=where,
+    device_sublayers=allocation.to_device(where, rank),
     sparsity=sparsity,
-    min_ratio=0.1,
+    min_ratio=min_ratio,
     start_S=np.zeros(2 * _L),
     rows_RxT=np.arange(_ROWS * _CONTEXT).reshape(_ROWS, _CONTEXT),
     nll=nll,
@@ -359,6 +361,22 @@ class SensitivityTest(parameterized.TestCase):
     self.assertEqual(
       tuple(sensitivity.solve_knapsack(values, costs, limit)), best[1]
     )
+
+  @parameterized.parameters(0.2, 0.4, 0.6)
+  def test_knapsack_of_whole_sublayers(self, sparsity):
+    where = sublayers.find_sublayers(
+      _MODEL, round_heads=1, round_ffn=2, floor=0
+    )
+    problem = _problem(sparsity=sparsity, where=where, min_ratio=0.0)
+    *_, counts = baselines.VARIANTS['knapsack_whole'](problem, 0)
+    cost_S = where.units * where.unit_cost
+    subsets = np.array([*itertools.product((0, 1), repeat=2 * _L)])
+    fit = subsets[subsets @ cost_S <= problem.limit]
+    best_S = fit[np.argmax(fit @ _HARM_S)]
+    # What is left of the budget is then handed out.
+    self.assertTrue(np.all(counts >= best_S * where.units))
+    self.assertLessEqual(where.kept_cost(counts), where.limit(sparsity))
+    self.assertLess(counts[best_S == 0].max(initial=0), 0.7 * _F)
 
   def test_knapsack_of_awkward_costs_holds_the_budget(self):
     source = np.random.default_rng(0)

@@ -60,6 +60,9 @@ VARIANTS: dict[str, Method] = {
   'fastforward_published_exact': functools.partial(
     fastforward.published, repair='project'
   ),
+  # Attention and FFNs are removed whole, or as far as the floors let them:
+  # with budget.floor=0 and search.min_ratio=0.
+  'knapsack_whole': functools.partial(sensitivity.knapsack, ratios=()),
   **{
     f'{name}_refit': functools.partial(score_calibrated, METHODS[name])
     for name in _SCORING

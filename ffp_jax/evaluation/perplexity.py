@@ -1,6 +1,7 @@
 """Perplexity of a model on a text, by a protocol that is written down."""
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -61,17 +62,17 @@ def make_windows(
   return Windows(windows, spans, used)
 
 
-def measure(model: Model, windows: Windows) -> dict:
-  """Returns perplexity, protocol, seconds and tokens scored per second."""
-  tokens, spans, used = windows
+def measure(model: Model, texts: Iterable[Windows]) -> Iterator[dict]:
+  """Yields perplexity, protocol, seconds and tokens scored a second by text."""
   scorer = scoring.Scorer(model.config)
-  scorer(model.params, tokens[:1], spans_Wx2=spans[:1])  # compiles
-  start = time.perf_counter()
-  mean = scorer(model.params, tokens, spans_Wx2=spans, label='perplexity')
-  seconds = time.perf_counter() - start
-  return {
-    'ppl': float(np.exp(mean)),
-    'protocol': used._asdict(),
-    'seconds': round(seconds, 3),
-    'tokens_per_second': round(used.tokens / seconds, 1),
-  }
+  for tokens, spans, used in texts:
+    scorer(model.params, tokens[:1], spans_Wx2=spans[:1])  # compiles
+    start = time.perf_counter()
+    mean = scorer(model.params, tokens, spans_Wx2=spans, label='perplexity')
+    seconds = time.perf_counter() - start
+    yield {
+      'ppl': float(np.exp(mean)),
+      'protocol': used._asdict(),
+      'seconds': round(seconds, 3),
+      'tokens_per_second': round(used.tokens / seconds, 1),
+    }
