@@ -228,6 +228,15 @@ class WeightsTest(_TestCase):
     folder = hub.resolve_model(str(path))
     self.assert_refused(lambda: self.load(folder), name)
 
+  def test_a_norm_that_is_missing(self):
+    # Only attention without heads has none.
+    model = _model()
+    del model.model.layers[1].input_layernorm
+    folder = hub.resolve_model(str(self.written(model)))
+    self.assert_refused(
+      lambda: self.load(folder), 'model.layers.1.input_layernorm.weight'
+    )
+
   @parameterized.parameters(
     (_T.F16, 2**-11),
     (_T.BF16, 2**-8),
@@ -377,6 +386,17 @@ class ConfigTest(_TestCase):
     path = self.written(**kwargs)
     self.assert_refused(lambda: hub.resolve_model(str(path)), str(path), word)
     self.assertEmpty(list(self.home.glob('.cache/ffp_jax/gguf/*')))
+
+  @parameterized.parameters(
+    {'intermediate_size': [48, 0]},
+    {'num_key_value_heads': [2, 0]},
+    {'num_attention_heads': [0, 0], 'num_key_value_heads': [0, 0]},
+  )
+  def test_layers_that_no_model_here_has(self, **widths):
+    model = _model()
+    vars(model.config).update(widths)  # which transformers would refuse
+    path = self.written(model, arch='qwen2')  # whose heads are not permuted
+    self.assert_refused(lambda: hub.resolve_model(str(path)), 'has no FFN')
 
   @parameterized.parameters(0, 3, 30, 0.1, 0.5, -1)
   def test_truncated(self, size):

@@ -116,7 +116,7 @@ def _widths(reader) -> tuple[int, int, int, dict | None]:
   )
   where = reader.data.filename
   for i, (n, k, f) in enumerate(zip(heads, groups, ffn, strict=True)):
-    if not f or (n and not k):
+    if not f or (n and not k) or not any(heads):
       raise RequestError(
         f'{where}: layer {i} has no FFN, or attention of another kind, which '
         'is not supported'
@@ -198,14 +198,16 @@ def _open_tensors(path, _):
     rotated = permuted and part in ('attn_q', 'attn_k')
     head_size = config['head_dim'] if rotated else None
     found[f'{names[stem]}.{leaf}'] = _stored(path, tensor, head_size)
-  norms = {f'{names[f"blk.{i}.attn_norm"]}.weight' for i in range(layers)}
-  for name in norms - {*found}:  # llama.cpp has none where no head is left
-    found[name] = Stored((config['hidden_size'],), 'float32', _read_ones)
+  kept = config.get('ffp_jax', {}).get('kept_groups', ())
+  for i, groups in enumerate(kept):
+    if not groups:  # where llama.cpp has no norm before attention
+      name = f'{names[f"blk.{i}.attn_norm"]}.weight'
+      found[name] = Stored((config['hidden_size'],), 'float32', _read_ones)
   return found
 
 
 def _read_ones(index) -> np.ndarray:
-  """Reads the norm before attention without heads, which nothing reads."""
+  """Reads a norm before attention without heads, which changes nothing."""
   return np.ones([part.stop - part.start for part in index], np.float32)
 
 

@@ -96,7 +96,7 @@ def _latency(name: str, sublayers: Sublayers, removed: float) -> Resource:
 
   The cost of a sublayer is a line through the time of the dense one that lies
   on or above all other times, so that a budget met by the line is met by the
-  table too.
+  table too. What the line has at 0 units counts even where none is left.
 
   Args:
     name: path of the table, a JSON file.
